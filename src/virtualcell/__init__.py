@@ -1,0 +1,25 @@
+"""Predict what a perturbation does to single cells, from an AnnData of a Perturb-seq screen.
+
+>>> import virtualcell as vc
+>>> vc.tl.fit_state(adata, perturbation_key="target_gene", control="non-targeting")
+>>> predicted = vc.tl.predict_perturbation(adata, "STAT1")
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import version
+
+__version__ = version("virtualcell")
+__all__ = ["datasets", "io", "metrics", "models", "pl", "pp", "tl"]
+
+
+def __getattr__(name: str):
+    # scvi-tools and lightning take seconds to import: a submodule is loaded when it is first touched.
+    if name in __all__:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -1,0 +1,23 @@
+"""Every key that virtualcell writes to an AnnData, once."""
+
+from __future__ import annotations
+
+# obs
+SPLIT = "split"
+KNOCKDOWN = "knockdown"  # residual expression of the cell's own target
+RESPONDED = "knockdown_responded"
+CONTROL_BARCODE = "control_barcode"  # of a predicted cell: the control cell it started from
+
+# obsm
+X_STATE = "X_state"
+SENTENCE = "cell_sentence"
+SENTENCE_EXPRESSION = "cell_sentence_expression"
+
+# var
+GENE_TOKEN = "gene_token"
+
+# layers of a prediction
+CONTROL_LAYER = "control"
+
+# uns
+UNS = "virtualcell"

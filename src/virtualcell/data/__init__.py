@@ -1,0 +1,1 @@
+"""From AnnData rows to tensors: the expression matrix, matched sets of cells, cell sentences."""

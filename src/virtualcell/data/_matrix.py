@@ -1,0 +1,116 @@
+"""The one place where expression is read, checked and normalised."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from scipy import sparse
+
+from virtualcell._design import Scale, check_scale
+from virtualcell._errors import unknown_name
+
+# log(1 + 10,000) = 9.2 is the most that a log1p CP10k matrix can hold; anything above is some other unit.
+_LOG1P_MAX = 9.3
+
+
+def raw_matrix(adata: AnnData, layer: str | None = None) -> sparse.csr_matrix:
+    """Return `X` or a layer as float32 CSR, sharing memory where it can; values must be finite and not negative."""
+    if adata.isbacked:
+        raise ValueError("adata is backed, and rows come in file order then. Load it: `adata = adata.to_memory()`.")
+    if layer is not None and layer not in adata.layers:
+        raise unknown_name("layer", layer, adata.layers, "Leave it out to use X.")
+    matrix = adata.X if layer is None else adata.layers[layer]
+    where = "X" if layer is None else f"layers[{layer!r}]"
+    if matrix is None:
+        raise ValueError(f"{where} is empty.")
+    matrix = sparse.csr_matrix(matrix)
+    if not np.isfinite(matrix.data).all():
+        raise ValueError(f"{where} holds NaN or infinite values. Set them to a number or drop those cells.")
+    if matrix.data.size and matrix.data.min() < 0:
+        raise ValueError(
+            f"{where} holds negative values (least {matrix.data.min():.3g}), so it is scaled or residual expression. "
+            "Give the layer with raw counts or log1p values."
+        )
+    return matrix.astype(np.float32, copy=False)
+
+
+def check_matches_scale(matrix: sparse.csr_matrix, scale: Scale, where: str) -> None:
+    """Raise if the values cannot be what the caller stated."""
+    check_scale(scale)
+    if not matrix.data.size:
+        return
+    if scale == "counts" and not np.array_equal(matrix.data, np.rint(matrix.data)):
+        raise ValueError(
+            f"scale='counts' was stated, but {where} holds fractions. Give the layer with raw counts (layer=), or say "
+            "scale='log1p' if these are log(1 + counts per 10,000)."
+        )
+    if scale == "log1p" and matrix.data.max() > _LOG1P_MAX:
+        raise ValueError(
+            f"scale='log1p' was stated, but {where} reaches {matrix.data.max():.4g}, more than log1p of counts per "
+            "10,000 can. Say scale='counts' if these are raw counts."
+        )
+
+
+def log_expression(
+    adata: AnnData,
+    *,
+    genes: Sequence[str] | None = None,
+    layer: str | None = None,
+    scale: Scale = "counts",
+    library_size_key: str | None = None,
+    target_sum: float = 1e4,
+) -> sparse.csr_matrix:
+    """Return log1p of counts per `target_sum` as a new float32 CSR matrix (cells x genes); `adata` is not changed.
+
+    Parameters
+    ----------
+    adata
+        Cells.
+    genes
+        Columns to return, by name and in this order; all of them by default. The library size is always taken over
+        all genes of `adata`, or from `obs[library_size_key]`.
+    layer, scale, library_size_key, target_sum
+        As in :class:`virtualcell._design.Design`.
+    """
+    where = "X" if layer is None else f"layers[{layer!r}]"
+    matrix = raw_matrix(adata, layer)
+    check_matches_scale(matrix, scale, where)
+    if scale == "log1p":
+        return columns_by_name(matrix, adata.var_names, genes).copy()
+    if library_size_key is None:
+        size = np.asarray(matrix.sum(axis=1), dtype=np.float64).ravel()
+    else:
+        if library_size_key not in adata.obs:
+            raise unknown_name("library_size_key", library_size_key, adata.obs.columns, "Leave it out for row sums.")
+        size = adata.obs[library_size_key].to_numpy(dtype=np.float64)
+    if not (np.isfinite(size).all() and (size > 0).all()):
+        empty = adata.obs_names[~(np.isfinite(size) & (size > 0))]
+        raise ValueError(
+            f"{len(empty)} cells have no counts, among them {list(empty[:3])}. Drop them first: "
+            "`sc.pp.filter_cells(adata, min_counts=1)`."
+        )
+    matrix = columns_by_name(matrix, adata.var_names, genes).copy()
+    matrix.data *= np.repeat(target_sum / size, np.diff(matrix.indptr)).astype(np.float32)
+    np.log1p(matrix.data, out=matrix.data)
+    return matrix
+
+
+def columns_by_name(matrix: sparse.csr_matrix, names: pd.Index, genes: Sequence[str] | None) -> sparse.csr_matrix:
+    """Select columns by gene name, in the order of `genes`; a missing or doubled name is an error."""
+    if genes is None:
+        return matrix
+    index = pd.Index(names)
+    if not index.is_unique:
+        raise ValueError(
+            f"var_names repeats {list(index[index.duplicated()][:3])}. Run `adata.var_names_make_unique()` first."
+        )
+    where = index.get_indexer(pd.Index(genes))
+    if (where < 0).any():
+        missing = [g for g, w in zip(genes, where, strict=True) if w < 0]
+        raise unknown_name(
+            "genes", missing[0], index, f"{len(missing)} of {len(genes)} genes are missing; they are matched by name."
+        )
+    return matrix if len(where) == len(index) and (where == np.arange(len(index))).all() else matrix[:, where]

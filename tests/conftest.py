@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def shared_file(*parts: str) -> Path:
+    """A file of real data or of reference outputs beside the checkout; CI always has it."""
+    path = Path(os.environ.get("VIRTUALCELL_TEST_DATA", SHARED)).joinpath(*parts)
+    if not path.exists():
+        if os.environ.get("CI"):
+            raise FileNotFoundError(f"CI must have {path}")
+        pytest.skip(f"test data {'/'.join(parts)} is not here; set VIRTUALCELL_TEST_DATA to the folder that holds it")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    np.random.seed(0)  # noqa: NPY002  scanpy and scvi draw from the global state
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def kang_file() -> Path:
+    return shared_file("data", "kang2018_pbmc_ifnb.h5ad")
+
+
+@pytest.fixture(scope="session")
+def kang_control_file() -> Path:
+    return shared_file("data", "kang2018_pbmc_control.h5ad")
+
+
+@pytest.fixture(scope="session")
+def papalexi_file() -> Path:
+    return shared_file("data", "papalexi2021_thp1_eccite.h5mu")
+
+
+@pytest.fixture(scope="session")
+def norman_file() -> Path:
+    return shared_file("data", "norman_mcfaline_4contexts.h5ad")
+
+
+@pytest.fixture(scope="session")
+def cite_file() -> Path:
+    return shared_file("data", "pbmc_cite_10x_400cells.h5mu")
+
+
+@pytest.fixture(scope="session")
+def kinase_fasta() -> Path:
+    return shared_file("data", "human_kinase_proteins.fasta")
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    return shared_file("golden")
