@@ -21,3 +21,4 @@ CONTROL_LAYER = "control"
 
 # uns
 UNS = "virtualcell"
+SPLIT_MANIFEST = "split_manifest"  # uns["virtualcell"]["split_manifest"][key of obs]

@@ -1,1 +1,3 @@
-"""TODO."""
+"""Reading and writing models."""
+
+__all__: list[str] = []

@@ -1,1 +1,7 @@
-"""TODO."""
+"""Models in the style of scvi-tools: set up the data, build, train, predict, save."""
+
+from virtualcell.models._baselines import Additive, NoChange, PerturbationMean
+from virtualcell.models._se import SE
+from virtualcell.models._st import ST
+
+__all__ = ["SE", "ST", "Additive", "NoChange", "PerturbationMean"]

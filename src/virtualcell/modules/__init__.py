@@ -1,1 +1,17 @@
-"""TODO."""
+"""The networks and losses, in torch alone: they run on a machine that has nothing else of virtualcell's."""
+
+from virtualcell.modules._losses import energy_distance, mean_distance, set_loss, sinkhorn_divergence
+from virtualcell.modules._se import SEConfig, SENetwork
+from virtualcell.modules._st import STConfig, STNetwork, STOutput
+
+__all__ = [
+    "SEConfig",
+    "SENetwork",
+    "STConfig",
+    "STNetwork",
+    "STOutput",
+    "energy_distance",
+    "mean_distance",
+    "set_loss",
+    "sinkhorn_divergence",
+]

@@ -1,1 +1,21 @@
-"""TODO."""
+"""Prepare the data: gene embeddings, cell sentences, splits, knockdown efficiency."""
+
+from __future__ import annotations
+
+from virtualcell.pp._coexpression import expression_gene_embeddings
+from virtualcell.pp._esm import gene_embeddings
+from virtualcell.pp._genes import read_gene_embeddings
+from virtualcell.pp._knockdown import knockdown_efficiency
+from virtualcell.pp._sentences import cell_sentences
+from virtualcell.pp._split import apply_split, save_split, split
+
+__all__ = [
+    "apply_split",
+    "cell_sentences",
+    "expression_gene_embeddings",
+    "gene_embeddings",
+    "knockdown_efficiency",
+    "read_gene_embeddings",
+    "save_split",
+    "split",
+]

@@ -1,0 +1,103 @@
+"""Baselines that a model has to beat, with its interface: every one of them adds one shift to the control cells."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from anndata import AnnData
+from mudata import MuData
+from torch import Tensor, nn
+
+from virtualcell._errors import unknown_name
+from virtualcell.models._base import PerturbationModel
+from virtualcell.models._perturbations import parts
+
+
+class ShiftModel(PerturbationModel):
+    """Control cells plus a shift of the mean; expression below zero is cut.
+
+    Shifts are differences of mean log1p CP10k between perturbed and control cells, in each context by itself. Cells
+    marked `test` take no part.
+    """
+
+    def __init__(self, adata: AnnData | MuData | None = None, *, registry: dict | None = None) -> None:
+        super().__init__(adata, registry=registry)
+        self.module = nn.Module()  # the shift of each row's perturbation, (n_perturbations, n_genes)
+        self.module.register_buffer("shifts", torch.zeros(len(self.perturbations), len(self.genes)))
+        self.module.register_buffer("n_contexts", torch.zeros(len(self.perturbations)))
+        self._model_summary_string = f"{type(self).__name__} baseline, {len(self.genes)} genes."
+
+    def _arguments(self) -> dict:
+        return {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the shifts are."""
+        return self.module.shifts.device
+
+    def train(self) -> None:
+        """Average the shift of each perturbation over the contexts in which it was measured, each counting the same."""
+        data = self._data(None)
+        matrix, seen = self._expression(data), self._training_rows(data)
+        perturbation, contexts = self._labels(data, "perturbation"), self._labels(data, "context")
+        self.module.shifts.zero_()
+        self.module.n_contexts.zero_()
+        for c in np.unique(contexts[seen]):
+            here = seen & (contexts == c)
+            control = here & (perturbation == self.control)
+            if not control.any():
+                raise ValueError(f"context {c!r} has no control cells ({self.control!r}). Drop it or add controls.")
+            base = _mean(matrix, control)
+            for p in np.unique(perturbation[here & ~control]):
+                i = self.perturbations.index(p)
+                self.module.shifts[i] += _mean(matrix, here & (perturbation == p)) - base
+                self.module.n_contexts[i] += 1
+        self.module.shifts /= self.module.n_contexts.clamp_min(1).unsqueeze(1)
+        self.is_trained_ = True
+
+    def _shift(self, perturbation: str) -> Tensor:
+        raise NotImplementedError
+
+    def _known(self) -> list[str]:
+        return [p for p, n in zip(self.perturbations, self.module.n_contexts, strict=True) if n > 0]
+
+    def check_perturbation(self, perturbation: str) -> None:
+        """Raise a KeyError that names the closest ones if this baseline has no shift for a perturbation."""
+        self._shift(perturbation)
+
+    def _predict_cells(self, data: AnnData | MuData, rows: np.ndarray, perturbation: str, context: str) -> np.ndarray:
+        cells = self._expression(data)[rows].toarray()
+        return np.maximum(cells + self._shift(perturbation).cpu().numpy(), 0)
+
+
+class NoChange(ShiftModel):
+    """Predict the control cells themselves."""
+
+    def _shift(self, perturbation: str) -> Tensor:
+        return torch.zeros(len(self.genes))
+
+
+class PerturbationMean(ShiftModel):
+    """Add the mean shift over all perturbations of the training data, whatever the perturbation (0 for the control)."""
+
+    def _shift(self, perturbation: str) -> Tensor:
+        if perturbation == self.control:
+            return torch.zeros(len(self.genes))
+        return self.module.shifts[self.module.n_contexts > 0].mean(dim=0)
+
+
+class Additive(ShiftModel):
+    """Add the mean shift that this perturbation had in the training contexts; a new pair `A+B` gets A's plus B's."""
+
+    def _shift(self, perturbation: str) -> Tensor:
+        known = self._known()
+        total = torch.zeros(len(self.genes))
+        for part in parts(perturbation, self.control, known):
+            if part not in known:
+                raise unknown_name("perturbation", perturbation, known, "This baseline copies shifts it has seen.")
+            total = total + self.module.shifts[self.perturbations.index(part)]
+        return total
+
+
+def _mean(matrix, mask: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.asarray(matrix[np.flatnonzero(mask)].mean(axis=0), dtype=np.float32).ravel())

@@ -1,0 +1,104 @@
+"""Perturbation labels to vectors: learned one-hot, or features, which reach perturbations that were never measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from virtualcell._errors import unknown_name
+
+
+def parts(label: str, control: str, known: Iterable[str] = ()) -> list[str]:
+    """Split a combination "A+B" into ["A", "B"]; a label that is `known` as it stands is one part, the control none."""
+    if label == control:
+        return []
+    if label in known:
+        return [label]
+    return [p for p in label.split("+") if p != control]
+
+
+class PerturbationTable:
+    """Vectors of perturbations, (n_perturbations, n_dims); the control is the zero vector, `A+B` the sum of A and B.
+
+    Parameters
+    ----------
+    names, vectors
+        Row labels and rows.
+    control
+        Label of unperturbed cells.
+    seen
+        Labels met in training.
+    has_features
+        Whether rows are features (so that rows never met in training mean something) or one-hot.
+    """
+
+    def __init__(
+        self, names: Sequence[str], vectors: Tensor, *, control: str, seen: Sequence[str], has_features: bool
+    ) -> None:
+        self.names, self.vectors, self.control = list(names), vectors.float(), control
+        self.seen, self.has_features = list(seen), has_features
+        self._row = {name: i for i, name in enumerate(self.names)}
+
+    @classmethod
+    def one_hot(cls, labels: Iterable[str], control: str) -> PerturbationTable:
+        """Give every single perturbation that occurs in `labels` a vector of its own."""
+        labels = sorted(set(labels) - {control})
+        names = sorted({p for label in labels for p in parts(label, control)})
+        return cls(names, torch.eye(len(names)), control=control, seen=labels, has_features=False)
+
+    @classmethod
+    def from_features(cls, features: pd.DataFrame, labels: Iterable[str], control: str) -> PerturbationTable:
+        """Standardise the columns of `features` (perturbations x dims) and add one that counts perturbations.
+
+        Features differ in scale by orders of magnitude between sources; the count tells an average gene from none.
+        """
+        if not features.index.is_unique:
+            doubled = list(features.index[features.index.duplicated()][:3])
+            raise ValueError(f"perturbation_features has several rows for {doubled}; keep one of each.")
+        values = features.to_numpy(dtype=np.float64)
+        if not np.isfinite(values).all():
+            raise ValueError("perturbation_features holds NaN or infinite values; drop or fill those rows.")
+        spread = values.std(axis=0)
+        values = (values - values.mean(axis=0))[:, spread > 0] / spread[spread > 0]
+        values = np.concatenate([values / np.sqrt(max(values.shape[1], 1)), np.ones((len(values), 1))], axis=1)
+        labels = sorted(set(labels) - {control})
+        names = [str(n) for n in features.index]
+        table = cls(names, torch.from_numpy(values), control=control, seen=labels, has_features=True)
+        missing = sorted({p for label in labels for p in parts(label, control, table._row)} - set(names))
+        if missing:
+            raise ValueError(
+                f"perturbation_features has no row for {len(missing)} perturbations of the data: {missing[:10]}. Add "
+                "rows for them, drop their cells, or leave perturbation_features out to learn one-hot vectors."
+            )
+        return table
+
+    @property
+    def n_dims(self) -> int:
+        """Width of a vector."""
+        return self.vectors.shape[1]
+
+    def encode(self, labels: Sequence[str]) -> Tensor:
+        """Return the vectors of labels, (n, n_dims).
+
+        Raises
+        ------
+        KeyError
+            For a perturbation without a vector.
+        """
+        out = torch.zeros(len(labels), self.n_dims)
+        for i, label in enumerate(labels):
+            for part in parts(label, self.control, self._row):
+                if part not in self._row:
+                    remedy = (
+                        "It has no row in the feature table that this model was trained with."
+                        if self.has_features
+                        else "A one-hot model predicts only what it was trained on; to reach unseen perturbations "
+                        "train with perturbation_features= (for instance a table of gene embeddings)."
+                    )
+                    raise unknown_name("perturbation", label, self.names, remedy)
+                out[i] += self.vectors[self._row[part]]
+        return out

@@ -1,0 +1,424 @@
+"""SE on AnnData: training on cell sentences, embedding of any data set whose genes have embeddings."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from anndata import AnnData
+from mudata import MuData
+from scipy import sparse
+from scvi.data import AnnDataManager, fields
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from virtualcell._design import Scale, expression_modality, labels
+from virtualcell._errors import unknown_name
+from virtualcell.data._matrix import check_matches_scale, raw_matrix
+from virtualcell.data._sentence_batches import RowBatchSampler, SentenceDataset
+from virtualcell.models._base import SavedModel
+from virtualcell.modules import SEConfig, SENetwork
+from virtualcell.pp._genes import match_genes
+from virtualcell.train import run_training
+
+logger = logging.getLogger(__name__)
+
+SIZES = {
+    "small": {
+        "n_hidden": 64,
+        "n_layers": 2,
+        "n_heads": 4,
+        "n_feedforward": 128,
+        "n_output": 64,
+        "length": 128,
+        "n_targets": (64, 32, 64),
+    },
+    "medium": {
+        "n_hidden": 256,
+        "n_layers": 4,
+        "n_heads": 8,
+        "n_feedforward": 512,
+        "n_output": 256,
+        "length": 512,
+        "n_targets": (256, 128, 256),
+    },
+    # SE-600M
+    "large": {
+        "n_hidden": 2048,
+        "n_layers": 16,
+        "n_heads": 16,
+        "n_feedforward": 2048,
+        "n_output": 2048,
+        "length": 2047,
+        "n_targets": (512, 256, 512),
+    },
+}
+
+
+class SE(SavedModel):
+    """State Embedding model: a cell as a sentence of its top genes, embedded by a transformer (Adduri et al. 2025).
+
+    Parameters
+    ----------
+    adata
+        Data registered with :meth:`setup_anndata` or :meth:`setup_mudata`.
+    gene_embeddings
+        Genes x dims: from :func:`virtualcell.pp.gene_embeddings` (ESM-2), :func:`virtualcell.pp.read_gene_embeddings`
+        or :func:`virtualcell.pp.expression_gene_embeddings`. Genes of the data without a row take no part.
+    size
+        "small" (laptop), "medium", or "large" (SE-600M).
+    length
+        Genes in a sentence.
+    n_targets
+        Expressed, unexpressed and shared genes that each cell predicts in training.
+    network
+        Any other field of :class:`virtualcell.modules.SEConfig`.
+
+    Examples
+    --------
+    >>> vc.models.SE.setup_anndata(adata)
+    >>> se = vc.models.SE(adata, vc.pp.expression_gene_embeddings(adata))
+    >>> se.train(max_steps=1000)
+    >>> adata.obsm["X_state"] = se.get_latent_representation(adata)
+    """
+
+    @classmethod
+    def setup_anndata(
+        cls,
+        adata: AnnData,
+        *,
+        layer: str | None = None,
+        scale: Scale = "counts",
+        dataset_key: str | None = None,
+        gene_key: str | None = None,
+    ) -> None:
+        """Register the data.
+
+        Parameters
+        ----------
+        adata
+            Cells x genes.
+        layer
+            Layer with the expression; `X` where it is `None`.
+        scale
+            "counts" for raw counts, "log1p" for log(1 + counts per 10,000). Stated, never guessed.
+        dataset_key
+            Column of `obs` with the data set or donor of each cell, which the [DS] token learns to tell apart.
+        gene_key
+            Column of `var` with the names that `gene_embeddings` uses; `var_names` where it is `None`.
+        """
+        setup_method_args = cls._get_setup_method_args(**locals())
+        check_matches_scale(raw_matrix(adata, layer), scale, "X" if layer is None else f"layers[{layer!r}]")
+        if dataset_key is not None:
+            labels(adata, dataset_key, argument="dataset_key")
+        manager = AnnDataManager(
+            fields=[
+                fields.LayerField("X", layer, is_count_data=False),
+                fields.CategoricalObsField("dataset", dataset_key),
+            ],
+            setup_method_args=setup_method_args,
+        )
+        manager.register_fields(adata)
+        cls.register_manager(manager)
+
+    @classmethod
+    def setup_mudata(
+        cls,
+        mdata: MuData,
+        *,
+        modality: str = "rna",
+        layer: str | None = None,
+        scale: Scale = "counts",
+        dataset_key: str | None = None,
+        gene_key: str | None = None,
+    ) -> None:
+        """Register the expression modality of a MuData; see :meth:`setup_anndata`.
+
+        Parameters
+        ----------
+        mdata
+            MuData with the expression in `mdata.mod[modality]`.
+        modality
+            Name of that modality.
+        layer, scale, dataset_key, gene_key
+            As in :meth:`setup_anndata`; `dataset_key` is looked up in the modality's `obs`, then in the MuData's.
+        """
+        setup_method_args = cls._get_setup_method_args(**locals())
+        adata = expression_modality(mdata, modality)
+        check_matches_scale(raw_matrix(adata, layer), scale, "X" if layer is None else f"layers[{layer!r}]")
+        if dataset_key is not None:
+            labels(mdata, dataset_key, argument="dataset_key", modality=modality)
+        in_modality = dataset_key is None or dataset_key in adata.obs
+        manager = AnnDataManager(
+            fields=[
+                fields.MuDataLayerField("X", layer, mod_key=modality, mod_required=True, is_count_data=False),
+                fields.MuDataCategoricalObsField("dataset", dataset_key, mod_key=modality if in_modality else None),
+            ],
+            setup_method_args=setup_method_args,
+        )
+        manager.register_fields(mdata)
+        cls.register_manager(manager)
+
+    def __init__(
+        self,
+        adata: AnnData | MuData | None = None,
+        gene_embeddings: pd.DataFrame | None = None,
+        *,
+        size: Literal["small", "medium", "large"] = "small",
+        length: int | None = None,
+        n_targets: tuple[int, int, int] | None = None,
+        registry: dict | None = None,
+        **network: object,
+    ) -> None:
+        super().__init__(adata, registry)
+        if gene_embeddings is None:
+            raise ValueError("gene_embeddings must be given, for instance vc.pp.expression_gene_embeddings(adata).")
+        if size not in SIZES:
+            raise ValueError(f"size={size!r} is unknown; valid are {list(SIZES)}.")
+        self.setup = self.registry["setup_args"]
+        states = {k: v["state_registry"] for k, v in self.registry["field_registries"].items()}
+        self.datasets = (
+            [str(d) for d in states["dataset"]["categorical_mapping"]] if self.setup["dataset_key"] else ["all"]
+        )
+        self.gene_names = pd.Index([str(g) for g in gene_embeddings.index])
+        self.gene_embeddings = torch.from_numpy(gene_embeddings.to_numpy(dtype=np.float32))
+        if not torch.isfinite(self.gene_embeddings).all():
+            raise ValueError("gene_embeddings holds NaN or infinite values; drop or fill those rows.")
+        options = {**SIZES[size], **network}
+        self.length = length or options["length"]
+        self.n_targets = tuple(n_targets or options["n_targets"])
+        given = {"n_token": self.gene_embeddings.shape[1], "n_datasets": len(self.datasets)}
+        options = {k: v for k, v in options.items() if k not in ("length", "n_targets")}
+        known = {f.name for f in dataclasses.fields(SEConfig)}
+        if unknown := set(options) - known:
+            raise TypeError(f"SE has no option {sorted(unknown)}; valid are {sorted(known - set(given))}.")
+        self.config = SEConfig(**{**given, **options})
+        self.module = SENetwork(self.config)
+        n = sum(p.numel() for p in self.module.parameters())
+        self._model_summary_string = (
+            f"SE model: {len(self.gene_names)} genes x {self.config.n_token} dimensions, sentences of {self.length} "
+            f"genes, cell vectors of {self.config.n_output} + {self.config.n_dataset}, {n / 1e6:.1f} M parameters."
+        )
+
+    # -- saving -------------------------------------------------------------------------------------------------------
+
+    def _arguments(self) -> dict:
+        return {
+            "length": self.length,
+            "n_targets": self.n_targets,
+            "genes": list(self.gene_names),
+            "config": dataclasses.asdict(self.config),
+        }
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {**super()._tensors(), "gene_embeddings": self.gene_embeddings}
+
+    @classmethod
+    def _from_arguments(cls, arguments: dict, tensors: dict[str, Tensor], registry: dict) -> SE:
+        table = pd.DataFrame(tensors["gene_embeddings"].numpy(), index=arguments["genes"])
+        return cls(
+            gene_embeddings=table,
+            registry=registry,
+            length=arguments["length"],
+            n_targets=arguments["n_targets"],
+            **arguments["config"],
+        )
+
+    # -- data ---------------------------------------------------------------------------------------------------------
+
+    def _values(
+        self, data: AnnData | MuData, layer: str | None, scale: Scale, gene_key: str | None, modality: str
+    ) -> tuple[sparse.csr_matrix, np.ndarray]:
+        """log(1 + count), cells x genes, and the row of the gene table of each gene."""
+        adata = expression_modality(data, modality)
+        matrix = raw_matrix(adata, layer)
+        check_matches_scale(matrix, scale, "X" if layer is None else f"layers[{layer!r}]")
+        tokens = match_genes(adata, self.gene_names, gene_key=gene_key)
+        if scale == "counts":
+            matrix = sparse.csr_matrix((np.log1p(matrix.data), matrix.indices, matrix.indptr), shape=matrix.shape)
+        empty = np.asarray(matrix @ (tokens >= 0).astype(np.float32)) <= 0
+        if empty.any():
+            raise ValueError(
+                f"{int(empty.sum())} cells express no gene that has an embedding, among them "
+                f"{list(adata.obs_names[empty][:3])}. Drop them first."
+            )
+        return matrix, tokens
+
+    def _setup_values(self, data: AnnData | MuData) -> tuple[sparse.csr_matrix, np.ndarray]:
+        s = self.setup
+        return self._values(data, s["layer"], s["scale"], s["gene_key"], s.get("modality", "rna"))
+
+    # -- training -----------------------------------------------------------------------------------------------------
+
+    def train(
+        self,
+        max_epochs: int | None = None,
+        *,
+        max_steps: int | None = None,
+        lr: float = 1e-3,
+        weight_decay: float = 0.01,
+        batch_size: int = 32,
+        val_fraction: float = 0.1,
+        early_stopping: bool = False,
+        early_stopping_patience: int = 10,
+        accelerator: str = "auto",
+        devices: int | list[int] | str = "auto",
+        precision: str = "32-true",
+        seed: int = 0,
+        enable_progress_bar: bool = True,
+        **trainer_kwargs: object,
+    ) -> None:
+        """Train the cell vector to predict the expression of genes, drawn anew for every cell, from their embeddings.
+
+        Parameters
+        ----------
+        max_epochs, max_steps
+            Length, whichever ends first; 1,000 steps where neither is given.
+        lr, weight_decay
+            Of AdamW; the rate rises from a third over 3 % of the steps and falls along a cosine to 0.3 of it.
+        batch_size
+            Cells per step.
+        val_fraction
+            Share of the cells kept for validation.
+        early_stopping, early_stopping_patience, accelerator, devices, precision, seed
+            As in :meth:`virtualcell.models.ST.train`.
+        enable_progress_bar, trainer_kwargs
+            As in :meth:`virtualcell.models.ST.train`.
+        """
+        if self.adata is None:
+            raise ValueError("this model was loaded without data and cannot be trained on.")
+        matrix, tokens = self._setup_values(self.adata)
+        codes = self.adata_manager.get_from_registry("dataset").ravel()
+        modality = self.setup.get("modality", "rna")
+        by_name = np.argsort(expression_modality(self.adata, modality).obs_names.to_numpy(), kind="stable")
+        by_name = np.random.default_rng(seed).permutation(by_name)
+        n_val = int(val_fraction * len(by_name))
+
+        def loader(rows: np.ndarray, *, shuffle: bool) -> DataLoader:
+            cells = SentenceDataset(
+                matrix, tokens, self.length, n_targets=self.n_targets, dataset=codes, seed=seed + (not shuffle)
+            )
+            return DataLoader(
+                cells, sampler=RowBatchSampler(rows, batch_size, shuffle=shuffle, seed=seed), batch_size=None
+            )
+
+        run_training(
+            self,
+            self._loss,
+            loader(by_name[n_val:], shuffle=True),
+            loader(by_name[:n_val], shuffle=False) if n_val else None,
+            max_epochs=max_epochs,
+            max_steps=max_steps,
+            default_steps=1000,
+            lr=lr,
+            weight_decay=weight_decay,
+            gradient_clip=0.8,
+            plan_kwargs={"final_lr": 0.3},
+            early_stopping=early_stopping,
+            early_stopping_patience=early_stopping_patience,
+            accelerator=accelerator,
+            devices=devices,
+            precision=precision,
+            seed=seed,
+            enable_progress_bar=enable_progress_bar,
+            **trainer_kwargs,
+        )
+
+    def _loss(self, network: SENetwork, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return se_loss(network, self.gene_embeddings.to(batch["tokens"].device), batch)
+
+    # -- results ------------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def get_latent_representation(
+        self,
+        adata: AnnData | MuData | None = None,
+        *,
+        layer: str | None = None,
+        scale: Scale | None = None,
+        gene_key: str | None = None,
+        modality: str = "rna",
+        batch_size: int = 256,
+    ) -> np.ndarray:
+        """Embed cells of any data set: cell and dataset embedding side by side, (n_cells, n_output + n_dataset).
+
+        Parameters
+        ----------
+        adata
+            Cells of any data set, whose genes are matched by name; the training data where it is `None`.
+        layer, gene_key, modality
+            Where expression and gene names are in `adata`: a layer or `X`, a column of `var` or `var_names`.
+        scale
+            Of `adata`, "counts" or "log1p"; that of the training data where it is `None`.
+        batch_size
+            Cells at a time.
+        """
+        self._check_if_trained(warn=False)
+        data = self.adata if adata is None else adata
+        if data is None:
+            raise ValueError("adata=None, but this model was loaded without data: give the cells to embed.")
+        if adata is None:
+            matrix, tokens = self._setup_values(data)
+        else:
+            matrix, tokens = self._values(data, layer, scale or self.setup["scale"], gene_key, modality)
+        self.module.eval()
+        genes = self.module.encode_genes(self.gene_embeddings.to(self.device))
+        cells = SentenceDataset(matrix, tokens, self.length)
+        out = []
+        for rows in RowBatchSampler(np.arange(matrix.shape[0]), batch_size, shuffle=False):
+            batch = cells[rows]
+            embedded = self.module(genes, batch["tokens"].to(self.device), batch["expression"].to(self.device))
+            out.append(torch.cat([embedded.cell, embedded.dataset], dim=1).float().cpu())
+        return torch.cat(out).numpy()
+
+    @torch.inference_mode()
+    def decode(self, embedding: np.ndarray, genes: Sequence[str], *, read_depth: float = 4.0) -> pd.DataFrame:
+        """Predict log(1 + count) of genes from cell vectors.
+
+        Parameters
+        ----------
+        embedding
+            From :meth:`get_latent_representation`, (n_cells, n_output + n_dataset).
+        genes
+            Any genes of the gene table.
+        read_depth
+            Mean of the non-zero log counts to assume for the cell; 4.0 is the constant of the paper's code.
+
+        Raises
+        ------
+        KeyError
+            For a gene without an embedding.
+        """
+        rows = self.gene_names.get_indexer(pd.Index(genes))
+        if (rows < 0).any():
+            raise unknown_name("genes", list(genes)[int(np.argmax(rows < 0))], self.gene_names, "It has no embedding.")
+        self.module.eval()
+        x = torch.as_tensor(np.asarray(embedding, dtype=np.float32)).to(self.device)
+        cell, dataset = x.split([self.config.n_output, self.config.n_dataset], dim=1)
+        depth = torch.full((len(x),), read_depth, device=self.device)
+        out = self.module.decode(self.gene_embeddings[rows].to(self.device), cell, dataset, depth)
+        return pd.DataFrame(out.float().cpu().numpy(), columns=list(genes))
+
+
+def se_loss(network: SENetwork, gene_embeddings: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Distance of predicted to true targets per cell and, over the shared genes, per gene; dataset cross-entropy."""
+    out = network(network.encode_genes(gene_embeddings), batch["tokens"], batch["expression"])
+    targets = batch["targets"]
+    depth = targets.sum(dim=1) / (targets > 0).sum(dim=1).clamp_min(1)
+    codes = network.encoder(gene_embeddings)[batch["target_tokens"]]  # (B, T, d); the table is encoded once
+    error = (network.decode_codes(codes, out.cell, out.dataset, depth) - targets).float()
+    shared = error[:, error.shape[1] - int(batch["n_shared"]) :]
+    losses = {
+        "loss_cell": torch.linalg.vector_norm(error, dim=1).mean(),
+        "loss_gene": torch.linalg.vector_norm(shared, dim=0).mean(),
+    }
+    losses["loss"] = losses["loss_cell"] + losses["loss_gene"]
+    if network.config.n_datasets > 1:
+        losses["loss_dataset"] = torch.nn.functional.cross_entropy(out.dataset_logits, batch["dataset"])
+        losses["loss"] = losses["loss"] + losses["loss_dataset"]
+    return losses

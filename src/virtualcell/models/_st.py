@@ -1,0 +1,383 @@
+"""ST on AnnData: training on matched sets of cells, prediction from control cells."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from anndata import AnnData
+from mudata import MuData
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from virtualcell._design import expression_modality
+from virtualcell.data._cell_sets import CellSetDataset, CellSetSampler, Rows, cell_groups
+from virtualcell.models._base import PerturbationModel
+from virtualcell.models._perturbations import PerturbationTable
+from virtualcell.models._se import SE
+from virtualcell.modules import STConfig, STNetwork, set_loss
+from virtualcell.train import run_training
+
+logger = logging.getLogger(__name__)
+
+_SETS_AT_ONCE = 16  # in a forward pass without gradients
+
+SIZES = {
+    "small": {"n_hidden": 128, "n_layers": 2, "n_heads": 4, "head_dim": 32, "n_feedforward": 256, "set_size": 32},
+    "medium": {"n_hidden": 256, "n_layers": 4, "n_heads": 8, "head_dim": 32, "n_feedforward": 768, "set_size": 64},
+    # ST-HVG-Replogle of the paper
+    "large": {
+        "n_hidden": 328,
+        "n_layers": 8,
+        "n_heads": 12,
+        "head_dim": 64,
+        "n_feedforward": 3072,
+        "set_size": 64,
+        "n_encoder_layers": 4,
+        "n_decoder_layers": 4,
+    },
+}
+
+
+class ST(PerturbationModel):
+    """State Transition model: what a perturbation does to a set of cells (Adduri et al. 2025).
+
+    Parameters
+    ----------
+    adata
+        Data registered with :meth:`setup_anndata` or :meth:`setup_mudata`.
+    perturbation_features
+        One row of features per perturbation (gene embeddings, drug fingerprints): perturbations that were never
+        measured can then be predicted. Without it every perturbation learns a vector of its own.
+    size
+        "small" (laptop), "medium", or "large" (the paper's size for genetic screens).
+    set_size
+        Cells in a set; by default that of `size`.
+    residual
+        "expression" (default): predicted = ReLU(control + learned shift), the shift starting at zero. "hidden": the
+        published form. See :class:`virtualcell.modules.STConfig`.
+    network
+        Any other field of :class:`virtualcell.modules.STConfig`.
+
+    Examples
+    --------
+    >>> vc.models.ST.setup_anndata(adata, perturbation_key="target_gene", control="non-targeting", layer="lognorm")
+    >>> st = vc.models.ST(adata)
+    >>> st.train(max_steps=600)
+    >>> cells = st.predict(adata, "STAT1")
+    """
+
+    def __init__(
+        self,
+        adata: AnnData | MuData | None = None,
+        perturbation_features: pd.DataFrame | None = None,
+        *,
+        size: Literal["small", "medium", "large"] = "small",
+        set_size: int | None = None,
+        residual: Literal["expression", "hidden", "all", "none"] = "expression",
+        registry: dict | None = None,
+        **network: object,
+    ) -> None:
+        super().__init__(adata, registry=registry)
+        if size not in SIZES:
+            raise ValueError(f"size={size!r} is unknown; valid are {list(SIZES)}.")
+        if adata is not None:
+            data = self._data(None)
+            seen = set(self._labels(data, "perturbation")[self._training_rows(data)])
+            if perturbation_features is None:
+                self.table = PerturbationTable.one_hot(seen, self.control)
+            else:
+                self.table = PerturbationTable.from_features(perturbation_features, seen, self.control)
+            if not self.table.n_dims:
+                raise ValueError(f"the training cells hold no perturbation, only {self.control!r}.")
+        else:
+            self.table = network.pop("table")
+        options = {**SIZES[size], **network}
+        self.set_size = set_size or options["set_size"]
+        options.pop("set_size")
+        n_genes = len(self.genes)
+        n_space = n_genes if self.setup["use_rep"] is None else self._n_rep()
+        given = {
+            "n_input": n_space,
+            "n_output": n_space,
+            "n_perturbation": self.table.n_dims,
+            "residual": residual,
+            "relu": self.setup["use_rep"] is None,
+            "n_batches": len(self.batches),
+            "n_genes": 0 if self.setup["use_rep"] is None else n_genes,
+        }
+        known = {f.name for f in dataclasses.fields(STConfig)}
+        if unknown := set(options) - known:
+            raise TypeError(f"ST has no option {sorted(unknown)}; valid are {sorted(known - set(given))}.")
+        if "decoder_hidden" in options:  # a list after JSON
+            options["decoder_hidden"] = tuple(options["decoder_hidden"])
+        self.config = STConfig(**{**given, **options})
+        self.module = STNetwork(self.config)
+        n = sum(p.numel() for p in self.module.parameters())
+        space = "genes" if self.setup["use_rep"] is None else f"obsm[{self.setup['use_rep']!r}]"
+        self.se: SE | None = None  # what made the embeddings, where fit_state did
+        self._model_summary_string = (
+            f"ST model: {len(self.table.seen)} perturbations ({'features' if self.table.has_features else 'one-hot'}), "
+            f"{max(len(self.contexts), 1)} contexts, {n_space} dimensions of {space}, sets of {self.set_size} cells, "
+            f"residual={residual!r}, {n / 1e6:.1f} M parameters."
+        )
+
+    # -- saving -------------------------------------------------------------------------------------------------------
+
+    def _arguments(self) -> dict:
+        config = dataclasses.asdict(self.config)
+        table = {"names": self.table.names, "seen": self.table.seen, "has_features": self.table.has_features}
+        return {"set_size": self.set_size, "config": config, "table": table}
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {**super()._tensors(), "perturbations": self.table.vectors}
+
+    def save(self, dir_path: str | os.PathLike, *, overwrite: bool = False) -> None:
+        """Write the model into a folder, and its SE, where it has one, into the folder `se` in it.
+
+        Parameters
+        ----------
+        dir_path
+            The folder, made where it is missing.
+        overwrite
+            Replace a model that is there.
+
+        Raises
+        ------
+        FileExistsError
+            If the folder holds a model and `overwrite` is not set.
+        """
+        super().save(dir_path, overwrite=overwrite)
+        if self.se is not None:
+            self.se.save(Path(dir_path) / "se", overwrite=overwrite)
+
+    @classmethod
+    def load(
+        cls,
+        dir_path: str | os.PathLike,
+        adata: AnnData | MuData | None = None,
+        *,
+        accelerator: str = "auto",
+        device: int | str = "auto",
+    ) -> ST:
+        """Read a model that :meth:`save` wrote, with its SE; the data is not needed, and nothing is unpickled.
+
+        Parameters
+        ----------
+        dir_path
+            The folder.
+        adata
+            Data to predict on where a method is given none; `None` leaves the model without data.
+        accelerator, device
+            Where to put the networks, as in scvi-tools.
+        """
+        model = super().load(dir_path, adata, accelerator=accelerator, device=device)
+        if (Path(dir_path) / "se" / "model.json").exists():
+            model.se = SE.load(Path(dir_path) / "se", accelerator=accelerator, device=device)
+        return model
+
+    @classmethod
+    def _from_arguments(cls, arguments: dict, tensors: dict[str, Tensor], registry: dict) -> ST:
+        table = PerturbationTable(
+            vectors=tensors["perturbations"], control=registry["setup_args"]["control"], **arguments["table"]
+        )
+        return cls(registry=registry, set_size=arguments["set_size"], table=table, **arguments["config"])
+
+    # -- data ---------------------------------------------------------------------------------------------------------
+
+    def _n_rep(self) -> int:
+        return int(self.registry["field_registries"]["rep"]["summary_stats"]["n_rep"])
+
+    def _cells(self, data: AnnData | MuData) -> np.ndarray:
+        """Return what goes into the network: expression of the model's genes, or cell embeddings."""
+        if self.setup["use_rep"] is None:
+            return self._expression(data)
+        rep = np.asarray(expression_modality(data, self._modality).obsm[self.setup["use_rep"]], dtype=np.float32)
+        if rep.shape[1] != self.config.n_input:
+            raise ValueError(
+                f"obsm[{self.setup['use_rep']!r}] has {rep.shape[1]} columns, this model {self.config.n_input}: it was "
+                "made by another SE model."
+            )
+        return rep
+
+    def _loader(self, data, target: np.ndarray, *, fixed: bool, **sampler: object) -> DataLoader:
+        genes = None if self.setup["use_rep"] is None else Rows(self._expression(data))
+        groups = cell_groups(
+            self._labels(data, "perturbation"),
+            self._labels(data, "context"),
+            control=self.control,
+            order=expression_modality(data, self._modality).obs_names.to_numpy(),
+            batch=self._batch_codes(data),
+            target=target,
+            source=self._training_rows(data),
+        )
+        sets = CellSetSampler(groups, set_size=self.set_size, fixed=fixed, **sampler)
+        return DataLoader(
+            CellSetDataset(Rows(self._cells(data)), self.table.encode, genes), sampler=sets, batch_size=None
+        )
+
+    def _validation_cells(self, data, fraction: float, seed: int) -> np.ndarray:
+        """Mask: the split's "val", or a share of the cells of each perturbation and context drawn by name."""
+        if self.setup["split_key"] is not None:
+            return self._labels(data, "split") == "val"
+        names = expression_modality(data, self._modality).obs_names.to_numpy()
+        group = pd.Series(self._labels(data, "perturbation")) + "\0" + pd.Series(self._labels(data, "context"))
+        rng = np.random.default_rng(seed)
+        mask = np.zeros(len(names), bool)
+        order = np.argsort(names, kind="stable")
+        for _, rows in pd.Series(order).groupby(group.to_numpy()[order]):
+            mask[rng.permutation(rows.to_numpy())[: int(fraction * len(rows))]] = True
+        return mask
+
+    # -- training -----------------------------------------------------------------------------------------------------
+
+    def train(
+        self,
+        max_epochs: int | None = None,
+        *,
+        max_steps: int | None = None,
+        lr: float = 1e-3,
+        weight_decay: float = 0.01,
+        batch_size: int = 8,
+        loss: Literal["energy", "sinkhorn", "energy+sinkhorn"] = "energy",
+        mean_weight: float = 1.0,
+        val_fraction: float = 0.1,
+        early_stopping: bool = False,
+        early_stopping_patience: int = 10,
+        accelerator: str = "auto",
+        devices: int | list[int] | str = "auto",
+        precision: str = "32-true",
+        seed: int = 0,
+        enable_progress_bar: bool = True,
+        **trainer_kwargs: object,
+    ) -> None:
+        """Train on sets of control cells and perturbed cells of the same context.
+
+        Parameters
+        ----------
+        max_epochs, max_steps
+            Length, whichever ends first; 600 steps where neither is given. An epoch shows every training cell about
+            once, or 50 steps where that is less.
+        lr, weight_decay
+            Of AdamW; the rate warms up over 3 % of the steps and then falls along a cosine.
+        batch_size
+            Sets of cells per step.
+        loss
+            Distance between predicted and observed set: energy distance (published default), Sinkhorn divergence, or
+            the former plus 0.01 of the latter.
+        mean_weight
+            Weight of the distance between the means of the two sets, which the published loss leaves out.
+        val_fraction
+            Share of cells of each group kept for validation, where the data has no split of its own.
+        early_stopping, early_stopping_patience
+            Stop when `validation_loss` has not fallen for so many epochs.
+        accelerator, devices, precision
+            As in Lightning ("auto", "cpu", "gpu"; "bf16-mixed").
+        seed
+            Of weights drawn in training (dropout) and of the sets. The first weights come from `torch.manual_seed` at
+            construction.
+        enable_progress_bar
+            Show the progress bar of scvi-tools.
+        trainer_kwargs
+            Anything else for :class:`scvi.train.Trainer`.
+        """
+        data = self._data(None)
+        validation = self._validation_cells(data, val_fraction, seed) & self._training_rows(data)
+        sampler = {"sets_per_batch": batch_size, "seed": seed}
+        train = self._loader(data, self._training_rows(data) & ~validation, fixed=False, min_batches=50, **sampler)
+        held = self._loader(data, validation, fixed=True, **sampler) if validation.any() else None
+        options = {"kind": loss, "mean_weight": mean_weight}
+        run_training(
+            self,
+            partial(st_loss, **options),
+            train,
+            held,
+            max_epochs=max_epochs,
+            max_steps=max_steps,
+            default_steps=600,
+            lr=lr,
+            weight_decay=weight_decay,
+            gradient_clip=10.0,
+            early_stopping=early_stopping,
+            early_stopping_patience=early_stopping_patience,
+            accelerator=accelerator,
+            devices=devices,
+            precision=precision,
+            seed=seed,
+            enable_progress_bar=enable_progress_bar,
+            **trainer_kwargs,
+        )
+
+    # -- prediction ---------------------------------------------------------------------------------------------------
+
+    @property
+    def _n_seen_together(self) -> int:
+        return self.set_size
+
+    def check_perturbation(self, perturbation: str) -> None:
+        """Raise a KeyError that names the closest ones if a perturbation has no vector in this model."""
+        self.table.encode([perturbation])
+
+    @torch.inference_mode()
+    def predict_sets(
+        self, cells: np.ndarray, perturbation: str, batch: np.ndarray | None = None
+    ) -> dict[str, np.ndarray]:
+        """Run the network over control cells in the order given, `set_size` at a time.
+
+        Parameters
+        ----------
+        cells
+            Control cells, (n, n_input).
+        perturbation
+            Its name.
+        batch
+            Batch code of each cell, (n,), for a model with batches.
+
+        Returns
+        -------
+        "cells" (n, n_output), and "genes" (n, n_genes) for a model in embedding space.
+        """
+        self.module.eval()
+        n, s = len(cells), min(self.set_size, len(cells))
+        # every set is full: the last one reaches back, and only its new cells are kept
+        starts = [min(i, n - s) for i in range(0, n, s)]
+        vector = self.table.encode([perturbation]).to(self.device)
+        out: dict[str, list[np.ndarray]] = {"cells": [], "genes": []}
+        for at in range(0, len(starts), _SETS_AT_ONCE):
+            rows = np.stack([np.arange(i, i + s) for i in starts[at : at + _SETS_AT_ONCE]])
+            control = torch.from_numpy(cells[rows]).to(self.device)
+            codes = None if batch is None else torch.from_numpy(batch[rows]).to(self.device)
+            predicted = self.module(control, vector.expand(len(rows), -1), codes)
+            for name in [k for k in out if getattr(predicted, k) is not None]:
+                out[name].append(getattr(predicted, name).float().cpu().flatten(0, 1).numpy())
+        kept = np.arange(len(starts) * s)
+        kept = np.concatenate([kept[: (len(starts) - 1) * s], kept[len(starts) * s - (n - (len(starts) - 1) * s) :]])
+        return {k: np.concatenate(v)[kept] for k, v in out.items() if v}
+
+    def _predict_cells(self, data: AnnData | MuData, rows: np.ndarray, perturbation: str, context: str) -> np.ndarray:
+        cells = self._cells(data)[rows]
+        cells = cells if isinstance(cells, np.ndarray) else cells.toarray()
+        batch = self._batch_codes(data)
+        predicted = self.predict_sets(cells, perturbation, None if batch is None else batch[rows])
+        return predicted["genes" if self.config.n_genes else "cells"]
+
+
+def st_loss(network: STNetwork, batch: dict[str, Tensor], *, kind: str, mean_weight: float) -> dict[str, Tensor]:
+    """Mean set loss, plus that of the decoded genes (weight 1) and that of the confidence token where there are any."""
+    out = network(batch["control"], batch["perturbation"], batch["batch"])
+    per_set = set_loss(out.cells, batch["perturbed"], kind=kind, mean_weight=mean_weight)
+    losses = {"loss": per_set.mean()}
+    if out.genes is not None:
+        losses["loss_genes"] = set_loss(out.genes, batch["genes"], kind=kind, mean_weight=mean_weight).mean()
+        losses["loss"] = losses["loss"] + losses["loss_genes"]
+    if out.confidence is not None:
+        losses["loss_confidence"] = torch.nn.functional.mse_loss(out.confidence, 10 * per_set.detach())
+        losses["loss"] = losses["loss"] + losses["loss_confidence"]
+    return losses

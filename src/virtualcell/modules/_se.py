@@ -1,0 +1,122 @@
+"""SE, the State Embedding network: a cell sentence in, a cell vector out; and any gene's expression back from it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from virtualcell.modules._transformer import PostNormEncoder, SkipBlock
+
+N_BINS = 10
+
+
+@dataclass(frozen=True)
+class SEConfig:
+    """Sizes of :class:`SENetwork`.
+
+    Parameters
+    ----------
+    n_token
+        Width of a gene's embedding (5,120 for ESM-2 15B).
+    n_hidden, n_layers, n_heads, n_feedforward, dropout
+        The transformer.
+    n_output
+        Width of the cell embedding.
+    n_dataset
+        Width of the dataset embedding.
+    n_datasets
+        Classes of the dataset classifier that trains it.
+    """
+
+    n_token: int
+    n_hidden: int = 128
+    n_layers: int = 2
+    n_heads: int = 4
+    n_feedforward: int = 256
+    n_output: int = 128
+    n_dataset: int = 10
+    n_datasets: int = 1
+    dropout: float = 0.1
+
+
+class SEOutput(NamedTuple):
+    """Cell embedding (B, n_output), of length 1; dataset embedding (B, n_dataset); dataset logits (B, n_datasets)."""
+
+    cell: Tensor
+    dataset: Tensor
+    dataset_logits: Tensor
+
+
+class SENetwork(nn.Module):
+    """Transformer over [CLS], genes by falling expression, [DS]; there is no order but what the expression says."""
+
+    def __init__(self, config: SEConfig) -> None:
+        super().__init__()
+        self.config = c = config
+        d = c.n_hidden
+        self.cls_token = nn.Parameter(torch.randn(1, c.n_token))
+        self.dataset_token = nn.Parameter(torch.randn(1, c.n_token))
+        self.encoder = nn.Sequential(nn.Linear(c.n_token, d), nn.LayerNorm(d), nn.SiLU())
+        self.count_encoder = nn.Sequential(nn.Linear(1, 512), nn.LeakyReLU(0.01), nn.Linear(512, N_BINS))
+        self.bin_encoder = nn.Embedding(N_BINS, d)
+        self.transformer_encoder = PostNormEncoder(c.n_layers, d, c.n_heads, c.n_feedforward, c.dropout)
+        self.decoder = nn.Sequential(SkipBlock(d), nn.Linear(d, c.n_output))
+        self.dataset_embedder = nn.Linear(c.n_output, c.n_dataset)
+        self.dataset_encoder = nn.Sequential(
+            nn.Linear(c.n_output, d), nn.SiLU(), nn.LayerNorm(d), nn.Dropout(0.1), nn.Linear(d, c.n_datasets)
+        )
+        n = d + c.n_output + 1 + c.n_dataset
+        self.binary_decoder = nn.Sequential(SkipBlock(n), SkipBlock(n), nn.Linear(n, 1))
+
+    def encode_genes(self, gene_embeddings: Tensor) -> Tensor:
+        """Token encoding of the whole gene table (G, n_token) -> (G, d), once, instead of at every place it occurs."""
+        return self.encoder(F.normalize(gene_embeddings, dim=-1)) * math.sqrt(self.config.n_hidden)
+
+    def encode_expression(self, expression: Tensor) -> Tensor:
+        """Soft binning (...) -> (..., d): softmax over 10 bins of an MLP of the value, weighting 10 learned vectors."""
+        weights = self.count_encoder(expression.unsqueeze(-1)).softmax(dim=-1)
+        return weights @ self.bin_encoder.weight
+
+    def forward(
+        self, genes: Tensor, tokens: Tensor, expression: Tensor, cls_expression: Tensor | None = None
+    ) -> SEOutput:
+        """Embed cells.
+
+        `genes` (G, d) from :meth:`encode_genes`; `tokens` (B, L), rows of `genes` or -1 for padding; `expression`
+        (B, L), the value c of each place in percent of the cell; `cls_expression` (B,), what the [CLS] place carries (0).
+        """
+        n = len(tokens)
+        special = self.encoder(torch.cat([self.cls_token, self.dataset_token])) * math.sqrt(self.config.n_hidden)
+        if cls_expression is None:
+            cls_expression = expression.new_zeros(n)
+        cls = special[0] + self.encode_expression(cls_expression)  # (B, d)
+        places = genes[tokens.clamp_min(0)] + self.encode_expression(expression)  # (B, L, d)
+        x = torch.cat([cls.unsqueeze(1), places, special[1].expand(n, 1, -1)], dim=1)  # (B, 1 + L + 1, d)
+        mask = None
+        if (tokens < 0).any():
+            mask = F.pad(tokens >= 0, (1, 1), value=True)
+        x = self.transformer_encoder(x, mask)
+        out = self.decoder(x[:, [0, -1]])  # only the places of [CLS] and [DS] are read
+        return SEOutput(
+            F.normalize(out[:, 0], dim=-1), self.dataset_embedder(out[:, 1]), self.dataset_encoder(out[:, 1])
+        )
+
+    def decode(self, gene_embeddings: Tensor, cell: Tensor, dataset: Tensor, read_depth: Tensor) -> Tensor:
+        """Predict log1p counts (B, T) of genes given by their embedding, (T, n_token) or (B, T, n_token).
+
+        `read_depth` (B,) is the mean of the cell's non-zero targets in training, 4.0 otherwise.
+        """
+        codes = self.encoder(gene_embeddings)  # neither normalised nor scaled here
+        return self.decode_codes(codes, cell, dataset, read_depth)
+
+    def decode_codes(self, codes: Tensor, cell: Tensor, dataset: Tensor, read_depth: Tensor) -> Tensor:
+        """As :meth:`decode`, from gene codes (T, d) or (B, T, d) that went through the encoder already."""
+        n_genes = codes.shape[-2]
+        per_cell = torch.cat([cell, read_depth.unsqueeze(-1), dataset], dim=-1).unsqueeze(1).expand(-1, n_genes, -1)
+        x = torch.cat([codes.expand(len(cell), -1, -1), per_cell], dim=-1)
+        return self.binary_decoder(x).squeeze(-1)

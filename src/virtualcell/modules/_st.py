@@ -1,0 +1,188 @@
+"""ST, the State Transition network: a set of control cells and a perturbation in, the set of perturbed cells out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from virtualcell.modules._transformer import Llama, mlp
+
+Residual = Literal["expression", "hidden", "all", "none"]
+
+
+@dataclass(frozen=True)
+class STConfig:
+    """Sizes and arithmetic of :class:`STNetwork`.
+
+    Parameters
+    ----------
+    n_input, n_output
+        Columns of the control matrix and of the prediction: genes, or dimensions of the cell embedding.
+    n_perturbation
+        Width of a perturbation's vector (one-hot or features).
+    n_hidden, n_layers, n_heads, head_dim, n_feedforward
+        The Llama backbone. `head_dim` need not be `n_hidden / n_heads`.
+    n_encoder_layers, n_decoder_layers, dropout
+        The MLPs before and behind it.
+    residual
+        Where the control cells come in again, with b = backbone output and c = control encoding:
+        "expression": control + W(b), last layer of W starting at zero (our default: the untrained model predicts no
+        change); "hidden": W(b + c), as published; "all": U(W(b) + control) with a bottleneck U, as published for
+        all genes; "none": W(b).
+    relu
+        Expression is not negative: apply ReLU to the prediction.
+    control_projection
+        Encode control cells by one Linear layer (False) or by an MLP (True).
+    n_batches, batch_token, confidence_token
+        Embedding of the experiment's batch; learned tokens in front of and behind the set.
+    n_genes, decoder_hidden, decoder_residual, decoder_dropout
+        Gene decoder of a model in embedding space; none where `n_genes` is 0.
+    """
+
+    n_input: int
+    n_output: int
+    n_perturbation: int
+    n_hidden: int = 128
+    n_layers: int = 2
+    n_heads: int = 4
+    head_dim: int = 32
+    n_feedforward: int = 256
+    n_encoder_layers: int = 2
+    n_decoder_layers: int = 2
+    dropout: float = 0.1
+    residual: Residual = "expression"
+    relu: bool = True
+    control_projection: bool = True
+    n_batches: int = 0
+    batch_token: bool = False
+    confidence_token: bool = False
+    n_genes: int = 0
+    decoder_hidden: tuple[int, ...] = (512,)
+    decoder_residual: bool = False
+    decoder_dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.residual not in ("expression", "hidden", "all", "none"):
+            raise ValueError(f"residual={self.residual!r} is unknown; valid are 'expression', 'hidden', 'all', 'none'.")
+        if self.residual in ("expression", "all") and self.n_input != self.n_output:
+            raise ValueError(
+                f"residual={self.residual!r} adds the control cells to the prediction and needs n_input == n_output, "
+                f"got {self.n_input} and {self.n_output}. Use residual='hidden'."
+            )
+
+
+class STOutput(NamedTuple):
+    """Predicted cells (B, S, n_output); genes (B, S, n_genes) and confidence (B,), the predicted loss, where asked."""
+
+    cells: Tensor
+    genes: Tensor | None
+    confidence: Tensor | None
+
+
+class ConfidenceToken(nn.Module):
+    """A learned token behind the set whose output predicts the set's loss (times 10)."""
+
+    def __init__(self, n_hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.confidence_token = nn.Parameter(torch.randn(1, 1, n_hidden) * 0.02)
+        half, quarter = n_hidden // 2, n_hidden // 4
+        self.confidence_projection = nn.Sequential(
+            *(nn.Linear(n_hidden, half), nn.LayerNorm(half), nn.GELU(), nn.Dropout(dropout)),
+            *(nn.Linear(half, quarter), nn.LayerNorm(quarter), nn.GELU(), nn.Dropout(dropout)),
+            *(nn.Linear(quarter, 1), nn.ReLU()),
+        )
+
+    def forward(self, token: Tensor) -> Tensor:  # (B, H) -> (B,)
+        return self.confidence_projection(token).squeeze(-1)
+
+
+class GeneDecoder(nn.Module):
+    """Embedding to genes: Linear, LN, GELU, Dropout for each hidden width, then Linear, ReLU."""
+
+    def __init__(self, n_in: int, n_genes: int, hidden: tuple[int, ...], residual: bool, dropout: float) -> None:
+        super().__init__()
+        widths = [n_in, *hidden]
+        blocks = [[nn.Linear(a, b), nn.LayerNorm(b), nn.GELU(), nn.Dropout(dropout)] for a, b in pairwise(widths)]
+        last = [nn.Linear(widths[-1], n_genes), nn.ReLU()]
+        self.residual = residual
+        if residual:  # blocks 1, 3, 5, ... add the output of the block before them
+            self.blocks = nn.ModuleList(nn.Sequential(*block) for block in blocks)
+            self.final_layer = nn.Sequential(*last)
+        else:
+            self.decoder = nn.Sequential(*[layer for block in blocks for layer in block], *last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.residual:
+            return self.decoder(x)
+        for i, block in enumerate(self.blocks):
+            x = block(x) + x if i % 2 else block(x)
+        return self.final_layer(x)
+
+
+class STNetwork(nn.Module):
+    """X_perturbed = ReLU(control + W(Llama(control encoding + perturbation encoding [+ batch]))) for a set of cells."""
+
+    def __init__(self, config: STConfig) -> None:
+        super().__init__()
+        self.config = c = config
+        h = c.n_hidden
+        self.pert_encoder = mlp(c.n_perturbation, h, h, c.n_encoder_layers, c.dropout)
+        self.basal_encoder = (
+            mlp(c.n_input, h, h, c.n_encoder_layers, c.dropout) if c.control_projection else nn.Linear(c.n_input, h)
+        )
+        self.transformer_backbone = Llama(c.n_layers, h, c.n_heads, c.head_dim, c.n_feedforward)
+        self.project_out = mlp(h, h, c.n_output, c.n_decoder_layers, c.dropout)
+        if c.n_batches:
+            self.batch_encoder = nn.Embedding(c.n_batches, h)
+        if c.batch_token:
+            self.batch_token = nn.Parameter(torch.randn(1, 1, h) * 0.02)
+        if c.confidence_token:
+            self.confidence_token = ConfidenceToken(h, c.dropout)
+        if c.residual == "all":
+            narrow = c.n_output // 8
+            self.final_down_then_up = nn.Sequential(
+                nn.Linear(c.n_output, narrow), nn.GELU(), nn.Linear(narrow, c.n_output)
+            )
+        if c.n_genes:
+            self.gene_decoder = GeneDecoder(
+                c.n_output, c.n_genes, c.decoder_hidden, c.decoder_residual, c.decoder_dropout
+            )
+        if c.residual == "expression":
+            nn.init.zeros_(self.project_out[-1].weight)
+            nn.init.zeros_(self.project_out[-1].bias)
+
+    def forward(self, control: Tensor, perturbation: Tensor, batch: Tensor | None = None) -> STOutput:
+        """Predict from controls (B, S, n_input), perturbations (B, n_perturbation) and batch codes (B,) or (B, S)."""
+        c = self.config
+        control_code = self.basal_encoder(control)  # (B, S, H)
+        x = control_code + self.pert_encoder(perturbation).unsqueeze(1)
+        if c.n_batches:
+            if batch is None:
+                raise ValueError("batch=None, but this network was built with batches: give their codes.")
+            x = x + self.batch_encoder(batch if batch.ndim == 2 else batch.unsqueeze(1))
+        n_front = int(c.batch_token)
+        if c.batch_token:
+            x = torch.cat([self.batch_token.expand(len(x), -1, -1), x], dim=1)
+        if c.confidence_token:
+            x = torch.cat([x, self.confidence_token.confidence_token.expand(len(x), -1, -1)], dim=1)
+        x = self.transformer_backbone(x)
+        confidence = self.confidence_token(x[:, -1]) if c.confidence_token else None
+        x = x[:, n_front : n_front + control.shape[1]]
+
+        if c.residual == "hidden":
+            cells = self.project_out(x + control_code)
+        elif c.residual == "expression":
+            cells = control + self.project_out(x)
+        elif c.residual == "all":
+            cells = self.final_down_then_up(self.project_out(x) + control)
+        else:
+            cells = self.project_out(x)
+        if c.relu:
+            # clamp, not relu: its gradient at exactly 0 is 1, so that a gene silent in the controls can be switched on
+            # by a network that starts at "no change"
+            cells = cells.clamp_min(0)
+        return STOutput(cells, self.gene_decoder(cells) if c.n_genes else None, confidence)

@@ -1,0 +1,150 @@
+"""How well the predicted effect of a perturbation agrees with the observed one."""
+
+from __future__ import annotations
+
+import numpy as np
+from anndata import AnnData
+from matplotlib.axes import Axes
+from mudata import MuData
+
+from virtualcell._design import Design, Scale
+from virtualcell.pl import _style as style
+from virtualcell.pl._common import (
+    Cells,
+    cell_labels,
+    chosen,
+    observed_cells,
+    predicted_cells,
+    require_controls,
+    title,
+)
+
+
+def de_agreement(
+    predicted: AnnData,
+    observed: AnnData | MuData,
+    *,
+    perturbation: str,
+    context: str | None = None,
+    n_top: int = 50,
+    n_labels: int = 10,
+    modality: str = "rna",
+    perturbation_key: str | None = None,
+    control: str | None = None,
+    context_key: str | None = None,
+    layer: str | None = None,
+    scale: Scale | None = None,
+    library_size_key: str | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw the predicted against the observed log fold change of every gene.
+
+    The log fold change is that of :func:`virtualcell.pl.de_volcano`. Both are taken against the measured control cells
+    of the same context; over several contexts the effects are averaged, each context counting the same, so that how
+    the cells are spread over contexts does not enter. The genes are those of `predicted`.
+
+    Parameters
+    ----------
+    predicted
+        Result of :func:`virtualcell.tl.predict_perturbation`.
+    observed
+        Measured cells, with the perturbation and the control.
+    perturbation
+        Perturbation to compare.
+    context
+        Context to compare in; by default the contexts with predicted and with measured cells of this perturbation.
+    n_top
+        Number of genes with the largest absolute change, in prediction and in observation, whose overlap is counted.
+        Two random choices of `n_top` from n genes share `n_top`² / n on average, which is shown for comparison.
+    n_labels
+        Number of genes to label: those with the largest absolute change in either.
+    modality
+        Modality of a MuData that holds gene expression.
+    perturbation_key, control, context_key, layer, scale, library_size_key
+        As in :func:`virtualcell.tl.fit_state`; taken from what it left in `uns["virtualcell"]` of `observed` unless
+        stated.
+    ax
+        Axes to draw in; a new figure by default.
+
+    Returns
+    -------
+    Axes
+        The axes; the title gives Pearson's r and the overlap.
+
+    Raises
+    ------
+    UnknownNameError
+        If there are no predicted or no measured cells of this perturbation and context, or no control cells.
+    ValueError
+        If `n_top` is not between 1 and the number of genes.
+    """
+    design = Design.from_data(
+        observed, modality=modality, perturbation_key=perturbation_key, control=control, context_key=context_key,
+        layer=layer, scale=scale, library_size_key=library_size_key,
+    )  # fmt: skip
+    if not 1 <= n_top <= predicted.n_vars:
+        raise ValueError(f"n_top={n_top} must lie between 1 and {predicted.n_vars}, the number of predicted genes.")
+    guess = predicted_cells(predicted, design, perturbation=perturbation, context=context)
+    remedy = "It was predicted, but there are no measured cells to compare with."
+    names, where = cell_labels(observed, design, modality)
+    chosen(names, where, design, perturbation=perturbation, context=context, remedy=remedy)
+    cells = observed_cells(
+        observed, design, perturbation=perturbation, contexts=guess.contexts_of(perturbation),
+        genes=predicted.var_names, modality=modality,
+    )  # fmt: skip
+    contexts = cells.contexts_of(perturbation)
+    if not contexts:
+        raise ValueError(
+            f"perturbation={perturbation!r} was predicted in {guess.contexts_of(perturbation)}, but measured only in "
+            f"{sorted(set(where[names == perturbation]))}. Predict it in one of these."
+        )
+    require_controls(cells, design, contexts)
+
+    expected = _effect(guess, cells, perturbation, design.control, contexts)
+    measured = _effect(cells, cells, perturbation, design.control, contexts)
+    top_expected, top_measured = (_largest(e, n_top) for e in (expected, measured))
+    both = top_expected & top_measured
+
+    ax = style.axes_or_new(ax, figsize=(5.2, 5.2))
+    for label, rows, colour in (
+        ("neither", ~(top_expected | top_measured), style.GREY),
+        ("observed only", top_measured & ~both, style.BLUE),
+        ("predicted only", top_expected & ~both, style.VERMILLION),
+        ("both", both, style.BLACK),
+    ):
+        ax.scatter(measured[rows], expected[rows], s=16, c=colour, alpha=0.7, lw=0, label=f"{label} ({rows.sum():,})")
+    points = np.column_stack([measured, expected])
+    margin = 0.12 * np.ptp(points) or 1.0
+    limits = (points.min() - margin, points.max() + margin)
+    ax.axline((0, 0), slope=1, color="0.4", lw=0.8, ls=(0, (4, 3)), zorder=0)
+    ax.set(xlim=limits, ylim=limits, aspect="equal")
+    ax.set_xlabel("observed log$_2$ FC of 1 + CP10k")
+    ax.set_ylabel("predicted log$_2$ FC of 1 + CP10k")
+    overlap = f"top {n_top}: {both.sum()} shared ({n_top**2 / len(both):.1f} by chance)"
+    ax.set_title(f"{title(perturbation, context)}\n{_correlation(expected, measured)}, {overlap}", fontsize=10)
+    style.despine(ax)
+    style.legend_below(ax, columns=2)
+    ax.get_legend().set_title(f"among the {n_top} largest changes", prop={"size": 9})
+    top = np.argsort(-np.abs(points).max(axis=1), kind="stable")[:n_labels]
+    style.place_labels(ax, points[top], list(predicted.var_names[top]), avoid=points)
+    return ax
+
+
+def _effect(cells: Cells, reference: Cells, perturbation: str, control: str, contexts: list[str]) -> np.ndarray:
+    """Log2 fold change of each gene against the control cells of `reference`, as the mean over contexts."""
+    changes = [cells.mean(perturbation, c) - reference.mean(control, c) for c in contexts]
+    return np.mean(changes, axis=0) / np.log(2)
+
+
+def _largest(effect: np.ndarray, n: int) -> np.ndarray:
+    """Mark the `n` largest absolute values."""
+    marked = np.zeros(len(effect), dtype=bool)
+    marked[np.argsort(-np.abs(effect), kind="stable")[:n]] = True
+    return marked
+
+
+def _correlation(a: np.ndarray, b: np.ndarray) -> str:
+    """Write Pearson's r, which a constant effect does not have."""
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        return "Pearson r undefined (constant effect)"
+    return f"Pearson r = {np.corrcoef(a, b)[0, 1]:.2f}"

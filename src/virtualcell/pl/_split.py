@@ -1,0 +1,120 @@
+"""Which perturbation is trained on and which is held out, in which context."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from matplotlib.axes import Axes
+from matplotlib.collections import PolyCollection
+from matplotlib.patches import Patch
+from mudata import MuData
+
+from virtualcell import _keys
+from virtualcell._design import Design, expression_modality, labels
+from virtualcell._errors import unknown_name
+from virtualcell.pl import _style as style
+from virtualcell.pl._common import cell_labels
+
+_COLOURS = {"train": "#A9D5F0", "val": style.ORANGE, "test": style.VERMILLION}
+_LINE = 9.0  # points that a line of text needs
+
+
+def split(
+    adata: AnnData | MuData,
+    *,
+    split_key: str = _keys.SPLIT,
+    modality: str = "rna",
+    perturbation_key: str | None = None,
+    control: str | None = None,
+    context_key: str | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw perturbations x contexts, coloured by the part of the split, with the number of cells in each tile.
+
+    A tile whose cells belong to several parts is divided in their proportion. The control is the first row. Where
+    the rows are lower than a line of text, only every so many are named and the numbers are left out.
+
+    Parameters
+    ----------
+    adata
+        Cells with `obs[split_key]`, as :func:`virtualcell.pp.split` writes it.
+    split_key
+        Column of `obs` with the part of each cell: train, val or test.
+    modality
+        Modality of a MuData that holds gene expression.
+    perturbation_key, control, context_key
+        As in :func:`virtualcell.pp.split`; taken from what that or `fit_state` left in `uns["virtualcell"]` unless
+        stated.
+    ax
+        Axes to draw in; a new figure, as high as the list is long, by default.
+
+    Returns
+    -------
+    Axes
+        The axes; tile (i, j) lies at x in [j, j + 1], y in [i, i + 1].
+
+    Raises
+    ------
+    UnknownNameError
+        If a column is not in `obs`, or the split has parts other than train, val and test.
+    """
+    stated = {"perturbation_key": perturbation_key, "control": control, "context_key": context_key}
+    manifest = (
+        expression_modality(adata, modality).uns.get(_keys.UNS, {}).get(_keys.SPLIT_MANIFEST, {}).get(split_key, {})
+    )
+    stated = {k: manifest.get(k) if v is None else v for k, v in stated.items()}
+    design = Design.from_data(adata, modality=modality, **stated)
+    names, contexts = cell_labels(adata, design, modality)
+    part = labels(adata, split_key, argument="split_key", modality=modality)
+    for name in set(part) - set(_COLOURS):
+        raise unknown_name(f"obs[{split_key!r}]", name, _COLOURS, "A split has these parts and no other.")
+    parts = [p for p in _COLOURS if (part == p).any()]
+    counts = pd.crosstab([names, contexts], part).reindex(columns=parts)
+    rows = [*(n for n in [design.control] if (names == n).any()), *sorted(set(names) - {design.control})]
+    columns = sorted(set(contexts))
+
+    size = (2.6 + 0.8 * len(columns), float(np.clip(1.2 + 0.2 * len(rows), 2.4, 9)))
+    ax = style.axes_or_new(ax, figsize=size)
+    y = pd.Index(rows).get_indexer(counts.index.get_level_values(0))
+    x = pd.Index(columns).get_indexer(counts.index.get_level_values(1))
+    total = counts.to_numpy().sum(axis=1)
+    edges = np.column_stack([np.zeros(len(total)), counts.to_numpy().cumsum(axis=1) / total[:, None]])
+    for i, name in enumerate(parts):
+        ax.add_collection(_tiles(x + edges[:, i], x + edges[:, i + 1], y, _COLOURS[name]))
+    ax.set(xlim=(0, len(columns)), ylim=(len(rows), 0))
+    for column in range(1, len(columns)):
+        ax.axvline(column, color="white", lw=3)
+    if rows[0] == design.control:
+        ax.axhline(1, color="black", lw=1.2)
+
+    tilted = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if len(columns) > 1 else {}
+    ax.set_xticks(np.arange(len(columns)) + 0.5, columns, **tilted)
+    ax.set_xlabel(design.context_key or "")
+    ax.set_ylabel(design.perturbation_key)
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    handles = [Patch(color=_COLOURS[p], label=f"{p} ({int(counts[p].sum()):,} cells)") for p in parts]
+    ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=9)
+
+    ax.get_figure(root=True).draw_without_rendering()  # a layout engine sizes the axes only now
+    height = ax.get_window_extent().height * 72 / ax.get_figure(root=True).dpi / len(rows)
+    step = math.ceil(_LINE / height)
+    named = np.arange(0, len(rows), step)
+    ax.set_yticks(named + 0.5, [rows[i] for i in named], fontsize=9)
+    if step == 1:
+        for i, j, n in zip(y, x, total, strict=True):
+            ax.text(j + 0.5, i + 0.5, f"{n:,}", ha="center", va="center", fontsize=8)
+    return ax
+
+
+def _tiles(left: np.ndarray, right: np.ndarray, row: np.ndarray, colour: str) -> PolyCollection:
+    """Return one rectangle per row that has a width; thousands of tiles are one artist so."""
+    wide = right > left
+    left, right, row = left[wide], right[wide], row[wide]
+    corners = [(left, row), (right, row), (right, row + 1), (left, row + 1)]
+    return PolyCollection(
+        np.stack([np.column_stack(c) for c in corners], axis=1), facecolor=colour, edgecolor="white", lw=0.5
+    )

@@ -1,0 +1,131 @@
+"""Whether a perturbation hits its own target."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+from anndata import AnnData
+from matplotlib.axes import Axes
+from matplotlib.ticker import PercentFormatter
+from mudata import MuData
+
+from virtualcell._design import Design, Scale, expression_modality
+from virtualcell._errors import unknown_name
+from virtualcell.pl import _style as style
+from virtualcell.pl._common import cell_labels, chosen, observed_cells, require_controls, title
+
+
+def target_expression(
+    adata: AnnData | MuData,
+    perturbation: str,
+    *,
+    gene: str | None = None,
+    context: str | None = None,
+    values: Literal["log1p", "counts"] = "log1p",
+    modality: str = "rna",
+    perturbation_key: str | None = None,
+    control: str | None = None,
+    context_key: str | None = None,
+    layer: str | None = None,
+    scale: Scale | None = None,
+    library_size_key: str | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw how the target gene is expressed in control and in perturbed cells.
+
+    Histograms in percent of the cells of each group, with vertical lines at the mean. The title gives the residual
+    expression: the mean CP10k (or count) of the perturbed cells in percent of that of the control cells.
+
+    Parameters
+    ----------
+    adata
+        Measured cells.
+    perturbation
+        Perturbation whose target is looked at.
+    gene
+        The target, where it does not have the perturbation's name (a guide, a pair, a drug).
+    context
+        Context to take the cells from; by default those of all contexts with this perturbation are pooled.
+    values
+        `"log1p"` for log1p CP10k, `"counts"` for the raw counts.
+    modality
+        Modality of a MuData that holds gene expression.
+    perturbation_key, control, context_key, layer, scale, library_size_key
+        As in :func:`virtualcell.tl.fit_state`; taken from what it left in `uns["virtualcell"]` unless stated.
+    ax
+        Axes to draw in; a new figure by default.
+
+    Returns
+    -------
+    Axes
+        The axes.
+
+    Raises
+    ------
+    UnknownNameError
+        If the gene was not measured, no cell has this perturbation or context, or there are no control cells in it.
+    ValueError
+        If raw counts are asked for and the data holds log1p values.
+    """
+    design = Design.from_data(
+        adata, modality=modality, perturbation_key=perturbation_key, control=control, context_key=context_key,
+        layer=layer, scale=scale, library_size_key=library_size_key,
+    )  # fmt: skip
+    if values not in ("log1p", "counts"):
+        raise ValueError(f"values={values!r} is unknown. Say 'log1p' or 'counts'.")
+    if values == "counts" and design.scale != "counts":
+        raise ValueError("values='counts' was asked for, but scale='log1p' was stated. Give the layer with raw counts.")
+    gene = perturbation if gene is None else gene
+    measured = expression_modality(adata, modality).var_names
+    if gene not in measured:
+        raise unknown_name("gene", gene, measured, "Name the target as it was measured: gene=.")
+    names, where = cell_labels(adata, design, modality)
+    remedy = "Name one that has cells in this data and is not the control."
+    keep = chosen(names, where, design, perturbation=perturbation, context=context, remedy=remedy)
+    contexts = sorted(set(where[keep]))
+    cells = observed_cells(
+        adata, design, perturbation=perturbation, contexts=contexts, genes=[gene], modality=modality,
+        normalise=values == "log1p",
+    )  # fmt: skip
+    require_controls(cells, design, contexts)
+
+    drawn = cells.expression.toarray().ravel().astype(np.float64)
+    linear = np.expm1(drawn) if values == "log1p" else drawn
+    unit = "CP10k" if values == "log1p" else "counts"
+    ax = style.axes_or_new(ax, figsize=(5.5, 4))
+    means = {}
+    for name, colour in ((design.control, style.CONTROL), (perturbation, style.OBSERVED)):
+        rows = cells.perturbation == name
+        means[name] = linear[rows].mean()
+        label = f"{name} ({rows.sum():,}): mean {means[name]:.3g} {unit}, {np.mean(drawn[rows] > 0):.0%} above 0"
+        weights = np.full(rows.sum(), 1 / rows.sum())
+        ax.hist(
+            drawn[rows], bins=_bins(drawn, values), weights=weights, histtype="stepfilled",
+            fc=(colour, 0.45), ec=colour, lw=1.2, label=label,
+        )  # fmt: skip
+        at = np.log1p(means[name]) if values == "log1p" else means[name]
+        ax.axvline(at, color=colour, lw=1.8, ls=(0, (4, 2)))
+    ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    ax.set_xlabel(f"{gene}, " + ("log(1 + CP10k)" if values == "log1p" else "counts per cell"))
+    ax.set_ylabel("cells of the group")
+    subject = "expression" if gene == perturbation else gene
+    residual = _residual(means[perturbation], means[design.control])
+    ax.set_title(f"{title(perturbation, context)}: {subject} {residual}")
+    style.despine(ax)
+    style.legend_below(ax, columns=1)
+    return ax
+
+
+def _bins(values: np.ndarray, kind: str) -> np.ndarray:
+    """Return the edges of some 30 bins; those of counts are whole numbers wide and centred on them."""
+    top = values.max()
+    if kind == "log1p":
+        return np.linspace(0, max(top, 1.0), 31)
+    width = int(np.ceil((top + 1) / 30))
+    return np.arange(-0.5, top + width, width)
+
+
+def _residual(perturbed: float, control: float) -> str:
+    """Write the residual expression, which a gene that control cells lack does not have."""
+    return f"at {perturbed / control:,.0%} of control" if control > 0 else "not detected in control"

@@ -1,0 +1,233 @@
+"""Knockdown efficiency: did the perturbation reach its own target."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from mudata import MuData
+from scipy import sparse, stats
+
+from virtualcell import _keys
+from virtualcell._design import Scale, expression_modality, labels
+from virtualcell._errors import unknown_name
+from virtualcell.data._matrix import log_expression
+
+logger = logging.getLogger(__name__)
+
+# Residuals at which a perturbation (mean of its cells) and a single cell count as having responded.
+_THRESHOLDS = {"down": (0.30, 0.50), "up": (2.0, 1.5)}
+_ALPHA = 0.05
+_MEASURED = ("mean", "control_mean", "residual", "pvalue")
+
+
+def knockdown_efficiency(
+    adata: AnnData | MuData,
+    *,
+    perturbation_key: str,
+    control: str,
+    context_key: str | None = None,
+    layer: str | None = None,
+    scale: Scale = "counts",
+    library_size_key: str | None = None,
+    gene_key: str | None = None,
+    direction: Literal["down", "up"] = "down",
+    threshold: float | None = None,
+    cell_threshold: float | None = None,
+    min_cells: int = 30,
+    modality: str = "rna",
+) -> pd.DataFrame:
+    r"""Measure the residual expression of each target in its own cells, and mark those that responded.
+
+    With :math:`y` the counts per 10,000 of the target (linear, not log), in the cells of one context,
+
+    .. math:: \text{residual} = \bar y_\text{target cells} / \bar y_\text{control cells}, \qquad
+              \text{residual}_i = y_i / \bar y_\text{control cells}
+
+    so 1 is no change, 0.2 a knockdown by 80 % and 3 a threefold activation. As Arc filtered the Replogle screens for
+    STATE, a perturbation has responded in a context when its residual is at most `threshold`, and at least
+    `min_cells` of its cells have a residual of at most `cell_threshold`; those cells have responded.
+    For activation, `direction="up"`, it is "at least" instead.
+
+    A target that is not measured, or that no control cell of the context expresses, has no residual: it cannot be
+    judged, so it is reported as "unmeasured" and its cells are kept. Each target of a combination "A+B" has a row of
+    its own; the combination responded if all its measured targets did, and a cell's residual is that of the target
+    that responded least.
+
+    Parameters
+    ----------
+    adata
+        Cells. In a MuData, the modality is read and written.
+    perturbation_key, context_key
+        Columns of `obs`. Labels of perturbations are names of their targets. Without `context_key` all cells are one
+        context, "all".
+    control
+        Label of the control cells.
+    layer, scale
+        Where the expression is, and whether it is raw "counts" or "log1p" of counts per 10,000.
+    library_size_key
+        Column of `obs` with the total counts of a cell; needed where `adata` holds only a panel of genes, whose row
+        sums say little. Row sums by default.
+    gene_key
+        Column of `var` with the gene names that the labels use; `var_names` by default.
+    direction
+        What the screen was meant to do to its targets: "down" (knockdown, knockout) or "up" (activation).
+    threshold, cell_threshold
+        Residual at which a perturbation and a cell have responded: 0.30 and 0.50 for "down", 2 and 1.5 for "up".
+    min_cells
+        Least number of responding cells.
+    modality
+        Modality of a MuData with the expression.
+
+    Returns
+    -------
+    One row per context, perturbation and target with `n_cells` and `n_control`; `mean` and `control_mean` (counts per
+    10,000); `residual`; `pvalue` (Mann-Whitney, two-sided) and `pvalue_adj` (Benjamini-Hochberg over the table);
+    `direction` ("down" or "up" where `pvalue_adj` < 0.05, else "flat", or "unmeasured"); `n_responding`, the cells of
+    the perturbation that pass `cell_threshold`; and `responded` (missing where unmeasured).
+
+    Also written: the table to `uns["virtualcell"]["knockdown"]`; each cell's residual to `obs["knockdown"]` (NaN for
+    controls and unmeasured targets); and `obs["knockdown_responded"]`, false for the cells to leave out:
+    `adata[adata.obs["knockdown_responded"]]`. Controls and cells of unmeasured targets are true.
+
+    Raises
+    ------
+    KeyError
+        A column or the control label is not there.
+    ValueError
+        No target is among the genes, a name stands for several genes, or a context has no control cells.
+    """
+    if direction not in _THRESHOLDS:
+        raise ValueError(
+            f"direction={direction!r} is unknown. Say 'down' for knockdown or knockout, 'up' for activation."
+        )
+    threshold = _THRESHOLDS[direction][0] if threshold is None else threshold
+    cell_threshold = _THRESHOLDS[direction][1] if cell_threshold is None else cell_threshold
+    expression = expression_modality(adata, modality)
+    label = labels(adata, perturbation_key, argument="perturbation_key", modality=modality).to_numpy()
+    context = np.full(len(label), "all", dtype=object)
+    if context_key is not None:
+        context = labels(adata, context_key, argument="context_key", modality=modality).to_numpy()
+    is_control = label == control
+    if not is_control.any():
+        raise unknown_name("control", control, np.unique(label), f"Name a label of {perturbation_key!r}.")
+    without = sorted(set(context) - set(context[is_control]))
+    if without:
+        raise ValueError(
+            f"Context {without[0]!r} has no control cells ({control!r}) to compare with. Drop its cells, or leave "
+            "context_key out to compare with the controls of all contexts."
+        )
+
+    perturbed = np.unique(label[~is_control])
+    targets = {p: [t for t in p.split("+") if t != control] for p in perturbed}
+    genes = _match(expression, sorted({t for parts in targets.values() for t in parts}), gene_key)
+    linear = log_expression(
+        expression, genes=list(genes.values()), layer=layer, scale=scale, library_size_key=library_size_key
+    ).tocsc()
+    linear.data = np.expm1(linear.data.astype(np.float64))
+    column_of = {target: i for i, target in enumerate(genes)}
+
+    cells = pd.DataFrame({"context": context, "perturbation": label})
+    table, residual = _measure(cells, control, targets, linear, column_of, np.max if direction == "down" else np.min)
+    table, keep = _judge(table, cells, residual, direction, threshold, cell_threshold, min_cells)
+    expression.obs[_keys.KNOCKDOWN] = residual
+    expression.obs[_keys.RESPONDED] = keep
+    expression.uns[_keys.UNS] = {**expression.uns.get(_keys.UNS, {}), _keys.KNOCKDOWN: table.copy()}
+    logger.info(
+        "%d of %d targets are measured; %d of %d (context, target) pairs that can be judged responded; %d of %d "
+        "perturbed cells are kept.",
+        len(genes),
+        table["target"].nunique(),
+        int(table["responded"].sum()),
+        int(table["responded"].notna().sum()),
+        int((keep & ~is_control).sum()),
+        int((~is_control).sum()),
+    )
+    return table
+
+
+def _match(adata: AnnData, targets: list[str], gene_key: str | None) -> dict[str, str]:
+    """Map the targets that are measured to their `var_names`."""
+    if gene_key is not None and gene_key not in adata.var:
+        raise unknown_name("gene_key", gene_key, adata.var.columns, "Leave it out to use var_names.")
+    names = pd.Series(adata.var_names, index=adata.var_names if gene_key is None else adata.var[gene_key].astype(str))
+    found = names[names.index.isin(targets)]
+    if found.empty:
+        where = "var_names" if gene_key is None else f"var[{gene_key!r}]"
+        raise ValueError(
+            f"None of the {len(targets)} targets, such as {targets[0]!r}, is in {where}, which holds names such as "
+            f"{names.index[0]!r}. Name the column of var with the targets' names as gene_key."
+        )
+    if not found.index.is_unique:
+        twice = found.index[found.index.duplicated()][0]
+        raise ValueError(
+            f"Target {twice!r} stands for {int((found.index == twice).sum())} genes. Keep one of them, or sum them."
+        )
+    return found.to_dict()
+
+
+def _measure(
+    cells: pd.DataFrame,
+    control: str,
+    targets: dict[str, list[str]],
+    linear: sparse.csc_matrix,
+    column_of: dict[str, int],
+    least: Callable,
+) -> tuple[pd.DataFrame, np.ndarray]:
+    """Compare each target with the controls of its context; `least` picks, for a cell, the target least changed."""
+    rows_of = cells.groupby(["context", "perturbation"]).indices
+    records, residual = [], np.full(len(cells), np.nan)
+    for (context, perturbation), rows in rows_of.items():
+        if perturbation == control:
+            continue
+        controls = rows_of[context, control]
+        of_cells = []
+        for target in targets[perturbation]:
+            record = dict.fromkeys(_MEASURED, np.nan)
+            if target in column_of:
+                column = linear[:, [column_of[target]]].toarray().ravel()
+                record["mean"], record["control_mean"] = column[rows].mean(), column[controls].mean()
+                if record["control_mean"] > 0:
+                    record["residual"] = record["mean"] / record["control_mean"]
+                    record["pvalue"] = stats.mannwhitneyu(column[rows], column[controls], method="asymptotic").pvalue
+                    of_cells.append(column[rows] / record["control_mean"])
+            group = {"context": context, "perturbation": perturbation, "target": target}
+            records.append(group | {"n_cells": len(rows), "n_control": len(controls)} | record)
+        if of_cells:
+            residual[rows] = least(of_cells, axis=0)
+    return pd.DataFrame(records), residual
+
+
+def _judge(
+    table: pd.DataFrame,
+    cells: pd.DataFrame,
+    residual: np.ndarray,
+    direction: str,
+    threshold: float,
+    cell_threshold: float,
+    min_cells: int,
+) -> tuple[pd.DataFrame, np.ndarray]:
+    """Add what is concluded to the table, and return it with the cells to keep."""
+    groups = ["context", "perturbation"]
+    known = table["residual"].notna()
+    table["pvalue_adj"] = np.nan
+    table.loc[known, "pvalue_adj"] = stats.false_discovery_control(table.loc[known, "pvalue"])
+    changed = np.where(table["residual"] < 1, "down", "up")
+    table["direction"] = np.where(~known, "unmeasured", np.where(table["pvalue_adj"] < _ALPHA, changed, "flat"))
+
+    # NaN compares as false, so cells without a residual are not counted as responding.
+    sign = 1 if direction == "down" else -1
+    cell_passes = sign * residual <= sign * cell_threshold
+    number = cells.assign(n_responding=cell_passes).groupby(groups, as_index=False)["n_responding"].sum()
+    table = table.merge(number, on=groups, how="left", validate="many_to_one")
+    target_passes = ~known | (sign * table["residual"] <= sign * threshold)
+    all_pass = target_passes.groupby([table[g] for g in groups]).transform("all")
+    table["responded"] = (all_pass & (table["n_responding"] >= min_cells)).astype("boolean").mask(~known)
+
+    responded = pd.MultiIndex.from_frame(table.loc[table["responded"].fillna(False), groups])
+    keep = np.isnan(residual) | (pd.MultiIndex.from_frame(cells[groups]).isin(responded) & cell_passes)
+    return table, keep

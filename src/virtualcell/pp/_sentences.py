@@ -1,0 +1,91 @@
+"""Write each cell as a sentence of genes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from mudata import MuData
+
+from virtualcell import _keys
+from virtualcell._design import Scale, expression_modality
+from virtualcell.data._matrix import check_matches_scale, raw_matrix
+from virtualcell.data._sentences import sentences
+from virtualcell.pp._genes import match_genes
+
+logger = logging.getLogger(__name__)
+
+
+def cell_sentences(
+    adata: AnnData | MuData,
+    gene_embeddings: pd.DataFrame,
+    *,
+    length: int = 2048,
+    layer: str | None = None,
+    scale: Scale = "counts",
+    gene_key: str | None = None,
+    aliases: Mapping[str, str] | None = None,
+    modality: str = "rna",
+) -> None:
+    """Write each cell as its most expressed genes, the input of a state embedding (SE) model.
+
+    Only genes with an embedding take part. They are ordered by x, highest first, where x = log(1 + raw count) or, for
+    `scale="log1p"`, the value itself; genes with the same x in the order of the gene table, so that the order of genes
+    in `adata` does not matter. The matrix is never made dense.
+
+    Parameters
+    ----------
+    adata
+        Cells; of a MuData, the modality named by `modality` is read and written.
+    gene_embeddings
+        Gene table, genes x dimensions, indexed by gene name. Genes are matched by name, never by position.
+    length
+        Places in a sentence; a cell with fewer expressed genes is padded.
+    layer
+        Layer to read; `X` by default.
+    scale
+        `"counts"` for raw counts, `"log1p"` for values on a log scale.
+    gene_key
+        Column of `var` with the names that the gene table uses; `var_names` by default.
+    aliases
+        Names in the data mapped to names in the gene table, for genes that do not match as they are.
+    modality
+        Modality with gene expression, of a MuData.
+
+    Returns
+    -------
+    Nothing. Written are `obsm["cell_sentence"]` (cells x length, int32: rows of the gene table, -1 at padding),
+    `obsm["cell_sentence_expression"]` (cells x length, float32: x, 0 at padding) and `var["gene_token"]` (int32: row
+    of the gene table, or -1).
+
+    Raises
+    ------
+    KeyError
+        If `layer`, `gene_key` or `modality` does not exist.
+    ValueError
+        If no gene matches, two genes match the same row, or the values are not on the stated scale.
+    """
+    if length < 1:
+        raise ValueError(f"length={length} must be at least 1.")
+    if not isinstance(gene_embeddings, pd.DataFrame):
+        raise TypeError(
+            f"gene_embeddings must be a DataFrame of genes x dimensions, got {type(gene_embeddings).__name__}. "
+            "Read a file with `vc.pp.read_gene_embeddings(path)`."
+        )
+    rna = expression_modality(adata, modality)
+    matrix = raw_matrix(rna, layer)
+    check_matches_scale(matrix, scale, "X" if layer is None else f"layers[{layer!r}]")
+    tokens = match_genes(rna, gene_embeddings.index, gene_key=gene_key, aliases=aliases)
+    sentence, expression = sentences(matrix, tokens, length)
+    if scale == "counts":
+        # After the choice of genes: log1p keeps the order, and padding stays 0.
+        np.log1p(expression, out=expression)
+    empty = int((sentence[:, 0] < 0).sum())
+    if empty:
+        logger.warning("%d of %d cells express no gene of the table: their sentences are empty.", empty, rna.n_obs)
+    rna.obsm[_keys.SENTENCE] = sentence
+    rna.obsm[_keys.SENTENCE_EXPRESSION] = expression
+    rna.var[_keys.GENE_TOKEN] = tokens

@@ -1,0 +1,312 @@
+"""Hold out contexts, perturbations or cells, and replay the same split elsewhere."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from mudata import MuData
+
+from virtualcell import _keys
+from virtualcell._design import expression_modality, labels
+from virtualcell._errors import unknown_name
+
+logger = logging.getLogger(__name__)
+
+SPLITS = ("train", "val", "test")
+_KINDS = {
+    frozenset({"contexts"}): "zero-shot",
+    frozenset({"contexts", "perturbations"}): "few-shot",
+    frozenset({"perturbations"}): "unseen perturbations",
+    frozenset({"fraction"}): "random",
+}
+
+
+def split(
+    adata: AnnData | MuData,
+    *,
+    perturbation_key: str,
+    control: str,
+    holdout: Mapping[str, Sequence[str] | int | float],
+    context_key: str | None = None,
+    val_fraction: float = 0.1,
+    key_added: str = _keys.SPLIT,
+    seed: int = 0,
+    modality: str = "rna",
+) -> None:
+    """Divide the cells into train, val and test by what a model must generalise to.
+
+    ========================================================= ===================== ====================================
+    `holdout`                                                 kind                  test cells
+    ========================================================= ===================== ====================================
+    `{"contexts": ["K562"]}`                                  zero-shot             all perturbed cells of the contexts
+    `{"contexts": ["K562"], "perturbations": ["JAK2", ...]}`  few-shot              these perturbations, in the contexts
+    `{"perturbations": ["JAK2", ...]}`                        unseen perturbations  these perturbations, in all contexts
+    `{"fraction": 0.2}`                                       random                that share of each group's cells
+    ========================================================= ===================== ====================================
+
+    In place of a list, a whole number draws that many names and a fraction that share of them (at least one). Few-shot
+    draws once, among the perturbations seen in the held-out contexts, and holds the same ones out of each.
+
+    **Control cells are always "train", in every context**: they are what a model starts from and what its prediction
+    is compared with, so those of a held-out context stay at hand as input (and may be learned from). They are never
+    "val" or "test".
+
+    A held-out perturbation is a label, letter for letter: holding out "A" leaves the combination "A+B" in training.
+    Such combinations are named in a warning; list them too if nothing with A may be seen.
+
+    Validation cells are `val_fraction` of the perturbed training cells of each (context, perturbation) group, rounded;
+    a group always keeps one training cell. Draws follow the sorted cell names, so the order of cells does not matter.
+
+    Parameters
+    ----------
+    adata
+        Cells with unique names. In a MuData, the modality is read and written.
+    perturbation_key, context_key
+        Columns of `obs`. Without `context_key` all cells are one context, "all".
+    control
+        Label of the control cells in `perturbation_key`.
+    holdout
+        What to hold out, as in the table above.
+    val_fraction
+        Share of the perturbed training cells to validate on, from 0 up to but not including 1.
+    key_added
+        Name of the new column.
+    seed
+        Seed of every draw.
+    modality
+        Modality of a MuData with the expression.
+
+    Returns
+    -------
+    Nothing. Written are `obs[key_added]` (categorical: train, val, test) and
+    `uns["virtualcell"]["split_manifest"][key_added]`: the kind, the arguments, the names held out, and the `groups`, a
+    table of `context`, `perturbation`, `split` and `n_cells`. Save it with :func:`save_split`.
+
+    Raises
+    ------
+    KeyError
+        A column, context or perturbation of that name is not there.
+    ValueError
+        The control is held out, a context with test cells has no control cells, or nothing is left to train or test on.
+    """
+    kind = _KINDS.get(frozenset(holdout))
+    if kind is None:
+        raise ValueError(
+            f"holdout={dict(holdout)!r} is none of the four kinds. Give one of {{'contexts': ...}}, "
+            "{'contexts': ..., 'perturbations': ...}, {'perturbations': ...} or {'fraction': ...}."
+        )
+    if not 0 <= val_fraction < 1:
+        raise ValueError(f"val_fraction={val_fraction!r} must be at least 0 and less than 1.")
+    if "contexts" in holdout and context_key is None:
+        raise ValueError(
+            "holdout names contexts, but context_key is not given. Name the column of obs that holds them."
+        )
+    cells = _cells(adata, perturbation_key, context_key, modality)
+    perturbed = cells["perturbation"] != control
+    if perturbed.all():
+        raise unknown_name("control", control, cells["perturbation"].unique(), f"Name a label of {perturbation_key!r}.")
+
+    # Two streams, so that listing the names that a number would draw gives the very same split.
+    names_rng, cells_rng = (np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(2))
+    if kind == "random":
+        if not 0 < holdout["fraction"] < 1:
+            raise ValueError(f"holdout={{'fraction': {holdout['fraction']!r}}} must lie between 0 and 1.")
+        held_out = {}
+        test = perturbed & _draw(cells, holdout["fraction"], cells_rng)
+    else:
+        held_out, test = {}, perturbed
+        for part, column in (("contexts", "context"), ("perturbations", "perturbation")):
+            if part in holdout:
+                held_out[part] = _names(holdout[part], part, cells.loc[test, column], control, names_rng)
+                test = test & cells[column].isin(held_out[part])
+
+    assigned = pd.Series("train", index=cells.index)
+    assigned[test] = "test"
+    candidates = perturbed & ~test
+    if not candidates.any():
+        raise ValueError(f"holdout={dict(holdout)!r} leaves no perturbed cell to train on. Hold out less.")
+    if not test.any():
+        raise ValueError(f"holdout={dict(holdout)!r} leaves no cell to test on. Hold out more.")
+    without = sorted(set(cells.loc[test, "context"]) - set(cells.loc[~perturbed, "context"]))
+    if without:
+        raise ValueError(
+            f"Context {without[0]!r} has test cells but no control cells ({control!r}) for a model to start from. "
+            "Choose another context, or drop its cells."
+        )
+    chosen = cells[candidates]
+    assigned[chosen.index[_draw(chosen, val_fraction, cells_rng)]] = "val"
+
+    manifest = {
+        "kind": kind,
+        "perturbation_key": perturbation_key,
+        "control": control,
+        "holdout": {k: v if isinstance(v, str | Real) else list(v) for k, v in holdout.items()},
+        "held_out": held_out,
+        "val_fraction": val_fraction,
+        "seed": seed,
+    }
+    if context_key is not None:
+        manifest["context_key"] = context_key
+    _write(adata, cells, assigned, manifest, key_added, modality)
+    _report(cells, assigned, manifest)
+
+
+def save_split(
+    adata: AnnData | MuData, path: str | Path, *, split_key: str = _keys.SPLIT, modality: str = "rna"
+) -> None:
+    """Save a split as JSON: how it was made and the names of the cells of each part.
+
+    Parameters
+    ----------
+    adata
+        Cells that :func:`split` divided.
+    path
+        File to write.
+    split_key
+        Column of `obs` with the split.
+    modality
+        Modality of a MuData with the split.
+
+    Raises
+    ------
+    KeyError
+        There is no split of that name.
+    """
+    expression = expression_modality(adata, modality)
+    manifests = expression.uns.get(_keys.UNS, {}).get(_keys.SPLIT_MANIFEST, {})
+    if split_key not in manifests:
+        raise unknown_name("split_key", split_key, manifests, "Run `vc.pp.split` first.")
+    assigned = labels(adata, split_key, argument="split_key", modality=modality)
+    record = {k: v for k, v in manifests[split_key].items() if k != "groups"}
+    record["cells"] = {name: sorted(assigned.index[assigned == name]) for name in SPLITS}
+    # `uns` comes back from a file with numpy scalars and arrays, which JSON does not know.
+    Path(path).write_text(json.dumps(record, indent=1, default=lambda value: value.tolist()) + "\n")
+
+
+def apply_split(
+    adata: AnnData | MuData, path: str | Path, *, key_added: str = _keys.SPLIT, modality: str = "rna"
+) -> None:
+    """Replay a split saved by :func:`save_split`: each cell goes, by its name, where it was.
+
+    Parameters
+    ----------
+    adata
+        The same cells in any order, or a part of them.
+    path
+        File that :func:`save_split` wrote.
+    key_added
+        Name of the new column of `obs`.
+    modality
+        Modality of a MuData to write to.
+
+    Returns
+    -------
+    Nothing; the same is written as by :func:`split`.
+
+    Raises
+    ------
+    ValueError
+        Cells of `adata` are not in the saved split.
+    """
+    manifest = json.loads(Path(path).read_text())
+    saved = {cell: name for name, members in manifest.pop("cells").items() for cell in members}
+    cells = _cells(adata, manifest["perturbation_key"], manifest.get("context_key"), modality)
+    assigned = pd.Series(cells.index.map(saved), index=cells.index)
+    missing = assigned.index[assigned.isna()]
+    if len(missing):
+        raise ValueError(
+            f"{len(missing)} of {len(cells)} cells are not in the split saved in {str(path)!r}, among them "
+            f"{list(missing[:3])}. Cells are matched by name: give the data the names they had, or drop these cells."
+        )
+    _write(adata, cells, assigned, manifest, key_added, modality)
+    logger.info("Replayed a %s split: %d of its %d cells are here.", manifest["kind"], len(cells), len(saved))
+
+
+def _cells(adata: AnnData | MuData, perturbation_key: str, context_key: str | None, modality: str) -> pd.DataFrame:
+    """Return the context and perturbation of each cell, indexed by its name."""
+    perturbation = labels(adata, perturbation_key, argument="perturbation_key", modality=modality)
+    if not perturbation.index.is_unique:
+        twice = perturbation.index[perturbation.index.duplicated()]
+        raise ValueError(f"obs_names repeats {list(twice[:3])}. Run `adata.obs_names_make_unique()` first.")
+    cells = pd.DataFrame({"context": "all", "perturbation": perturbation})
+    if context_key is not None:
+        cells["context"] = labels(adata, context_key, argument="context_key", modality=modality)
+    return cells
+
+
+def _names(
+    wanted: Sequence[str] | int | float, part: str, column: pd.Series, control: str, rng: np.random.Generator
+) -> list[str]:
+    """Return the names to hold out, checked where they are listed and drawn where `wanted` is a number."""
+    known = sorted(column.unique())
+    if isinstance(wanted, Real):
+        whole = isinstance(wanted, Integral)
+        if not (1 <= wanted <= len(known) if whole else 0 < wanted < 1):
+            raise ValueError(
+                f"holdout={{{part!r}: {wanted!r}}} must be a whole number from 1 to {len(known)} (all of them) or a "
+                "fraction between 0 and 1."
+            )
+        number = int(wanted) if whole else max(1, round(wanted * len(known)))
+        return sorted(rng.choice(known, size=number, replace=False).tolist())
+    names = sorted({wanted} if isinstance(wanted, str) else set(wanted))
+    if part == "perturbations" and control in names:
+        raise ValueError(f"holdout names the control {control!r}, which every model needs. Leave it out.")
+    for name in names:
+        if name not in known:
+            raise unknown_name(f"holdout[{part!r}]", name, known, "Only labels with perturbed cells can be held out.")
+    return names
+
+
+def _draw(cells: pd.DataFrame, fraction: float, rng: np.random.Generator) -> np.ndarray:
+    """Mark `fraction` of the cells of each group, whatever their order; one cell of a group is always left."""
+    score = np.empty(len(cells))
+    score[np.argsort(cells.index.to_numpy(dtype=str))] = rng.random(len(cells))
+    keys = [cells["context"], cells["perturbation"]]
+    grouped = pd.Series(score, index=cells.index).groupby(keys)
+    size = grouped.transform("size")
+    number = np.minimum(np.rint(fraction * size), size - 1)
+    return (grouped.rank(method="first") <= number).to_numpy()
+
+
+def _write(
+    adata: AnnData | MuData, cells: pd.DataFrame, assigned: pd.Series, manifest: dict, key: str, modality: str
+) -> None:
+    """Write the split and its manifest, with the table of groups, to the modality."""
+    expression = expression_modality(adata, modality)
+    groups = cells.assign(split=assigned).groupby(["context", "perturbation", "split"]).size()
+    expression.obs[key] = pd.Categorical(assigned, categories=SPLITS)
+    ours = expression.uns.get(_keys.UNS, {})
+    manifests = {**ours.get(_keys.SPLIT_MANIFEST, {}), key: manifest | {"groups": groups.reset_index(name="n_cells")}}
+    expression.uns[_keys.UNS] = {**ours, _keys.SPLIT_MANIFEST: manifests}
+
+
+def _report(cells: pd.DataFrame, assigned: pd.Series, manifest: dict) -> None:
+    """Log the sizes, and warn of combinations that show a held-out target in training."""
+    sizes = assigned.value_counts()
+    seen = set(cells.loc[assigned == "train", "perturbation"])
+    tested = set(cells.loc[assigned == "test", "perturbation"])
+    logger.info(
+        "%s split: %s cells; %d of %d test perturbations are seen in training.",
+        manifest["kind"],
+        ", ".join(f"{sizes.get(name, 0)} {name}" for name in SPLITS),
+        len(tested & seen),
+        len(tested),
+    )
+    if manifest["kind"] == "unseen perturbations":
+        held = set().union(*map(_targets, tested)) - {manifest["control"]}
+        leaks = sorted(label for label in seen if _targets(label) & held)
+        if leaks:
+            shown = ", ".join(leaks[:8]) + (", ..." if len(leaks) > 8 else "")
+            logger.warning("%d training perturbations share a target with a held-out one: %s.", len(leaks), shown)
+
+
+def _targets(label: str) -> set[str]:
+    """Return the targets of a label; those of a combination are joined by "+"."""
+    return set(label.split("+"))

@@ -1,0 +1,265 @@
+"""Fit SE and ST on a screen in one call."""
+
+from __future__ import annotations
+
+import logging
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+import scanpy as sc
+import torch
+from anndata import AnnData
+from mudata import MuData
+from scipy import sparse
+
+from virtualcell import _keys
+from virtualcell._design import Design, Scale, expression_modality, labels
+from virtualcell._errors import unknown_name
+from virtualcell.data._matrix import log_expression
+from virtualcell.io._save import pack
+from virtualcell.models import SE, ST
+from virtualcell.models._base import SPLITS
+from virtualcell.models._perturbations import parts
+from virtualcell.pp import expression_gene_embeddings
+
+logger = logging.getLogger(__name__)
+
+Size = Literal["auto", "small", "medium", "large"]
+
+
+def fit_state(
+    adata: AnnData | MuData,
+    *,
+    perturbation_key: str,
+    control: str,
+    context_key: str | None = None,
+    batch_key: str | None = None,
+    layer: str | None = None,
+    scale: Scale = "counts",
+    library_size_key: str | None = None,
+    use_rep: str | None = None,
+    gene_embeddings: pd.DataFrame | None = None,
+    gene_key: str | None = None,
+    se: SE | Literal[False] | None = None,
+    perturbation_features: pd.DataFrame | None = None,
+    split_key: str | None = None,
+    n_top_genes: int | None = 2000,
+    min_cells: int = 10,
+    size: Size = "auto",
+    max_steps: int | None = None,
+    se_max_steps: int | None = None,
+    model_kwargs: dict | None = None,
+    train_kwargs: dict | None = None,
+    accelerator: str = "auto",
+    devices: int | list[int] | str = "auto",
+    precision: str = "32-true",
+    store_model: bool = True,
+    seed: int = 0,
+    enable_progress_bar: bool = True,
+    modality: str = "rna",
+) -> ST:
+    """Fit SE and ST: embed every cell, and learn what each perturbation does to the control cells of each context.
+
+    `X` and the layers stay as they are. Written are `obsm["X_state"]` (unless `se=False`) and `uns["virtualcell"]`: the
+    design, and the fitted ST, so that :func:`virtualcell.tl.predict_perturbation` needs no more than the data, also
+    after it was saved as h5ad.
+
+    Parameters
+    ----------
+    adata
+        Cells x genes of a screen, or a MuData with it in `modality`.
+    perturbation_key, control
+        Column of `obs` with the perturbation of each cell (combinations as `A+B`), and its label for unperturbed cells.
+    context_key, batch_key
+        Columns with the context (cell type, cell line) and the experimental batch. Control cells are matched within
+        both, and ST learns an embedding of the batch.
+    layer, scale, library_size_key
+        Where the expression is; whether it is "counts" (raw) or "log1p" (of counts per 10,000), checked and never
+        guessed; the column of `obs` with the library size, needed where `adata` holds only some of the genes
+        (default: sum over the genes of `adata`).
+    use_rep
+        Work on cell embeddings, `"X_state"` or another key of `obsm`, and decode genes from them. By default ST works
+        in gene space.
+    gene_embeddings, gene_key
+        Gene table for SE (default: :func:`virtualcell.pp.expression_gene_embeddings` of the training cells), and the
+        column of `var` that holds the names it uses.
+    se
+        A trained SE to embed with, instead of training one; `False` for no embedding.
+    perturbation_features
+        Features per perturbation, to predict perturbations that were never measured; see
+        :class:`virtualcell.models.ST`.
+    split_key
+        Column with `train`, `val`, `test` (:func:`virtualcell.pp.split`). Test cells take no part in anything that is
+        learned or chosen, the genes included.
+    n_top_genes
+        Highly variable genes of the training cells to model; `None` for all. Targets of the screen always come along.
+    min_cells
+        Perturbations with fewer training cells are left out, with a warning that names them.
+    size
+        Of the networks: "small", "medium", "large", or "auto": "small" without a GPU or below 20,000 cells, "large"
+        from 200,000 cells, else "medium".
+    max_steps, se_max_steps
+        Training steps of ST and SE, where their defaults do not fit.
+    model_kwargs, train_kwargs
+        Passed to :class:`virtualcell.models.ST` (`residual="hidden"` for the published form) and its `train`.
+    accelerator, devices, precision, enable_progress_bar
+        As in Lightning, for both trainings.
+    store_model
+        Keep the fitted ST in `uns` (its size in memory); otherwise pass it to `predict_perturbation` as `model=`.
+    seed
+        Of everything random.
+    modality
+        Expression modality of a MuData.
+
+    Returns
+    -------
+    The fitted :class:`virtualcell.models.ST`; its `se` is the SE that was fitted or given.
+
+    Raises
+    ------
+    KeyError
+        For an unknown column, label, layer or modality.
+    ValueError
+        For data that does not fit what was stated: fractions as counts, negative or missing values, empty cells, a
+        context without control cells, nothing to train on.
+    """
+    data, adata = adata, expression_modality(adata, modality)
+    design = Design(
+        perturbation_key=perturbation_key,
+        control=control,
+        context_key=context_key,
+        batch_key=batch_key,
+        layer=layer,
+        scale=scale,
+        library_size_key=library_size_key,
+    )
+    obs, split = _read_obs(data, design, split_key, modality)
+    seen = (split != "test") & _enough_cells(obs[perturbation_key], split, control, min_cells)
+    if use_rep is not None and use_rep not in adata.obsm and not (use_rep == _keys.X_STATE and se is not False):
+        raise unknown_name("use_rep", use_rep, adata.obsm, "Compute it first, or use 'X_state' and let SE be fitted.")
+    matrix = log_expression(adata, layer=layer, scale=scale, library_size_key=library_size_key)
+    genes = _genes(matrix, adata.var_names, seen, obs[perturbation_key], control, n_top_genes)
+    size = _size(size, adata.n_obs)
+    run = {
+        "accelerator": accelerator,
+        "devices": devices,
+        "precision": precision,
+        "seed": seed,
+        "enable_progress_bar": enable_progress_bar,
+    }
+
+    if se is None:
+        se = _fit_se(adata[seen], design, gene_embeddings, gene_key, size, {"max_steps": se_max_steps, **run})
+    if se is not False:
+        adata.obsm[_keys.X_STATE] = se.get_latent_representation(adata, layer=layer, scale=scale, gene_key=gene_key)
+
+    work = AnnData(matrix[:, adata.var_names.get_indexer(genes)], obs=obs, var=pd.DataFrame(index=genes))
+    if use_rep is not None:
+        work.obsm[use_rep] = np.asarray(adata.obsm[use_rep], dtype=np.float32)
+    work.obs["_split"] = np.where(seen, split, "test")
+    ST.setup_anndata(
+        work,
+        perturbation_key=perturbation_key,
+        control=control,
+        context_key=context_key,
+        batch_key=batch_key,
+        use_rep=use_rep,
+        split_key="_split" if split_key is not None or not seen.all() else None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        st = ST(work, perturbation_features, size=size, **(model_kwargs or {}))
+    st.train(**{"max_steps": max_steps, **run, **(train_kwargs or {})})
+    st.forget_data()
+    st.design, st.se = design, se or None
+
+    left = {"design": design.to_uns(), **({"st": pack(st._meta(), st._tensors())} if store_model else {})}
+    adata.uns[_keys.UNS] = {**adata.uns.get(_keys.UNS, {}), **left}
+    return st
+
+
+def _read_obs(data, design: Design, split_key: str | None, modality: str) -> tuple[pd.DataFrame, np.ndarray]:
+    """Labels as strings, under the names of their columns, and the split of each cell ("train" where there is none)."""
+    adata = expression_modality(data, modality)
+    if not adata.obs_names.is_unique:
+        raise ValueError("obs_names repeats cells. Run `adata.obs_names_make_unique()` first.")
+    obs = pd.DataFrame(index=adata.obs_names)
+    for role in ("perturbation_key", "context_key", "batch_key"):
+        key = getattr(design, role)
+        if key is not None:
+            obs[key] = labels(data, key, argument=role, modality=modality)
+    found = obs[design.perturbation_key]
+    if design.control not in set(found):
+        raise unknown_name("control", design.control, sorted(set(found)), "It labels the unperturbed cells.")
+    if split_key is None:
+        return obs, np.full(adata.n_obs, "train")
+    split = labels(data, split_key, argument="split_key", modality=modality)
+    if not set(split) <= set(SPLITS):
+        raise ValueError(f"split_key={split_key!r} holds {sorted(set(split))}; valid are {SPLITS}.")
+    return obs, split.to_numpy().astype(str)
+
+
+def _enough_cells(perturbation: pd.Series, split: np.ndarray, control: str, min_cells: int) -> np.ndarray:
+    """Mask of the cells whose perturbation has enough training cells; control cells always are."""
+    counts = perturbation[split == "train"].value_counts()
+    few = sorted(set(counts.index[counts < min_cells]) - {control})
+    if few:
+        logger.warning(
+            "%d perturbations have fewer than min_cells=%d training cells and are left out: %s%s.",
+            *(len(few), min_cells, ", ".join(few[:10]), " ..." if len(few) > 10 else ""),
+        )
+    if not set(counts.index) - set(few) - {control}:
+        raise ValueError(f"no perturbation has min_cells={min_cells} training cells: there is nothing to train on.")
+    return ~perturbation.isin(few).to_numpy()
+
+
+def _genes(
+    matrix: sparse.csr_matrix,
+    names: pd.Index,
+    seen: np.ndarray,
+    perturbation: pd.Series,
+    control: str,
+    n_top_genes: int | None,
+) -> list[str]:
+    """Names of the genes to model, sorted, so that the order of genes in a file changes nothing."""
+    if not names.is_unique:
+        raise ValueError("var_names repeats genes. Run `adata.var_names_make_unique()` first.")
+    if n_top_genes is None or n_top_genes >= len(names):
+        return sorted(names)
+    cells = AnnData(matrix[np.flatnonzero(seen)], var=pd.DataFrame(index=names))
+    table = sc.pp.highly_variable_genes(cells, n_top_genes=n_top_genes, flavor="seurat", inplace=False)
+    targets = {p for label in set(perturbation) for p in parts(label, control)} & set(names)
+    return sorted(set(names[table["highly_variable"].to_numpy()]) | targets)
+
+
+def _size(size: Size, n_cells: int) -> str:
+    if size != "auto":
+        return size
+    chosen = "small" if n_cells < 20_000 else "medium" if n_cells < 200_000 else "large"
+    if not torch.cuda.is_available():
+        chosen = "small"
+    logger.info("size='auto': %r for %d cells.", chosen, n_cells)
+    return chosen
+
+
+def _fit_se(
+    cells: AnnData, design: Design, gene_embeddings: pd.DataFrame | None, gene_key: str | None, size: str, run: dict
+) -> SE:
+    """Train an SE on a copy of the training cells that holds nothing but their expression."""
+    matrix = cells.X if design.layer is None else cells.layers[design.layer]
+    work = AnnData(sparse.csr_matrix(matrix), obs=pd.DataFrame(index=cells.obs_names), var=cells.var.copy())
+    if design.library_size_key is not None:
+        work.obs[design.library_size_key] = cells.obs[design.library_size_key]
+    if gene_embeddings is None:
+        gene_embeddings = expression_gene_embeddings(
+            work, scale=design.scale, library_size_key=design.library_size_key, seed=run["seed"]
+        )
+        gene_key = None
+    SE.setup_anndata(work, scale=design.scale, gene_key=gene_key)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run["seed"])
+        se = SE(work, gene_embeddings, size=size)
+    se.train(**run)
+    se.forget_data()
+    return se
