@@ -88,7 +88,8 @@ class SENetwork(nn.Module):
         """Embed cells.
 
         `genes` (G, d) from :meth:`encode_genes`; `tokens` (B, L), rows of `genes` or -1 for padding; `expression`
-        (B, L), the value c of each place in percent of the cell; `cls_expression` (B,), what the [CLS] place carries (0).
+        (B, L), the value c of each place in percent of the cell; `cls_expression` (B,), that of
+        the [CLS] place (0).
         """
         n = len(tokens)
         special = self.encoder(torch.cat([self.cls_token, self.dataset_token])) * math.sqrt(self.config.n_hidden)

@@ -58,8 +58,8 @@ def predict_perturbation(
     Returns
     -------
     AnnData of predicted cells x the model's genes, log(1 + counts per 10,000): `obs` has the perturbation and the
-    context under the names of their columns in `adata`, and `control_barcode`, the control cell each one started from, whose
-    expression is `layers["control"]`. Ready for `scanpy.tl.rank_genes_groups` and, on that scale, `anndata.concat`.
+    context under the names of their columns in `adata`, and `control_barcode`, the control cell each one started from,
+    whose expression is `layers["control"]`. Ready for `scanpy.tl.rank_genes_groups` and, on that scale, `anndata.concat`.
 
     Raises
     ------
