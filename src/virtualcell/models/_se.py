@@ -253,6 +253,16 @@ class SE(SavedModel):
         s = self.setup
         return self._values(data, s["layer"], s["scale"], s["gene_key"], s.get("modality", "rna"))
 
+    def _dataset_codes(self, data: AnnData | MuData) -> np.ndarray:
+        key, modality = self.setup["dataset_key"], self.setup.get("modality", "rna")
+        if key is None:
+            return np.zeros(expression_modality(data, modality).n_obs, int)
+        names = labels(data, key, argument="dataset_key", modality=modality).to_numpy()
+        codes = pd.Index(self.datasets).get_indexer(names)
+        if (codes < 0).any():
+            raise unknown_name("dataset", names[codes < 0][0], self.datasets, "This model tells only those apart.")
+        return codes
+
     # -- training -----------------------------------------------------------------------------------------------------
 
     def train(
@@ -260,7 +270,7 @@ class SE(SavedModel):
         max_epochs: int | None = None,
         *,
         max_steps: int | None = None,
-        lr: float = 1e-3,
+        lr: float = 2e-3,
         weight_decay: float = 0.01,
         batch_size: int = 32,
         val_fraction: float = 0.1,
@@ -290,12 +300,11 @@ class SE(SavedModel):
         enable_progress_bar, trainer_kwargs
             As in :meth:`virtualcell.models.ST.train`.
         """
-        if self.adata is None:
-            raise ValueError("this model was loaded without data and cannot be trained on.")
-        matrix, tokens = self._setup_values(self.adata)
-        codes = self.adata_manager.get_from_registry("dataset").ravel()
+        data = self._training_data()
+        matrix, tokens = self._setup_values(data)
+        codes = self._dataset_codes(data)
         modality = self.setup.get("modality", "rna")
-        by_name = np.argsort(expression_modality(self.adata, modality).obs_names.to_numpy(), kind="stable")
+        by_name = np.argsort(expression_modality(data, modality).obs_names.to_numpy(), kind="stable")
         by_name = np.random.default_rng(seed).permutation(by_name)
         n_val = int(val_fraction * len(by_name))
 
@@ -407,10 +416,14 @@ class SE(SavedModel):
 
 def se_loss(network: SENetwork, gene_embeddings: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Distance of predicted to true targets per cell and, over the shared genes, per gene; dataset cross-entropy."""
-    out = network(network.encode_genes(gene_embeddings), batch["tokens"], batch["expression"])
-    targets = batch["targets"]
+    tokens, target_tokens, targets = batch["tokens"], batch["target_tokens"], batch["targets"]
+    # each gene that occurs in the batch is encoded once, however many cells name it
+    occurring, place = torch.cat([tokens.clamp_min(0), target_tokens], dim=1).unique(return_inverse=True)
+    genes = gene_embeddings[occurring]
+    in_sentence, in_targets = place.split([tokens.shape[1], target_tokens.shape[1]], dim=1)
+    out = network(network.encode_genes(genes), in_sentence.where(tokens >= 0, -1), batch["expression"])
     depth = targets.sum(dim=1) / (targets > 0).sum(dim=1).clamp_min(1)
-    codes = network.encoder(gene_embeddings)[batch["target_tokens"]]  # (B, T, d); the table is encoded once
+    codes = network.encoder(genes)[in_targets]  # (B, T, d)
     error = (network.decode_codes(codes, out.cell, out.dataset, depth) - targets).float()
     shared = error[:, error.shape[1] - int(batch["n_shared"]) :]
     losses = {

@@ -288,7 +288,7 @@ class ST(PerturbationModel):
         trainer_kwargs
             Anything else for :class:`scvi.train.Trainer`.
         """
-        data = self._data(None)
+        data = self._training_data()
         validation = self._validation_cells(data, val_fraction, seed) & self._training_rows(data)
         sampler = {"sets_per_batch": batch_size, "seed": seed}
         train = self._loader(data, self._training_rows(data) & ~validation, fixed=False, min_batches=50, **sampler)
