@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 _SETS_AT_ONCE = 16  # in a forward pass without gradients
 
 SIZES = {
-    "small": {"n_hidden": 128, "n_layers": 2, "n_heads": 4, "head_dim": 32, "n_feedforward": 256, "set_size": 32},
+    "small": {"n_hidden": 128, "n_layers": 2, "n_heads": 4, "head_dim": 32, "n_feedforward": 256, "set_size": 64},
     "medium": {"n_hidden": 256, "n_layers": 4, "n_heads": 8, "head_dim": 32, "n_feedforward": 768, "set_size": 64},
     # ST-HVG-Replogle of the paper
     "large": {
@@ -263,8 +263,8 @@ class ST(PerturbationModel):
         Parameters
         ----------
         max_epochs, max_steps
-            Length, whichever ends first; 600 steps where neither is given. An epoch shows every training cell about
-            once, or 50 steps where that is less.
+            Length, whichever ends first; where neither is given, 40 passes over the training cells, but at least 500
+            and at most 20,000 steps. An epoch is a pass, or 50 steps where that is more.
         lr, weight_decay
             Of AdamW; the rate warms up over 3 % of the steps and then falls along a cosine.
         batch_size
@@ -301,7 +301,7 @@ class ST(PerturbationModel):
             held,
             max_epochs=max_epochs,
             max_steps=max_steps,
-            default_steps=600,
+            default_steps=min(max(40 * len(train) // train.sampler.n_passes, 500), 20_000),
             lr=lr,
             weight_decay=weight_decay,
             gradient_clip=10.0,
