@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -19,8 +20,10 @@ from torch.utils.data import DataLoader
 
 from virtualcell._design import expression_modality
 from virtualcell.data._cell_sets import CellSetDataset, CellSetSampler, Rows, cell_groups
+from virtualcell.io._arc_st import read_st
+from virtualcell.io._write_arc_st import write_st
 from virtualcell.models._base import PerturbationModel
-from virtualcell.models._perturbations import PerturbationTable
+from virtualcell.models._perturbations import PerturbationTable, find_drug
 from virtualcell.models._se import SE
 from virtualcell.modules import STConfig, STNetwork, set_loss
 from virtualcell.train import run_training
@@ -190,6 +193,77 @@ class ST(PerturbationModel):
         )
         return cls(registry=registry, set_size=arguments["set_size"], table=table, **arguments["config"])
 
+    @classmethod
+    def from_arc(
+        cls,
+        run_folder: str | os.PathLike,
+        *,
+        checkpoint: str = "final.ckpt",
+        gene_names: Sequence[str] | None = None,
+        perturbations: Sequence[str] | Mapping[str, Sequence[float]] | pd.DataFrame | None = None,
+    ) -> ST:
+        """Read a model of Arc's `arc-state`, published or trained by yourself. No code in its files is run.
+
+        Its columns of `obs` (perturbation, context, batch) are those of the run; state other ones at
+        :func:`virtualcell.tl.predict_perturbation`.
+
+        Parameters
+        ----------
+        run_folder
+            Folder of a run (`config.yaml`, `var_dims.pkl`, `pert_onehot_map.pt`, ..., `checkpoints/`), or a checkpoint
+            alone, which then needs `gene_names` and `perturbations`; its batches, if any, are called "0", "1", ...
+        checkpoint
+            File in `checkpoints/` or in the folder itself.
+        gene_names
+            Names of the predicted genes in the order of training, where the run has none (Tahoe).
+        perturbations
+            Names in the order of training for one-hot codes, or name -> vector (n_perturbation,), the control among
+            them; by default those of `pert_onehot_map.pt`.
+
+        Raises
+        ------
+        ValueError
+            If parameters are missing, unexpected or misshapen, or a list of names has another length than the model.
+        UnsafePickleError
+            If a file asks for anything but data.
+        """
+        path = Path(run_folder)
+        arguments, tensors, registry = read_st(
+            path, checkpoint=checkpoint, gene_names=gene_names, perturbations=perturbations
+        )
+        model = cls._from_foreign(arguments, tensors, registry)
+        logger.info("%s: %r", path.name, model)
+        return model
+
+    def to_arc(self, folder: str | os.PathLike, *, overwrite: bool = False) -> None:
+        """Write a run folder that `arc-state` reads, with the network in `checkpoints/final.ckpt`.
+
+        Parameters
+        ----------
+        folder
+            The folder, made where it is missing.
+        overwrite
+            Replace a run that is there.
+
+        Raises
+        ------
+        ValueError
+            For `residual="expression"`, our default, which that format cannot express.
+        """
+        table = dict(zip(self.table.names, self.table.vectors, strict=True))
+        states = self.registry["field_registries"]
+        write_st(
+            Path(folder),
+            self.module,
+            setup=self.setup,
+            genes=self.genes,
+            perturbations=table | {self.control: self.table.encode([self.control])[0]},
+            batches=[str(b) for b in states["batch"]["state_registry"]["categorical_mapping"]],
+            contexts=self.contexts,
+            set_size=self.set_size,
+            overwrite=overwrite,
+        )
+
     # -- data ---------------------------------------------------------------------------------------------------------
 
     def _n_rep(self) -> int:
@@ -207,8 +281,7 @@ class ST(PerturbationModel):
             )
         return rep
 
-    def _loader(self, data, target: np.ndarray, *, fixed: bool, **sampler: object) -> DataLoader:
-        genes = None if self.setup["use_rep"] is None else Rows(self._expression(data))
+    def _loader(self, data, target: np.ndarray, cells: CellSetDataset, *, fixed: bool, **sampler: object) -> DataLoader:
         groups = cell_groups(
             self._labels(data, "perturbation"),
             self._labels(data, "context"),
@@ -219,9 +292,7 @@ class ST(PerturbationModel):
             source=self._training_rows(data),
         )
         sets = CellSetSampler(groups, set_size=self.set_size, fixed=fixed, **sampler)
-        return DataLoader(
-            CellSetDataset(Rows(self._cells(data)), self.table.encode, genes), sampler=sets, batch_size=None
-        )
+        return DataLoader(cells, sampler=sets, batch_size=None)
 
     def _validation_cells(self, data, fraction: float, seed: int) -> np.ndarray:
         """Mask: the split's "val", or a share of the cells of each perturbation and context drawn by name."""
@@ -290,9 +361,12 @@ class ST(PerturbationModel):
         """
         data = self._training_data()
         validation = self._validation_cells(data, val_fraction, seed) & self._training_rows(data)
+        genes = None if self.setup["use_rep"] is None else Rows(self._expression(data))
+        cells = CellSetDataset(Rows(self._cells(data)), self.table.encode, genes)
         sampler = {"sets_per_batch": batch_size, "seed": seed}
-        train = self._loader(data, self._training_rows(data) & ~validation, fixed=False, min_batches=50, **sampler)
-        held = self._loader(data, validation, fixed=True, **sampler) if validation.any() else None
+        learned = self._training_rows(data) & ~validation
+        train = self._loader(data, learned, cells, fixed=False, min_batches=50, **sampler)
+        held = self._loader(data, validation, cells, fixed=True, **sampler) if validation.any() else None
         options = {"kind": loss, "mean_weight": mean_weight}
         run_training(
             self,
@@ -324,6 +398,23 @@ class ST(PerturbationModel):
     def check_perturbation(self, perturbation: str) -> None:
         """Raise a KeyError that names the closest ones if a perturbation has no vector in this model."""
         self.table.encode([perturbation])
+
+    def perturbation_name(self, *, drug: str, dose: float | None = None) -> str:
+        """Find the perturbation of a drug at a dose in names such as "[('Dabrafenib', 0.5, 'uM')]" of Tahoe-100M.
+
+        Parameters
+        ----------
+        drug
+            Name of the drug, in any case of letters.
+        dose
+            Dose, in the unit of the names; may be left out where there is one.
+
+        Raises
+        ------
+        KeyError
+            For an unknown drug or dose; the message names those there are.
+        """
+        return find_drug(self.table.names, drug, dose)
 
     @torch.inference_mode()
     def predict_sets(
