@@ -8,9 +8,13 @@
 from __future__ import annotations
 
 import importlib
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
-__version__ = version("virtualcell")
+try:
+    __version__ = version("virtualcell")
+except PackageNotFoundError:  # a checkout on the path of a machine that has torch alone
+    __version__ = "unknown"
+
 __all__ = ["datasets", "io", "metrics", "models", "pl", "pp", "tl"]
 
 

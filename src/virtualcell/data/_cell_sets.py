@@ -77,7 +77,7 @@ def cell_groups(
         pool = rows[source[rows]]
         if not len(pool):
             raise ValueError(
-                f"context {c!r} has no control cells ({control!r}) to start from. Drop it or add controls."
+                f"context {str(c)!r} has no control cells ({control!r}) to start from. Drop it or add controls."
             )
         rows = rows[target[rows]]
         batches = np.zeros(len(rows), int) if batch is None else batch[rows]

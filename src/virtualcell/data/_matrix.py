@@ -27,6 +27,9 @@ def raw_matrix(adata: AnnData, layer: str | None = None) -> sparse.csr_matrix:
     if matrix is None:
         raise ValueError(f"{where} is empty.")
     matrix = sparse.csr_matrix(matrix)
+    if not matrix.has_canonical_format:  # entries stored twice are summed before any logarithm
+        matrix = matrix.copy()
+        matrix.sum_duplicates()
     if not np.isfinite(matrix.data).all():
         raise ValueError(f"{where} holds NaN or infinite values. Set them to a number or drop those cells.")
     if matrix.data.size and matrix.data.min() < 0:

@@ -74,11 +74,15 @@ class SentenceDataset(Dataset):
     def __getitem__(self, rows: np.ndarray) -> dict[str, Tensor]:
         block = self.matrix[rows]
         total = np.asarray(block @ (self.tokens >= 0).astype(np.float32))  # of embedded genes
-        if self.n_targets is not None:
-            # equal counts in random order: which singletons make it into the sentence should not be learned
-            block = block.copy()
-            block.data *= (1 + 1e-4 * self.rng.random(block.nnz)).astype(np.float32)
-        tokens, values = sentences(block, self.tokens, self.length)
+        if self.n_targets is None:
+            tokens, values = sentences(block, self.tokens, self.length)
+        else:
+            # equal values come by token: number the tokens anew, so that no gene always loses its place to the others
+            genes = self.rng.permutation(self.columns)
+            numbers = np.full_like(self.tokens, -1)
+            numbers[genes] = np.arange(len(genes))
+            numbered, values = sentences(block, numbers, self.length)
+            tokens = np.where(numbered >= 0, self.tokens[genes][numbered], -1)
         batch = {
             "tokens": torch.from_numpy(tokens).long(),
             "expression": torch.from_numpy(100 * values / np.maximum(total, 1e-12)[:, None]),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from scipy import sparse
+from torch import Tensor
 
 # Entries sorted at a time: 8 MB of keys, about what the cache of one core holds.
 _BLOCK_ENTRIES = 1 << 20
@@ -60,3 +62,22 @@ def _sorted_keys(block: sparse.csr_matrix, tokens: np.ndarray) -> np.ndarray:
     keys[np.arange(keys.shape[1]) < counts[:, None]] = packed
     keys.sort(axis=1)
     return keys
+
+
+def fill_with_unexpressed(sentence: Tensor, block: sparse.csr_matrix, tokens: np.ndarray) -> Tensor:
+    """Put unexpressed genes, drawn with replacement, into the padding of sentences (cells x length).
+
+    Every cell takes the same numbers in [0, 1) to its unexpressed genes in the order of the table, so that neither its
+    name nor the order of cells and genes matters. A cell that expresses every gene stays padded.
+    """
+    numbers = np.random.default_rng(0).random(sentence.shape[1])
+    filled = sentence.numpy().copy()
+    embedded = np.sort(tokens[tokens >= 0])
+    for i in np.flatnonzero((filled < 0).any(axis=1)):
+        row = slice(block.indptr[i], block.indptr[i + 1])
+        expressed = tokens[block.indices[row][block.data[row] > 0]]
+        unexpressed = np.setdiff1d(embedded, expressed)
+        if len(unexpressed):
+            empty = filled[i] < 0
+            filled[i, empty] = unexpressed[(numbers[empty] * len(unexpressed)).astype(int)]
+    return torch.from_numpy(filled)

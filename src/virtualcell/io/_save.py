@@ -20,11 +20,13 @@ def write_folder(folder: str | os.PathLike, meta: dict, tensors: dict[str, Tenso
         raise FileExistsError(f"{folder} holds a model already. Pass overwrite=True to replace it.")
     folder.mkdir(parents=True, exist_ok=True)
     packed = pack(meta, tensors)
-    # the weights first and each file in one step, so that an interrupted save leaves no model.json without weights
-    for name, content in (("model.safetensors", packed["weights"].tobytes()), ("model.json", packed["json"].encode())):
-        part = folder / f"{name}.part"
-        part.write_bytes(content)
-        part.replace(folder / name)
+    files = {"model.safetensors": packed["weights"].tobytes(), "model.json": packed["json"].encode()}
+    for name, content in files.items():
+        (folder / f"{name}.part").write_bytes(content)
+    # the description goes first and comes last: an interrupted save leaves none that stands beside other weights
+    (folder / "model.json").unlink(missing_ok=True)
+    for name in files:
+        (folder / f"{name}.part").replace(folder / name)
 
 
 def read_folder(folder: str | os.PathLike) -> tuple[dict, dict[str, Tensor]]:

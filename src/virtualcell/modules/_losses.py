@@ -64,8 +64,9 @@ def sinkhorn_divergence(x: Tensor, y: Tensor, blur: float = 0.05) -> Tensor:
             f, g = torch.zeros_like(cost[..., 0]), torch.zeros_like(cost[..., 0, :])
             for t in temperatures:
                 f, g = (f + soft_min(cost, g, t)) / 2, (g + soft_min(cost.mT, f, t)) / 2
-        last = temperatures[-1]
-        return soft_min(cost, g, last), soft_min(cost.mT, f, last)
+            last = soft_min(cost.mT, f, temperatures[-1])
+        # either potential alone has the whole gradient, the transport plan: through both it would count twice
+        return soft_min(cost, g, temperatures[-1]), last
 
     f, g = potentials(costs["xy"])
     f_x, g_x = potentials(costs["xx"])

@@ -144,6 +144,7 @@ def run_training(
         trainer_kwargs.setdefault("check_val_every_n_epoch", 1 if early_stopping else max(1, n_epochs // 20))
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), warnings.catch_warnings():
         torch.manual_seed(seed)
+        model.module.train()  # scvi leaves a trained one in evaluation mode: training on would go without dropout
         # loaders read from memory here: worker processes would only copy the matrix
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*number of training batches.*smaller than the logging interval.*")

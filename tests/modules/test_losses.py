@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from virtualcell.modules import energy_distance, mean_distance, set_loss, sinkhorn_divergence
+
+
+def naive_energy(x: Tensor, y: Tensor) -> float:
+    """Double loop in float64, self-pairs included as zeros."""
+    x, y = x.double().numpy(), y.double().numpy()
+
+    def mean(a: np.ndarray, b: np.ndarray) -> float:
+        return sum(math.sqrt(((p - q) ** 2).sum()) for p in a for q in b) / (len(a) * len(b))
+
+    return mean(x, y) - mean(x, x) / 2 - mean(y, y) / 2
+
+
+def plain_sinkhorn(x: Tensor, y: Tensor, blur: float = 0.05, n_steps: int = 2000) -> float:
+    """Debiased entropic cost: alternating log-domain Sinkhorn in float64 at the last temperature, until it stands."""
+
+    def cost(a: Tensor, b: Tensor) -> float:
+        c = (a.double()[:, None] - b.double()[None]).square().sum(-1) / 2
+        f, g, t = torch.zeros(len(a)).double(), torch.zeros(len(b)).double(), blur**2
+        for _ in range(n_steps):
+            before = f
+            f = -t * (torch.logsumexp((g[None] - c) / t, dim=1) - math.log(len(b)))
+            g = -t * (torch.logsumexp((f[:, None] - c) / t, dim=0) - math.log(len(a)))
+            if (f - before).abs().max() < 1e-12:
+                break
+        return float(f.mean() + g.mean())
+
+    return cost(x, y) - cost(x, x) / 2 - cost(y, y) / 2
+
+
+@pytest.fixture
+def sets() -> tuple[Tensor, Tensor]:
+    """Three pairs of sets of unequal size, each pair further apart."""
+    torch.manual_seed(0)
+    x, y = torch.randn(3, 7, 5), torch.randn(3, 9, 5)
+    return x, y + torch.tensor([0.0, 1.0, 4.0])[:, None, None]
+
+
+LOSSES = [energy_distance, mean_distance, sinkhorn_divergence]
+
+
+def test_energy_distance_is_the_double_loop(sets: tuple) -> None:
+    x, y = sets
+    expected = [naive_energy(a, b) for a, b in zip(x, y, strict=True)]
+    torch.testing.assert_close(energy_distance(x, y), torch.tensor(expected, dtype=torch.float32), atol=1e-6, rtol=1e-5)
+
+
+def test_mean_distance_is_the_distance_of_means(sets: tuple) -> None:
+    x, y = sets
+    expected = [math.dist(a.double().mean(0).tolist(), b.double().mean(0).tolist()) for a, b in zip(x, y, strict=True)]
+    torch.testing.assert_close(mean_distance(x, y), torch.tensor(expected, dtype=torch.float32), atol=1e-6, rtol=1e-5)
+
+
+def test_energy_of_two_single_cells_is_their_distance() -> None:
+    x, y = torch.tensor([[[0.0, 0.0]]]), torch.tensor([[[3.0, 4.0]]])
+    assert energy_distance(x, y).item() == pytest.approx(5, abs=1e-6)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_order_of_cells_and_genes_and_sets_does_not_matter(loss, sets: tuple) -> None:
+    x, y = sets
+    expected, genes = loss(x, y), torch.randperm(5)
+    close = {"atol": 2e-5, "rtol": 1e-4}
+    torch.testing.assert_close(loss(x[:, torch.randperm(7)], y[:, torch.randperm(9)]), expected, **close)
+    torch.testing.assert_close(loss(x[..., genes], y[..., genes]), expected, **close)
+    torch.testing.assert_close(loss(x.flip(0), y.flip(0)), expected.flip(0), **close)
+    torch.testing.assert_close(loss(y, x), expected, **close)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_shift_of_both_sets_changes_nothing(loss, sets: tuple) -> None:
+    x, y = sets
+    shift = torch.linspace(-3, 8, 5)
+    torch.testing.assert_close(loss(x + shift, y + shift), loss(x, y), atol=3e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("n_genes", [5, 2000])
+def test_identical_sets_have_no_distance(loss, n_genes: int) -> None:
+    x = torch.rand(2, 64, n_genes) * 3
+    # float32 distances between a cell and its copy are up to 0.04 at 2,000 genes where they should be 0
+    torch.testing.assert_close(loss(x, x.clone()), torch.zeros(2), atol=1e-3, rtol=0)
+    assert loss(x, x + 0.5).min() > 0.05
+
+
+def test_energy_keeps_its_digits_at_two_thousand_genes_far_from_the_origin() -> None:
+    # expression sits on an offset that is large beside the differences of interest
+    torch.manual_seed(0)
+    centre = torch.rand(2000) * 8
+    x = centre + 0.01 * torch.randn(1, 32, 2000)
+    y = centre + 0.01 * torch.randn(1, 32, 2000) + 0.003 * torch.randn(2000)
+    expected = naive_energy(x[0], y[0])
+    assert expected > 0.005
+    assert energy_distance(x, y).item() == pytest.approx(expected, abs=1e-6)
+    # what float32 distances give where they are, with exact zeros between a cell and itself
+    between, within = torch.cdist(x, y).mean(), [torch.cdist(z, z)[0].fill_diagonal_(0).mean() for z in (x, y)]
+    assert abs((between - sum(within) / 2).item() - expected) > 3e-5
+
+
+def test_energy_is_computed_in_float32_under_half_precision(sets: tuple) -> None:
+    x, y = sets
+    found = energy_distance(x.bfloat16(), y.bfloat16())
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, energy_distance(x.bfloat16().float(), y.bfloat16().float()), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_distance_falls_all_the_way_to_the_target(loss) -> None:
+    torch.manual_seed(1)
+    x, y = torch.randn(1, 16, 10), torch.randn(1, 16, 10) + 2
+    values = [loss(x + t * (y - x), y).item() for t in torch.linspace(0, 1, 8)]
+    assert all(a > b for a, b in pairwise(values))
+    assert values[0] > 0.5
+    assert values[-1] == pytest.approx(0, abs=2e-4)
+
+
+def test_sinkhorn_between_single_cells_is_half_the_squared_distance() -> None:
+    x, y = torch.tensor([[[1.0, 2.0]], [[0.0, 0.0]]]), torch.tensor([[[4.0, 6.0]], [[0.3, 0.4]]])
+    torch.testing.assert_close(sinkhorn_divergence(x, y), torch.tensor([12.5, 0.125]), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("blur", "tolerance"), [(2.0, 2e-3), (1.0, 2e-2)])
+def test_sinkhorn_is_the_entropic_cost_where_it_converges(sets: tuple, blur: float, tolerance: float) -> None:
+    x, y = sets
+    expected = [plain_sinkhorn(a, b, blur) for a, b in zip(x, y, strict=True)]
+    found = sinkhorn_divergence(x, y, blur)
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float32), atol=1e-3, rtol=tolerance)
+
+
+def test_sinkhorn_at_its_default_blur_is_near_the_assignment_cost() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(8, 12, 3), torch.randn(8, 12, 3) + 1
+    cost = (x[:, :, None] - y[:, None]).square().sum(-1).numpy() / 2
+    expected = torch.tensor([c[linear_sum_assignment(c)].mean() for c in cost])
+    # the temperature falls by 4 a step and leaves the potentials a few percent short
+    ratio = sinkhorn_divergence(x, y) / expected
+    assert ratio.min() > 0.9
+    assert ratio.max() < 1.02
+
+
+def finite_difference(loss, x: Tensor, y: Tensor, step: float) -> Tensor:
+    gradient = torch.zeros_like(x)
+    for i in np.ndindex(*x.shape):
+        up, down = x.clone(), x.clone()
+        up[i] += step
+        down[i] -= step
+        gradient[i] = (loss(up, y).sum() - loss(down, y).sum()) / (2 * step)
+    return gradient
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [energy_distance, mean_distance, lambda x, y: sinkhorn_divergence(x, y, 2.0)],
+    ids=["energy", "mean", "sinkhorn"],
+)
+def test_gradient_is_that_of_the_value(loss) -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(1, 4, 3), torch.randn(1, 5, 3) + 1
+    variable = x.clone().requires_grad_()
+    loss(variable, y).sum().backward()
+    expected = finite_difference(loss, x, y, step=1e-2)
+    torch.testing.assert_close(variable.grad, expected, atol=3e-3, rtol=0.03)
+
+
+def test_sinkhorn_gradient_has_the_size_of_the_slope_at_its_default_blur() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(1, 8, 3), torch.randn(1, 8, 3) + 1
+    variable = x.clone().requires_grad_()
+    sinkhorn_divergence(variable, y).sum().backward()
+    slope = finite_difference(sinkhorn_divergence, x, y, step=1e-2)
+    assert ((variable.grad * slope).sum() / slope.square().sum()).item() == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize("kind", ["energy", "sinkhorn", "energy+sinkhorn"])
+def test_gradient_is_finite_where_the_prediction_is_the_target(kind: str) -> None:
+    target = torch.rand(2, 30, 50)
+    predicted = target.clone().requires_grad_()
+    set_loss(predicted, target, kind=kind, mean_weight=1.0).sum().backward()
+    assert torch.isfinite(predicted.grad).all()
+
+
+def test_set_loss_adds_up(sets: tuple) -> None:
+    x, y = sets
+    energy, sinkhorn, mean = energy_distance(x, y), sinkhorn_divergence(x, y), mean_distance(x, y)
+    torch.testing.assert_close(set_loss(x, y), energy)
+    torch.testing.assert_close(set_loss(x, y, kind="sinkhorn"), sinkhorn)
+    torch.testing.assert_close(set_loss(x, y, kind="energy+sinkhorn"), energy + 0.01 * sinkhorn)
+    torch.testing.assert_close(set_loss(x, y, kind="energy", mean_weight=0.5), energy + 0.5 * mean)
+
+
+def test_unknown_loss_names_the_valid_ones(sets: tuple) -> None:
+    with pytest.raises(
+        ValueError, match=r"loss='mmd' is unknown; valid are 'energy', 'sinkhorn' and 'energy\+sinkhorn'"
+    ):
+        set_loss(*sets, kind="mmd")

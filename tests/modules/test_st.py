@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from virtualcell.modules import STConfig, STNetwork
+from virtualcell.modules._st import GeneDecoder
+
+B, S, G, P = 3, 7, 16, 4
+
+
+def network(seed: int = 0, **options: object) -> STNetwork:
+    """Build a network with a last layer that is not zero."""
+    torch.manual_seed(seed)
+    given = {"n_input": G, "n_output": G, "n_perturbation": P, "n_hidden": 24, "n_heads": 2, "head_dim": 8}
+    net = STNetwork(STConfig(**{**given, "n_feedforward": 32, **options})).eval()
+    torch.nn.init.normal_(net.project_out[-1].weight, std=0.5)
+    return net
+
+
+@pytest.fixture
+def sets() -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(1)
+    return torch.rand(B, S, G) * 3, torch.eye(P)[[0, 2, 3]], torch.tensor([1, 0, 1])
+
+
+EVERYTHING = {"n_batches": 2, "batch_token": True, "confidence_token": True}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("residual", ["expression", "hidden", "all", "none"])
+@pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["plain", "tokens"])
+def test_permuting_the_cells_of_a_set_permutes_the_prediction(residual: str, options: dict, sets: tuple) -> None:
+    control, perturbation, batch = sets
+    net = network(residual=residual, n_genes=5, **options)
+    order = torch.randperm(S)
+    out, permuted = net(control, perturbation, batch), net(control[:, order], perturbation, batch)
+    torch.testing.assert_close(permuted.cells, out.cells[:, order], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(permuted.genes, out.genes[:, order], atol=1e-5, rtol=1e-5)
+    assert out.cells.shape == (B, S, G)
+    assert out.genes.shape == (B, S, 5)
+    if options:
+        assert out.confidence.shape == (B,)
+        torch.testing.assert_close(permuted.confidence, out.confidence, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_sets_do_not_see_each_other_but_cells_of_a_set_do(sets: tuple) -> None:
+    control, perturbation, _ = sets
+    net, changed = network(), control.clone()
+    changed[0, 0] += 1
+    difference = (net(changed, perturbation).cells - net(control, perturbation).cells).abs().amax(dim=-1)
+    assert (difference[1:] == 0).all()
+    assert (difference[0] > 1e-6).all()
+
+
+@torch.no_grad()
+def test_untrained_default_predicts_exactly_the_controls(sets: tuple) -> None:
+    control, perturbation, _ = sets
+    net = STNetwork(STConfig(n_input=G, n_output=G, n_perturbation=P)).eval()
+    assert torch.equal(net(control, perturbation).cells, control)
+    # in gene space nothing is negative
+    below = control - 1.5
+    assert torch.equal(net(below, perturbation).cells, below.clamp_min(0))
+    free = STNetwork(STConfig(n_input=G, n_output=G, n_perturbation=P, relu=False)).eval()
+    assert torch.equal(free(below, perturbation).cells, below)
+
+
+def test_a_gene_silent_in_all_controls_can_be_switched_on(sets: tuple) -> None:
+    # relu has gradient 0 at 0: a network that starts at "no change" would never learn that interferon induces ISG15
+    control, perturbation, _ = sets
+    control = control.clone()
+    control[..., 0] = 0
+    net = STNetwork(STConfig(n_input=G, n_output=G, n_perturbation=P))
+    cells = net(control, perturbation).cells
+    assert (cells[..., 0] == 0).all()
+    cells[..., 0].sum().backward()
+    assert net.project_out[-1].bias.grad[0] == B * S
+    assert torch.autograd.grad(torch.relu(z := torch.zeros(1, requires_grad=True)).sum(), z)[0] == 0
+
+
+def test_silent_gene_is_learned() -> None:
+    control, perturbation = torch.rand(1, S, G), torch.eye(P)[:1]
+    control[..., 0] = 0
+    target = control.clone()
+    target[..., 0] = 2
+    net = network_from_zero()
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
+    for _ in range(60):
+        loss = F.mse_loss(net(control, perturbation).cells, target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert net(control, perturbation).cells[..., 0].mean() > 1.5
+
+
+def network_from_zero() -> STNetwork:
+    torch.manual_seed(0)
+    return STNetwork(STConfig(n_input=G, n_output=G, n_perturbation=P, n_hidden=24, n_heads=2, head_dim=8)).eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("residual", ["expression", "hidden", "all", "none"])
+def test_residual_is_the_written_formula(residual: str, sets: tuple) -> None:
+    control, perturbation, batch = sets
+    net = network(residual=residual, relu=False, n_batches=2)
+    code = net.basal_encoder(control)
+    x = code + net.pert_encoder(perturbation)[:, None] + net.batch_encoder.weight[batch][:, None]
+    b = net.transformer_backbone(x)
+    expected = {
+        "expression": lambda: control + net.project_out(b),
+        "hidden": lambda: net.project_out(b + code),
+        "none": lambda: net.project_out(b),
+        "all": lambda: net.final_down_then_up(net.project_out(b) + control),
+    }[residual]()
+    torch.testing.assert_close(net(control, perturbation, batch).cells, expected)
+    if residual == "all":
+        assert [m.out_features for m in net.final_down_then_up if hasattr(m, "out_features")] == [G // 8, G]
+
+
+@torch.no_grad()
+def test_tokens_stand_beside_the_cells_and_not_in_their_slots(sets: tuple) -> None:
+    control, perturbation, batch = sets
+    net = network(**EVERYTHING)
+    seen = {}
+    net.transformer_backbone.register_forward_hook(lambda _, inputs, out: seen.update(x=inputs[0], out=out))
+    out = net(control, perturbation, batch)
+    assert seen["x"].shape == (B, S + 2, 24)
+    torch.testing.assert_close(seen["x"][:, 0], net.batch_token[0].expand(B, -1))
+    torch.testing.assert_close(seen["x"][:, -1], net.confidence_token.confidence_token[0].expand(B, -1))
+    torch.testing.assert_close(out.cells, (control + net.project_out(seen["out"][:, 1:-1])).clamp_min(0))
+    torch.testing.assert_close(out.confidence, net.confidence_token(seen["out"][:, -1]))
+    assert (out.confidence >= 0).all()
+
+
+@torch.no_grad()
+def test_dropout_acts_in_training_only(sets: tuple) -> None:
+    net = network(dropout=0.5, confidence_token=True, n_genes=5, decoder_dropout=0.5)
+    first, second = net(*sets[:2]), net(*sets[:2])
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+    net.train()
+    assert not torch.equal(net(*sets[:2]).cells, net(*sets[:2]).cells)
+
+
+@torch.no_grad()
+def test_control_encoder_is_one_linear_layer_where_asked(sets: tuple) -> None:
+    net = network(control_projection=False)
+    assert {"basal_encoder.weight", "basal_encoder.bias"} <= set(net.state_dict())
+    assert net(*sets[:2]).cells.shape == (B, S, G)
+
+
+@torch.no_grad()
+def test_gene_decoder_adds_every_other_block() -> None:
+    decoder = GeneDecoder(6, 9, (5, 5, 8, 8), residual=True, dropout=0.3).eval()
+    assert {name.split(".weight")[0] for name in decoder.state_dict() if name.endswith("weight")} == {
+        *(f"blocks.{i}.{j}" for i in range(4) for j in (0, 1)),
+        "final_layer.0",
+    }
+    x = y = torch.randn(3, 6)
+
+    def block(i: int, x: Tensor) -> Tensor:
+        linear, norm = decoder.blocks[i][0], decoder.blocks[i][1]
+        x = norm(x @ linear.weight.T + linear.bias)
+        return x * (1 + torch.erf(x / math.sqrt(2))) / 2
+
+    y = block(0, y)
+    y = block(1, y) + y
+    y = block(2, y)
+    y = block(3, y) + y
+    last = decoder.final_layer[0]
+    torch.testing.assert_close(decoder(x), (y @ last.weight.T + last.bias).clamp_min(0))
+
+
+def test_wrong_configurations_say_what_to_do() -> None:
+    sizes = {"n_input": 8, "n_output": 8, "n_perturbation": 2}
+    with pytest.raises(
+        ValueError, match=r"residual='gene' is unknown; valid are 'expression', 'hidden', 'all', 'none'"
+    ):
+        STConfig(**sizes, residual="gene")
+    for residual in ("expression", "all"):
+        with pytest.raises(ValueError, match=rf"residual='{residual}' .* got 8 and 9. Use residual='hidden'"):
+            STConfig(**{**sizes, "n_output": 9}, residual=residual)
+    assert STConfig(**{**sizes, "n_output": 9}, residual="hidden").n_output == 9
+
+
+def test_forgotten_batch_is_an_error(sets: tuple) -> None:
+    with pytest.raises(ValueError, match="batch=None, but this network was built with batches"):
+        network(n_batches=2)(*sets[:2])

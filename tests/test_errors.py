@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import pytest
+
+from virtualcell._errors import UnknownNameError, unknown_name
+
+
+def test_message_names_argument_value_nearest_and_remedy() -> None:
+    error = unknown_name("perturbation", "stat1", ["JAK2", "STAT1", "STAT2", "IRF1"], "Train it.")
+    assert str(error).startswith("perturbation='stat1' is unknown. Did you mean 'STAT1', 'STAT2'")
+    assert str(error).endswith("? Train it.")
+    assert "IRF1" not in str(error)
+    assert "JAK2" not in str(error)
+
+
+def test_message_lists_what_is_known_where_nothing_is_near() -> None:
+    assert str(unknown_name("key", "zzz", ["a", "b"])) == "key='zzz' is unknown. Known: 'a', 'b'."
+    many = str(unknown_name("key", "zzz", [f"g{i}" for i in range(20)]))
+    assert many == "key='zzz' is unknown. Known: " + ", ".join(f"'g{i}'" for i in range(8)) + " and 12 more."
+    assert str(unknown_name("key", "zzz", [])) == "key='zzz' is unknown. There are none."
+    assert str(unknown_name("key", "zzz", [], "Make one.")) == "key='zzz' is unknown. There are none. Make one."
+
+
+def test_names_need_not_be_strings_and_may_come_once() -> None:
+    assert str(unknown_name("batch", 12, iter([7, 8, 112]))) == "batch=12 is unknown. Did you mean '112'?"
+
+
+def test_it_is_a_key_error_that_prints_as_written() -> None:
+    with pytest.raises(KeyError) as info:
+        raise unknown_name("gene", "X", ["Y"])
+    assert isinstance(info.value, UnknownNameError)
+    # a plain KeyError would print the quoted repr
+    assert str(info.value) == "gene='X' is unknown. Known: 'Y'."
+    assert str(KeyError("it's")) != "it's"
