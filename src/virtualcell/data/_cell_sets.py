@@ -96,6 +96,13 @@ def cell_groups(
     return groups
 
 
+def process_share() -> tuple[int, int]:
+    """Rank and number of processes of the running distributed training; (0, 1) outside one."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
 class CellSetSampler(Sampler[list[CellSet]]):
     """Batches of cell sets. One pass shows every target cell about once.
 
@@ -113,7 +120,7 @@ class CellSetSampler(Sampler[list[CellSet]]):
     fixed
         Draw the same sets every epoch (validation).
     rank, world_size
-        Share of the batches for this process.
+        Share of the batches for this process; as `torch.distributed` says by default.
     """
 
     def __init__(
@@ -125,26 +132,28 @@ class CellSetSampler(Sampler[list[CellSet]]):
         seed: int = 0,
         min_batches: int = 1,
         fixed: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
+        rank: int | None = None,
+        world_size: int | None = None,
     ) -> None:
         self.groups = list(groups)
         self.set_size, self.sets_per_batch = set_size, sets_per_batch
         self.seed, self.fixed, self.epoch = seed, fixed, 0
-        self.rank, self.world_size = rank, world_size
+        self._share = None if rank is None or world_size is None else (rank, world_size)
         n_sets = sum(-(-len(g.perturbed) // set_size) for g in self.groups)
         self.n_passes = max(1, -(-min_batches * sets_per_batch // max(n_sets, 1)))
-        self.n_batches = -(-n_sets * self.n_passes // sets_per_batch) // world_size if n_sets else 0
+        self.n_batches = -(-n_sets * self.n_passes // sets_per_batch)
 
     def __len__(self) -> int:
-        return self.n_batches
+        _, world_size = self._share or process_share()
+        return self.n_batches // world_size
 
     def __iter__(self) -> Iterator[list[CellSet]]:
         rng = np.random.default_rng([self.seed, 0 if self.fixed else self.epoch])
         self.epoch += 1
         sets = [s for _ in range(self.n_passes) for s in self._one_pass(rng)]
         batches = [sets[i : i + self.sets_per_batch] for i in range(0, len(sets), self.sets_per_batch)]
-        yield from batches[self.rank : self.n_batches * self.world_size : self.world_size]
+        rank, world_size = self._share or process_share()
+        yield from batches[rank : len(self) * world_size : world_size]
 
     def _one_pass(self, rng: np.random.Generator) -> list[CellSet]:
         s = self.set_size

@@ -10,6 +10,7 @@ from scipy import sparse
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from virtualcell.data._cell_sets import process_share
 from virtualcell.data._sentences import sentences
 
 
@@ -17,19 +18,28 @@ class RowBatchSampler(Sampler[np.ndarray]):
     """Batches of rows, shuffled anew every epoch by seed and epoch; in a fixed order where `shuffle` is off."""
 
     def __init__(
-        self, rows: np.ndarray, batch_size: int, *, shuffle: bool, seed: int = 0, rank: int = 0, world_size: int = 1
+        self,
+        rows: np.ndarray,
+        batch_size: int,
+        *,
+        shuffle: bool,
+        seed: int = 0,
+        rank: int | None = None,
+        world_size: int | None = None,
     ) -> None:
         self.rows, self.batch_size, self.shuffle, self.seed, self.epoch = rows, batch_size, shuffle, seed, 0
-        self.rank, self.world_size = rank, world_size
+        self._share = None if rank is None or world_size is None else (rank, world_size)
 
     def __len__(self) -> int:
-        return -(-len(self.rows) // self.batch_size) // self.world_size
+        _, world_size = self._share or process_share()
+        return -(-len(self.rows) // self.batch_size) // world_size
 
     def __iter__(self) -> Iterator[np.ndarray]:
         rows = np.random.default_rng([self.seed, self.epoch]).permutation(self.rows) if self.shuffle else self.rows
         self.epoch += 1
-        starts = range(self.rank * self.batch_size, len(self) * self.world_size * self.batch_size, self.batch_size)
-        for i in starts[:: self.world_size]:
+        rank, world_size = self._share or process_share()
+        starts = range(rank * self.batch_size, len(self) * world_size * self.batch_size, self.batch_size)
+        for i in starts[::world_size]:
             yield rows[i : i + self.batch_size]
 
 
@@ -69,16 +79,17 @@ class SentenceDataset(Dataset):
         self.matrix, self.length, self.n_targets, self.dataset = matrix, length, n_targets, dataset
         self.tokens = np.asarray(tokens, dtype=np.int32)
         self.columns = np.flatnonzero(self.tokens >= 0)
-        self.rng = np.random.default_rng(seed)
+        self.seed = seed
 
     def __getitem__(self, rows: np.ndarray) -> dict[str, Tensor]:
+        rng = np.random.default_rng([self.seed, *rows.tolist()])  # the same cells together give the same batch again
         block = self.matrix[rows]
         total = np.asarray(block @ (self.tokens >= 0).astype(np.float32))  # of embedded genes
         if self.n_targets is None:
             tokens, values = sentences(block, self.tokens, self.length)
         else:
             # equal values come by token: number the tokens anew, so that no gene always loses its place to the others
-            genes = self.rng.permutation(self.columns)
+            genes = rng.permutation(self.columns)
             numbers = np.full_like(self.tokens, -1)
             numbers[genes] = np.arange(len(genes))
             numbered, values = sentences(block, numbers, self.length)
@@ -88,16 +99,16 @@ class SentenceDataset(Dataset):
             "expression": torch.from_numpy(100 * values / np.maximum(total, 1e-12)[:, None]),
         }
         if self.n_targets is not None:
-            batch |= self._targets(self.matrix[rows][:, self.columns].toarray())
+            batch |= self._targets(self.matrix[rows][:, self.columns].toarray(), rng)
             batch["dataset"] = torch.from_numpy(self.dataset[rows]).long()
         return batch
 
-    def _targets(self, x: np.ndarray) -> dict[str, Tensor]:
+    def _targets(self, x: np.ndarray, rng: np.random.Generator) -> dict[str, Tensor]:
         expressed, unexpressed, shared = self.n_targets
         chosen = [
-            self._draw(x > 0, expressed),
-            self._draw(x == 0, unexpressed),
-            np.tile(self.rng.choice(x.shape[1], shared, replace=shared > x.shape[1]), (len(x), 1)),
+            _draw(x > 0, expressed, rng),
+            _draw(x == 0, unexpressed, rng),
+            np.tile(rng.choice(x.shape[1], shared, replace=shared > x.shape[1]), (len(x), 1)),
         ]
         columns = np.concatenate(chosen, axis=1)
         return {
@@ -106,12 +117,13 @@ class SentenceDataset(Dataset):
             "n_shared": torch.tensor(shared),
         }
 
-    def _draw(self, allowed: np.ndarray, n: int) -> np.ndarray:
-        """Draw n columns of each row where `allowed`, again and again the same ones where there are fewer."""
-        keys = np.where(allowed, self.rng.random(allowed.shape, dtype=np.float32), 2)
-        m = min(n, keys.shape[1])
-        drawn = np.argpartition(keys, m - 1, axis=1)[:, :m] if m < keys.shape[1] else np.argsort(keys, axis=1)
-        order = np.argsort(np.take_along_axis(keys, drawn, axis=1), axis=1)
-        drawn = np.take_along_axis(drawn, order, axis=1)
-        available = np.clip(allowed.sum(axis=1), 1, m)
-        return np.take_along_axis(drawn, np.arange(n) % available[:, None], axis=1)
+
+def _draw(allowed: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
+    """Draw n columns of each row where `allowed`, again and again the same ones where there are fewer."""
+    keys = np.where(allowed, rng.random(allowed.shape, dtype=np.float32), 2)
+    m = min(n, keys.shape[1])
+    drawn = np.argpartition(keys, m - 1, axis=1)[:, :m] if m < keys.shape[1] else np.argsort(keys, axis=1)
+    order = np.argsort(np.take_along_axis(keys, drawn, axis=1), axis=1)
+    drawn = np.take_along_axis(drawn, order, axis=1)
+    available = np.clip(allowed.sum(axis=1), 1, m)
+    return np.take_along_axis(drawn, np.arange(n) % available[:, None], axis=1)

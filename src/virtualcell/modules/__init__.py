@@ -1,6 +1,6 @@
 """The networks and losses, in torch alone: they run on a machine that has nothing else of virtualcell's."""
 
-from virtualcell.modules._losses import energy_distance, mean_distance, set_loss, sinkhorn_divergence
+from virtualcell.modules._losses import energy_distance, mean_distance, se_loss, set_loss, sinkhorn_divergence, st_loss
 from virtualcell.modules._se import SEConfig, SENetwork
 from virtualcell.modules._st import STConfig, STNetwork, STOutput
 
@@ -12,6 +12,8 @@ __all__ = [
     "STOutput",
     "energy_distance",
     "mean_distance",
+    "se_loss",
     "set_loss",
     "sinkhorn_divergence",
+    "st_loss",
 ]

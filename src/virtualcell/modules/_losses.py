@@ -1,11 +1,15 @@
-"""Distances between two sets of cells, (B, S, G) against (B, S', G), one value per set: (B,)."""
+"""Distances between two sets of cells, (B, S, G) against (B, S', G), one value per set (B,); the losses of ST and SE."""
 
 from __future__ import annotations
 
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from virtualcell.modules._se import SENetwork
+from virtualcell.modules._st import STNetwork
 
 
 def _distances(x: Tensor, y: Tensor) -> Tensor:
@@ -85,3 +89,40 @@ def set_loss(predicted: Tensor, target: Tensor, *, kind: str = "energy", mean_we
     else:
         raise ValueError(f"loss={kind!r} is unknown; valid are 'energy', 'sinkhorn' and 'energy+sinkhorn'.")
     return loss + mean_weight * mean_distance(predicted, target) if mean_weight else loss
+
+
+def st_loss(network: STNetwork, batch: dict[str, Tensor], *, kind: str, mean_weight: float) -> dict[str, Tensor]:
+    """Mean set loss, plus that of the decoded genes (weight 1) and that of the confidence token where there are any."""
+    out = network(batch["control"], batch["perturbation"], batch["batch"])
+    per_set = set_loss(out.cells, batch["perturbed"], kind=kind, mean_weight=mean_weight)
+    losses = {"loss": per_set.mean()}
+    if out.genes is not None:
+        losses["loss_genes"] = set_loss(out.genes, batch["genes"], kind=kind, mean_weight=mean_weight).mean()
+        losses["loss"] = losses["loss"] + losses["loss_genes"]
+    if out.confidence is not None:
+        losses["loss_confidence"] = F.mse_loss(out.confidence, 10 * per_set.detach())
+        losses["loss"] = losses["loss"] + losses["loss_confidence"]
+    return losses
+
+
+def se_loss(network: SENetwork, gene_embeddings: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Distance of predicted to true targets per cell and, over the shared genes, per gene; dataset cross-entropy."""
+    tokens, target_tokens, targets = batch["tokens"], batch["target_tokens"], batch["targets"]
+    # each gene that occurs in the batch is encoded once, however many cells name it
+    occurring, place = torch.cat([tokens.clamp_min(0), target_tokens], dim=1).unique(return_inverse=True)
+    genes = gene_embeddings[occurring]
+    in_sentence, in_targets = place.split([tokens.shape[1], target_tokens.shape[1]], dim=1)
+    out = network(network.encode_genes(genes), in_sentence.where(tokens >= 0, -1), batch["expression"])
+    depth = targets.sum(dim=1) / (targets > 0).sum(dim=1).clamp_min(1)
+    codes = network.encoder(genes)[in_targets]  # (B, T, d)
+    error = (network.decode_codes(codes, out.cell, out.dataset, depth) - targets).float()
+    shared = error[:, error.shape[1] - int(batch["n_shared"]) :]
+    losses = {
+        "loss_cell": torch.linalg.vector_norm(error, dim=1).mean(),
+        "loss_gene": torch.linalg.vector_norm(shared, dim=0).mean(),
+    }
+    losses["loss"] = losses["loss_cell"] + losses["loss_gene"]
+    if network.config.n_datasets > 1:
+        losses["loss_dataset"] = F.cross_entropy(out.dataset_logits, batch["dataset"])
+        losses["loss"] = losses["loss"] + losses["loss_dataset"]
+    return losses
