@@ -62,8 +62,9 @@ class SentenceDataset(Dataset):
         Expressed, unexpressed and shared genes to predict per cell.
     dataset
         Code of each cell's dataset, (n_cells,).
-    seed
-        Of targets and of the order of equal values, together with the rows asked for.
+    seed, ids
+        Of targets and of the order of equal values, together with the ids of the cells asked for: their rows, or any
+        numbers (n_cells,) that do not depend on the order of cells in a file.
     """
 
     def __init__(
@@ -75,14 +76,18 @@ class SentenceDataset(Dataset):
         n_targets: tuple[int, int, int] | None = None,
         dataset: np.ndarray | None = None,
         seed: int = 0,
+        ids: np.ndarray | None = None,
     ) -> None:
+        self.ids = np.arange(matrix.shape[0]) if ids is None else ids
         self.matrix, self.length, self.n_targets, self.dataset = matrix, length, n_targets, dataset
         self.tokens = np.asarray(tokens, dtype=np.int32)
         self.columns = np.flatnonzero(self.tokens >= 0)
         self.seed = seed
 
     def __getitem__(self, rows: np.ndarray) -> dict[str, Tensor]:
-        rng = np.random.default_rng([self.seed, *rows.tolist()])  # the same cells together give the same batch again
+        rng = np.random.default_rng(
+            [self.seed, *self.ids[rows].tolist()]
+        )  # the same cells together give the same batch again
         block = self.matrix[rows]
         total = np.asarray(block @ (self.tokens >= 0).astype(np.float32))  # of embedded genes
         if self.n_targets is None:

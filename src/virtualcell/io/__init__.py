@@ -1,3 +1,6 @@
 """Reading and writing models."""
 
-__all__: list[str] = []
+from virtualcell.io._download import download
+from virtualcell.io._unpickle import UnsafePickleError
+
+__all__ = ["UnsafePickleError", "download"]

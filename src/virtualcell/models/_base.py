@@ -45,6 +45,18 @@ class SavedModel(BaseModelClass):
     def _from_arguments(cls, arguments: dict, tensors: dict[str, Tensor], registry: dict) -> Self:
         return cls(registry=registry, **arguments)
 
+    @classmethod
+    def _from_foreign(cls, arguments: dict, tensors: dict[str, Tensor], registry: dict) -> Self:
+        """Build a model around the tensors of another package's files, without weights of its own to throw away."""
+        with torch.device("meta"):
+            model = cls._from_arguments(arguments, tensors, registry)
+        prefix = "network."
+        network = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        model.module.load_state_dict(network, assign=True)
+        model.module.eval()
+        model.is_trained_ = True
+        return model
+
     @property
     def device(self) -> torch.device:
         """Where the network is."""
@@ -120,6 +132,14 @@ class SavedModel(BaseModelClass):
         *_, where = parse_device_args(accelerator=accelerator, devices=device, return_device="torch")
         model.to_device(where)
         return model
+
+    def _training_data(self) -> AnnData | MuData:
+        if self.adata is None:
+            raise ValueError(
+                "this model holds no data to train on: it was loaded without, or `vc.tl.fit_state` let go of it. Set "
+                "up data and build a new model, or give the data to `load` as adata=."
+            )
+        return self.adata
 
     def forget_data(self) -> None:
         """Drop the training data, which scvi-tools would keep in memory for as long as the process lives."""

@@ -37,7 +37,7 @@ class ShiftModel(PerturbationModel):
 
     def train(self) -> None:
         """Average the shift of each perturbation over the contexts in which it was measured, each counting the same."""
-        data = self._data(None)
+        data = self._training_data()
         matrix, seen = self._expression(data), self._training_rows(data)
         perturbation, contexts = self._labels(data, "perturbation"), self._labels(data, "context")
         self.module.shifts.zero_()
@@ -52,6 +52,8 @@ class ShiftModel(PerturbationModel):
                 i = self.perturbations.index(p)
                 self.module.shifts[i] += _mean(matrix, here & (perturbation == p)) - base
                 self.module.n_contexts[i] += 1
+        if not self.module.n_contexts.any():
+            raise ValueError(f"the training cells hold no perturbation, only {self.control!r}.")
         self.module.shifts /= self.module.n_contexts.clamp_min(1).unsqueeze(1)
         self.is_trained_ = True
 

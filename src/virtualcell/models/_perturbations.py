@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import difflib
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -21,8 +23,36 @@ def parts(label: str, control: str, known: Iterable[str] = ()) -> list[str]:
     return [p for p in label.split("+") if p != control]
 
 
+def drug_and_dose(name: str) -> tuple[str, float] | None:
+    """Take apart a name such as "[('Dabrafenib', 0.5, 'uM')]", as Tahoe-100M has them; `None` for any other name."""
+    try:
+        ((drug, dose, _),) = ast.literal_eval(name)
+        return str(drug), float(dose)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return None
+
+
+def find_drug(names: Sequence[str], drug: str, dose: float | None) -> str:
+    """Return the one name that holds a drug at a dose; the case of letters does not matter."""
+    doses: dict[str, dict[float, str]] = {}
+    for name in names:
+        if (known := drug_and_dose(name)) is not None:
+            doses.setdefault(known[0], {})[known[1]] = name
+    found = {d: by_dose for d, by_dose in doses.items() if d.casefold() == drug.casefold()}
+    if not found:
+        raise unknown_name("drug", drug, doses, "Names of perturbations here hold drug and dose." if doses else "")
+    by_dose = next(iter(found.values()))
+    if dose is None and len(by_dose) == 1:
+        return next(iter(by_dose.values()))
+    if dose not in by_dose:
+        raise unknown_name("dose", dose, sorted(by_dose), f"These are the doses of {drug}: give one as dose=.")
+    return by_dose[dose]
+
+
 class PerturbationTable:
-    """Vectors of perturbations, (n_perturbations, n_dims); the control is the zero vector, `A+B` the sum of A and B.
+    """Vectors of perturbations, (n_perturbations, n_dims); `A+B` is the sum of A and B.
+
+    The control is the zero vector, unless the table has a row of that name: published models learned one for it.
 
     Parameters
     ----------
@@ -59,6 +89,7 @@ class PerturbationTable:
         if not features.index.is_unique:
             doubled = list(features.index[features.index.duplicated()][:3])
             raise ValueError(f"perturbation_features has several rows for {doubled}; keep one of each.")
+        features = features[features.index.astype(str) != control]  # it is the zero vector
         values = features.to_numpy(dtype=np.float64)
         if not np.isfinite(values).all():
             raise ValueError("perturbation_features holds NaN or infinite values; drop or fill those rows.")
@@ -91,14 +122,27 @@ class PerturbationTable:
         """
         out = torch.zeros(len(labels), self.n_dims)
         for i, label in enumerate(labels):
-            for part in parts(label, self.control, self._row):
+            known = label in self._row  # the control too, where it has a row
+            for part in [label] if known else parts(label, self.control, self._row):
                 if part not in self._row:
-                    remedy = (
-                        "It has no row in the feature table that this model was trained with."
-                        if self.has_features
-                        else "A one-hot model predicts only what it was trained on; to reach unseen perturbations "
-                        "train with perturbation_features= (for instance a table of gene embeddings)."
-                    )
-                    raise unknown_name("perturbation", label, self.names, remedy)
+                    raise self._unknown(label)
                 out[i] += self.vectors[self._row[part]]
         return out
+
+    def _unknown(self, label: str) -> KeyError:
+        drugs = {n: known[0].casefold() for n in self.names if (known := drug_and_dose(n)) is not None}
+        wanted = (drug_and_dose(label) or (label, None))[0].casefold()
+        close = difflib.get_close_matches(wanted, set(drugs.values()), n=2)
+        if drugs:
+            remedy = "Names hold drug and dose: `model.perturbation_name(drug=..., dose=...)` finds them."
+        elif self.has_features:
+            remedy = "It has no row in the feature table that this model was trained with."
+        else:
+            remedy = (
+                "A one-hot model predicts only what it was trained on; to reach unseen perturbations "
+                "train with perturbation_features= (for instance a table of gene embeddings)."
+            )
+        if close:
+            same_drug = [n for drug in close for n, d in drugs.items() if d == drug]
+            remedy = f"Of that drug it has {', '.join(map(repr, same_drug[:5]))}. {remedy}"
+        return unknown_name("perturbation", label, self.names, remedy)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -21,8 +23,10 @@ from virtualcell._design import Scale, expression_modality, labels
 from virtualcell._errors import unknown_name
 from virtualcell.data._matrix import check_matches_scale, raw_matrix
 from virtualcell.data._sentence_batches import RowBatchSampler, SentenceDataset
+from virtualcell.data._sentences import fill_with_unexpressed
+from virtualcell.io._arc_se import read_se, write_se
 from virtualcell.models._base import SavedModel
-from virtualcell.modules import SEConfig, SENetwork
+from virtualcell.modules import SEConfig, SENetwork, se_loss
 from virtualcell.pp._genes import match_genes
 from virtualcell.train import run_training
 
@@ -76,6 +80,13 @@ class SE(SavedModel):
         Genes in a sentence.
     n_targets
         Expressed, unexpressed and shared genes that each cell predicts in training.
+    cls_expression_gene
+        Arc's models give the [CLS] place, by an oversight, the expression of one gene: that with this index among the
+        genes of the data that have an embedding, in the data's own order. Their embeddings therefore depend on the
+        order of genes in a file. On (3) for models of :meth:`from_arc`, whose weights were trained that way.
+    fill_sentences
+        Fill the sentence of a cell with fewer expressed genes than places with unexpressed genes, drawn with
+        replacement, as Arc's models had it, instead of padding it. The draw is fixed by the genes of the cell alone.
     network
         Any other field of :class:`virtualcell.modules.SEConfig`.
 
@@ -172,6 +183,8 @@ class SE(SavedModel):
         size: Literal["small", "medium", "large"] = "small",
         length: int | None = None,
         n_targets: tuple[int, int, int] | None = None,
+        cls_expression_gene: int | None = None,
+        fill_sentences: bool = False,
         registry: dict | None = None,
         **network: object,
     ) -> None:
@@ -192,6 +205,7 @@ class SE(SavedModel):
         options = {**SIZES[size], **network}
         self.length = length or options["length"]
         self.n_targets = tuple(n_targets or options["n_targets"])
+        self.cls_expression_gene, self.fill_sentences = cls_expression_gene, fill_sentences
         given = {"n_token": self.gene_embeddings.shape[1], "n_datasets": len(self.datasets)}
         options = {k: v for k, v in options.items() if k not in ("length", "n_targets")}
         known = {f.name for f in dataclasses.fields(SEConfig)}
@@ -211,6 +225,8 @@ class SE(SavedModel):
         return {
             "length": self.length,
             "n_targets": self.n_targets,
+            "cls_expression_gene": self.cls_expression_gene,
+            "fill_sentences": self.fill_sentences,
             "genes": list(self.gene_names),
             "config": dataclasses.asdict(self.config),
         }
@@ -226,7 +242,60 @@ class SE(SavedModel):
             registry=registry,
             length=arguments["length"],
             n_targets=arguments["n_targets"],
+            cls_expression_gene=arguments["cls_expression_gene"],
+            fill_sentences=arguments["fill_sentences"],
             **arguments["config"],
+        )
+
+    @classmethod
+    def from_arc(
+        cls,
+        folder: str | os.PathLike,
+        *,
+        gene_embeddings: pd.DataFrame | None = None,
+        checkpoint: str | None = None,
+    ) -> SE:
+        """Read a model in Arc's format (SE-600M, SE-100M, or your own of `arc-state`). No code in its files is run.
+
+        Parameters
+        ----------
+        folder
+            Holds `config.yaml`, `model.safetensors` or a Lightning checkpoint, and `protein_embeddings.pt`.
+        gene_embeddings
+            Genes x dims, the table that the model was trained with or one made in the same way for other genes; by
+            default that of the folder, or else of the checkpoint.
+        checkpoint
+            File with the weights; by default `model.safetensors`, or else the only `.ckpt`.
+
+        Raises
+        ------
+        ValueError
+            If parameters are missing, unexpected or misshapen, or the gene table has another width.
+        UnsafePickleError
+            If a file asks for anything but data.
+        """
+        path = Path(folder)
+        model = cls._from_foreign(*read_se(path, gene_embeddings=gene_embeddings, checkpoint=checkpoint))
+        logger.info("%s: %r", path.name, model)
+        return model
+
+    def to_arc(self, folder: str | os.PathLike, *, overwrite: bool = False) -> None:
+        """Write `config.yaml`, `model.safetensors` and `protein_embeddings.pt`, which `arc-state` reads.
+
+        That package always does what `cls_expression_gene` and `fill_sentences` describe. A model without them gives
+        other embeddings there than here; :meth:`from_arc` finds in `config.yaml` that it is without them.
+
+        Parameters
+        ----------
+        folder
+            The folder, made where it is missing.
+        overwrite
+            Replace a model that is there.
+        """
+        if self.cls_expression_gene is None or not self.fill_sentences:
+            logger.warning("arc-state will embed with cls_expression_gene and fill_sentences, this model is without.")
+        write_se(
+            Path(folder), self.module, self.gene_names, self.gene_embeddings, self._arguments(), overwrite=overwrite
         )
 
     # -- data ---------------------------------------------------------------------------------------------------------
@@ -305,13 +374,14 @@ class SE(SavedModel):
         codes = self._dataset_codes(data)
         modality = self.setup.get("modality", "rna")
         by_name = np.argsort(expression_modality(data, modality).obs_names.to_numpy(), kind="stable")
+        place = np.argsort(by_name)  # of each cell among the sorted names
         by_name = np.random.default_rng(seed).permutation(by_name)
         n_val = int(val_fraction * len(by_name))
+        cells = SentenceDataset(
+            matrix, tokens, self.length, n_targets=self.n_targets, dataset=codes, seed=seed, ids=place
+        )
 
         def loader(rows: np.ndarray, *, shuffle: bool) -> DataLoader:
-            cells = SentenceDataset(
-                matrix, tokens, self.length, n_targets=self.n_targets, dataset=codes, seed=seed + (not shuffle)
-            )
             return DataLoader(
                 cells, sampler=RowBatchSampler(rows, batch_size, shuffle=shuffle, seed=seed), batch_size=None
             )
@@ -378,12 +448,28 @@ class SE(SavedModel):
         self.module.eval()
         genes = self.module.encode_genes(self.gene_embeddings.to(self.device))
         cells = SentenceDataset(matrix, tokens, self.length)
+        cls_matrix = self._cls_expression(matrix, tokens)
         out = []
         for rows in RowBatchSampler(np.arange(matrix.shape[0]), batch_size, shuffle=False):
             batch = cells[rows]
-            embedded = self.module(genes, batch["tokens"].to(self.device), batch["expression"].to(self.device))
+            if self.fill_sentences:
+                batch["tokens"] = fill_with_unexpressed(batch["tokens"], matrix[rows], tokens)
+            cls = None if cls_matrix is None else torch.from_numpy(cls_matrix[rows]).to(self.device)
+            embedded = self.module(genes, batch["tokens"].to(self.device), batch["expression"].to(self.device), cls)
             out.append(torch.cat([embedded.cell, embedded.dataset], dim=1).float().cpu())
         return torch.cat(out).numpy()
+
+    def _cls_expression(self, matrix: sparse.csr_matrix, tokens: np.ndarray) -> np.ndarray | None:
+        """Return c of the gene that lends its expression to [CLS], (n_cells,)."""
+        if self.cls_expression_gene is None:
+            return None
+        embedded = np.flatnonzero(tokens >= 0)
+        if len(embedded) <= self.cls_expression_gene:
+            raise ValueError(
+                f"cls_expression_gene={self.cls_expression_gene}, but only {len(embedded)} genes have an embedding."
+            )
+        x = matrix[:, [embedded[self.cls_expression_gene]]].toarray().ravel()
+        return 100 * x / np.asarray(matrix @ (tokens >= 0).astype(np.float32))
 
     @torch.inference_mode()
     def decode(self, embedding: np.ndarray, genes: Sequence[str], *, read_depth: float = 4.0) -> pd.DataFrame:
@@ -412,26 +498,3 @@ class SE(SavedModel):
         depth = torch.full((len(x),), read_depth, device=self.device)
         out = self.module.decode(self.gene_embeddings[rows].to(self.device), cell, dataset, depth)
         return pd.DataFrame(out.float().cpu().numpy(), columns=list(genes))
-
-
-def se_loss(network: SENetwork, gene_embeddings: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Distance of predicted to true targets per cell and, over the shared genes, per gene; dataset cross-entropy."""
-    tokens, target_tokens, targets = batch["tokens"], batch["target_tokens"], batch["targets"]
-    # each gene that occurs in the batch is encoded once, however many cells name it
-    occurring, place = torch.cat([tokens.clamp_min(0), target_tokens], dim=1).unique(return_inverse=True)
-    genes = gene_embeddings[occurring]
-    in_sentence, in_targets = place.split([tokens.shape[1], target_tokens.shape[1]], dim=1)
-    out = network(network.encode_genes(genes), in_sentence.where(tokens >= 0, -1), batch["expression"])
-    depth = targets.sum(dim=1) / (targets > 0).sum(dim=1).clamp_min(1)
-    codes = network.encoder(genes)[in_targets]  # (B, T, d)
-    error = (network.decode_codes(codes, out.cell, out.dataset, depth) - targets).float()
-    shared = error[:, error.shape[1] - int(batch["n_shared"]) :]
-    losses = {
-        "loss_cell": torch.linalg.vector_norm(error, dim=1).mean(),
-        "loss_gene": torch.linalg.vector_norm(shared, dim=0).mean(),
-    }
-    losses["loss"] = losses["loss_cell"] + losses["loss_gene"]
-    if network.config.n_datasets > 1:
-        losses["loss_dataset"] = torch.nn.functional.cross_entropy(out.dataset_logits, batch["dataset"])
-        losses["loss"] = losses["loss"] + losses["loss_dataset"]
-    return losses

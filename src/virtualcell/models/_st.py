@@ -25,7 +25,7 @@ from virtualcell.io._write_arc_st import write_st
 from virtualcell.models._base import PerturbationModel
 from virtualcell.models._perturbations import PerturbationTable, find_drug
 from virtualcell.models._se import SE
-from virtualcell.modules import STConfig, STNetwork, set_loss
+from virtualcell.modules import STConfig, STNetwork, st_loss
 from virtualcell.train import run_training
 
 logger = logging.getLogger(__name__)
@@ -91,7 +91,9 @@ class ST(PerturbationModel):
         super().__init__(adata, registry=registry)
         if size not in SIZES:
             raise ValueError(f"size={size!r} is unknown; valid are {list(SIZES)}.")
-        if adata is not None:
+        if "table" in network:
+            self.table = network.pop("table")
+        else:
             data = self._data(None)
             seen = set(self._labels(data, "perturbation")[self._training_rows(data)])
             if perturbation_features is None:
@@ -100,8 +102,6 @@ class ST(PerturbationModel):
                 self.table = PerturbationTable.from_features(perturbation_features, seen, self.control)
             if not self.table.n_dims:
                 raise ValueError(f"the training cells hold no perturbation, only {self.control!r}.")
-        else:
-            self.table = network.pop("table")
         options = {**SIZES[size], **network}
         self.set_size = set_size or options["set_size"]
         options.pop("set_size")
@@ -160,6 +160,9 @@ class ST(PerturbationModel):
         super().save(dir_path, overwrite=overwrite)
         if self.se is not None:
             self.se.save(Path(dir_path) / "se", overwrite=overwrite)
+        else:  # that of the model which was here before
+            for name in ("model.json", "model.safetensors"):
+                (Path(dir_path) / "se" / name).unlink(missing_ok=True)
 
     @classmethod
     def load(
@@ -251,14 +254,15 @@ class ST(PerturbationModel):
             For `residual="expression"`, our default, which that format cannot express.
         """
         table = dict(zip(self.table.names, self.table.vectors, strict=True))
-        states = self.registry["field_registries"]
+        batch = self.registry["field_registries"]["batch"]["state_registry"]
         write_st(
             Path(folder),
             self.module,
             setup=self.setup,
             genes=self.genes,
             perturbations=table | {self.control: self.table.encode([self.control])[0]},
-            batches=[str(b) for b in states["batch"]["state_registry"]["categorical_mapping"]],
+            batches=[str(b) for b in batch["categorical_mapping"]],
+            batch_key=batch["original_key"].removeprefix("_scvi_"),
             contexts=self.contexts,
             set_size=self.set_size,
             overwrite=overwrite,
@@ -458,17 +462,3 @@ class ST(PerturbationModel):
         batch = self._batch_codes(data)
         predicted = self.predict_sets(cells, perturbation, None if batch is None else batch[rows])
         return predicted["genes" if self.config.n_genes else "cells"]
-
-
-def st_loss(network: STNetwork, batch: dict[str, Tensor], *, kind: str, mean_weight: float) -> dict[str, Tensor]:
-    """Mean set loss, plus that of the decoded genes (weight 1) and that of the confidence token where there are any."""
-    out = network(batch["control"], batch["perturbation"], batch["batch"])
-    per_set = set_loss(out.cells, batch["perturbed"], kind=kind, mean_weight=mean_weight)
-    losses = {"loss": per_set.mean()}
-    if out.genes is not None:
-        losses["loss_genes"] = set_loss(out.genes, batch["genes"], kind=kind, mean_weight=mean_weight).mean()
-        losses["loss"] = losses["loss"] + losses["loss_genes"]
-    if out.confidence is not None:
-        losses["loss_confidence"] = torch.nn.functional.mse_loss(out.confidence, 10 * per_set.detach())
-        losses["loss"] = losses["loss"] + losses["loss_confidence"]
-    return losses

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -20,6 +21,7 @@ from virtualcell.data._matrix import log_expression
 from virtualcell.io._save import pack
 from virtualcell.models import SE, ST
 from virtualcell.models._base import SPLITS
+from virtualcell.models._finetune import continue_se, continue_st, genes_to_model, partly_trained
 from virtualcell.models._perturbations import parts
 from virtualcell.pp import expression_gene_embeddings
 
@@ -42,6 +44,9 @@ def fit_state(
     gene_embeddings: pd.DataFrame | None = None,
     gene_key: str | None = None,
     se: SE | Literal[False] | None = None,
+    init_from: ST | SE | None = None,
+    freeze: Sequence[str] = (),
+    lora: dict | None = None,
     perturbation_features: pd.DataFrame | None = None,
     split_key: str | None = None,
     n_top_genes: int | None = 2000,
@@ -86,9 +91,22 @@ def fit_state(
         column of `var` that holds the names it uses.
     se
         A trained SE to embed with, instead of training one; `False` for no embedding.
+    init_from
+        A trained model to go on from, with its sizes. An ST: its genes (those that `adata` has), perturbations and
+        batches are found by name and keep their weights, so that training starts with its predictions for them; what
+        is new in `adata` is added, a perturbation starting as the control; its SE embeds, unless another is given. An
+        SE: it goes on with its own gene table, on the training cells, and ST is trained from the start. Weights that
+        are good already want a lower rate than the default: `train_kwargs={"lr": 1e-4}`.
+    freeze
+        Beginnings of names of parameters of that model which stay as they are: `["transformer_backbone"]`.
+    lora
+        Leave the transformer of `init_from` as it is and train low-rank adapters of its linear layers, together with
+        all that is outside of it and not in `freeze`. At the end they are added to the weights, so that the model is an
+        ordinary one. Options `r` (rank), `alpha`, `dropout` and `target_modules` (names of layers, all by default), as
+        in `peft`, which `pip install "virtualcell[lora]"` brings.
     perturbation_features
         Features per perturbation, to predict perturbations that were never measured; see
-        :class:`virtualcell.models.ST`.
+        :class:`virtualcell.models.ST`. After an `init_from` with features, only for perturbations that it lacks.
     split_key
         Column with `train`, `val`, `test` (:func:`virtualcell.pp.split`). Test cells take no part in anything that is
         learned or chosen, the genes included.
@@ -136,10 +154,13 @@ def fit_state(
     )
     obs, split = _read_obs(data, design, split_key, modality)
     seen = (split != "test") & _enough_cells(obs[perturbation_key], split, control, min_cells)
+    se = _check_start(init_from, freeze, lora, se=se, use_rep=use_rep, gene_embeddings=gene_embeddings)
     if use_rep is not None and use_rep not in adata.obsm and not (use_rep == _keys.X_STATE and se is not False):
         raise unknown_name("use_rep", use_rep, adata.obsm, "Compute it first, or use 'X_state' and let SE be fitted.")
     matrix = log_expression(adata, layer=layer, scale=scale, library_size_key=library_size_key)
     genes = _genes(matrix, adata.var_names, seen, obs[perturbation_key], control, n_top_genes)
+    if isinstance(init_from, ST):
+        genes = genes_to_model(genes, init_from, adata.var_names)
     size = _size(size, adata.n_obs)
     run = {
         "accelerator": accelerator,
@@ -149,8 +170,13 @@ def fit_state(
         "enable_progress_bar": enable_progress_bar,
     }
 
-    if se is None:
-        se = _fit_se(adata[seen], design, gene_embeddings, gene_key, size, {"max_steps": se_max_steps, **run})
+    partly = {"freeze": freeze, "lora": lora, "seed": seed}
+    if isinstance(init_from, SE):
+        se = _fit_se(adata[seen], design, init_from, gene_key, size, {"max_steps": se_max_steps, **run}, partly)
+    elif se is None:
+        if gene_embeddings is None:
+            gene_key = None  # the table is made from the data, under var_names
+        se = _fit_se(adata[seen], design, gene_embeddings, gene_key, size, {"max_steps": se_max_steps, **run}, {})
     if se is not False:
         adata.obsm[_keys.X_STATE] = se.get_latent_representation(adata, layer=layer, scale=scale, gene_key=gene_key)
 
@@ -169,13 +195,18 @@ def fit_state(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        st = ST(work, perturbation_features, size=size, **(model_kwargs or {}))
-    st.train(**{"max_steps": max_steps, **run, **(train_kwargs or {})})
+        if isinstance(init_from, ST):
+            st = continue_st(work, init_from, perturbation_features, **(model_kwargs or {}))
+        else:
+            st = ST(work, perturbation_features, size=size, **(model_kwargs or {}))
+    with partly_trained(st.module, **(partly if isinstance(init_from, ST) else {})):
+        st.train(**{"max_steps": max_steps, **run, **(train_kwargs or {})})
     st.forget_data()
     st.design, st.se = design, se or None
 
     left = {"design": design.to_uns(), **({"st": pack(st._meta(), st._tensors())} if store_model else {})}
-    adata.uns[_keys.UNS] = {**adata.uns.get(_keys.UNS, {}), **left}
+    before = {k: v for k, v in adata.uns.get(_keys.UNS, {}).items() if k != "st"}
+    adata.uns[_keys.UNS] = {**before, **left}
     return st
 
 
@@ -228,7 +259,9 @@ def _genes(
     if n_top_genes is None or n_top_genes >= len(names):
         return sorted(names)
     cells = AnnData(matrix[np.flatnonzero(seen)], var=pd.DataFrame(index=names))
+    n_threads = torch.get_num_threads()
     table = sc.pp.highly_variable_genes(cells, n_top_genes=n_top_genes, flavor="seurat", inplace=False)
+    torch.set_num_threads(n_threads)  # numba, in scanpy, sets OpenMP to all cores for torch too: slow on a busy machine
     targets = {p for label in set(perturbation) for p in parts(label, control)} & set(names)
     return sorted(set(names[table["highly_variable"].to_numpy()]) | targets)
 
@@ -243,23 +276,67 @@ def _size(size: Size, n_cells: int) -> str:
     return chosen
 
 
+def _check_start(
+    init_from: ST | SE | None,
+    freeze: Sequence[str],
+    lora: dict | None,
+    *,
+    se: SE | Literal[False] | None,
+    use_rep: str | None,
+    gene_embeddings: pd.DataFrame | None,
+) -> SE | Literal[False] | None:
+    """Return the SE to embed with, after checking that the rest of the call fits the model to go on from."""
+    if init_from is None:
+        if freeze or lora is not None:
+            raise ValueError("freeze= and lora= need init_from=, the trained model that they are about.")
+        return se
+    if isinstance(init_from, SE):
+        if se is not None or gene_embeddings is not None:
+            raise ValueError(
+                "init_from= is an SE, which goes on with its own gene table: leave se= and gene_embeddings= out."
+            )
+        return None
+    if not isinstance(init_from, ST):
+        raise TypeError(f"init_from must be an ST or an SE, got {type(init_from).__name__}.")
+    theirs = init_from.setup["use_rep"]
+    if use_rep != theirs:
+        raise ValueError(
+            f"use_rep={use_rep!r}, but init_from works on {'genes' if theirs is None else f'obsm[{theirs!r}]'}: pass "
+            f"use_rep={theirs!r}."
+        )
+    se = init_from.se if se is None and gene_embeddings is None else se
+    if theirs == _keys.X_STATE and se is None:
+        raise ValueError(
+            "init_from works on obsm['X_state'] of an SE that it does not carry: pass that one as se=, or se=False "
+            "where obsm['X_state'] comes from it already."
+        )
+    return se
+
+
 def _fit_se(
-    cells: AnnData, design: Design, gene_embeddings: pd.DataFrame | None, gene_key: str | None, size: str, run: dict
+    cells: AnnData,
+    design: Design,
+    start: SE | pd.DataFrame | None,
+    gene_key: str | None,
+    size: str,
+    run: dict,
+    partly: dict,
 ) -> SE:
-    """Train an SE on a copy of the training cells that holds nothing but their expression."""
+    """Train an SE, from a gene table or an SE, on a copy of the training cells that holds only their expression."""
+    cells = cells[:, np.argsort(cells.var_names)]  # so that the order of genes in a file changes nothing
     matrix = cells.X if design.layer is None else cells.layers[design.layer]
     work = AnnData(sparse.csr_matrix(matrix), obs=pd.DataFrame(index=cells.obs_names), var=cells.var.copy())
     if design.library_size_key is not None:
         work.obs[design.library_size_key] = cells.obs[design.library_size_key]
-    if gene_embeddings is None:
-        gene_embeddings = expression_gene_embeddings(
+    if start is None:
+        start = expression_gene_embeddings(
             work, scale=design.scale, library_size_key=design.library_size_key, seed=run["seed"]
         )
-        gene_key = None
     SE.setup_anndata(work, scale=design.scale, gene_key=gene_key)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run["seed"])
-        se = SE(work, gene_embeddings, size=size)
-    se.train(**run)
+        se = continue_se(work, start) if isinstance(start, SE) else SE(work, start, size=size)
+    with partly_trained(se.module, **partly):
+        se.train(**run)
     se.forget_data()
     return se

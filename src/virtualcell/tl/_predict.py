@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 
 import anndata as ad
 import numpy as np
 import pandas as pd
 from anndata import AnnData
+from anndata.utils import make_index_unique
 from mudata import MuData
+from scipy import sparse
 
 from virtualcell import _keys
 from virtualcell._design import Design, Scale, expression_modality, labels
-from virtualcell.data._matrix import log_expression
+from virtualcell._errors import unknown_name
+from virtualcell.data._matrix import log_expression, raw_matrix
 from virtualcell.io._save import unpack
 from virtualcell.models import ST
 from virtualcell.models._base import PerturbationModel
+
+logger = logging.getLogger(__name__)
 
 
 def predict_perturbation(
@@ -29,6 +35,11 @@ def predict_perturbation(
     layer: str | None = None,
     scale: Scale | None = None,
     library_size_key: str | None = None,
+    perturbation_key: str | None = None,
+    control: str | None = None,
+    context_key: str | None = None,
+    batch_key: str | None = None,
+    min_gene_coverage: float = 1.0,
     seed: int = 0,
     modality: str = "rna",
 ) -> AnnData:
@@ -49,7 +60,13 @@ def predict_perturbation(
     n_cells
         Predicted cells per perturbation and context; by default one for every control cell.
     layer, scale, library_size_key
-        Where and how expression is stored in `adata`; as at fitting where left out.
+        Where and how expression is stored in `adata`; as at fitting where left out. Models of
+        :meth:`virtualcell.models.ST.from_arc` expect log(1 + counts per 10,000) unless `scale="counts"` is stated.
+    perturbation_key, control, context_key, batch_key
+        Columns of `obs` and label of the control cells, where they have other names than in the model's own data.
+    min_gene_coverage
+        Share of the model's genes that `adata` must have, by name. Below 1.0 the missing ones enter as 0, which the
+        model never saw for a gene that is expressed, and are left out of the result.
     seed
         Of the draw of control cells. The order of cells and genes in `adata` does not matter.
     modality
@@ -59,7 +76,8 @@ def predict_perturbation(
     -------
     AnnData of predicted cells x the model's genes, log(1 + counts per 10,000): `obs` has the perturbation and the
     context under the names of their columns in `adata`, and `control_barcode`, the control cell each one started from,
-    whose expression is `layers["control"]`. Ready for `scanpy.tl.rank_genes_groups` and, on that scale, `anndata.concat`.
+    whose expression is `layers["control"]`. Ready for `scanpy.tl.rank_genes_groups` and, on that scale, for
+    `anndata.concat`.
 
     Raises
     ------
@@ -68,7 +86,7 @@ def predict_perturbation(
     ValueError
         If there is no fitted model, or the matrix is not on the stated scale.
     """
-    names = [perturbation] if isinstance(perturbation, str) else list(perturbation)
+    names = [perturbation] if isinstance(perturbation, str) else list(dict.fromkeys(perturbation))
     if not names:
         raise ValueError("perturbation=[] names nothing to predict.")
     data, adata = adata, expression_modality(adata, modality)
@@ -76,24 +94,29 @@ def predict_perturbation(
     for name in names:
         model.check_perturbation(name)
     stated = {"layer": layer, "scale": scale, "library_size_key": library_size_key}
+    stated |= {"perturbation_key": perturbation_key, "control": control}
+    stated |= {"context_key": context_key, "batch_key": batch_key}
+    for key in ("context_key", "batch_key"):
+        if stated[key] is not None and getattr(model.design, key) is None:
+            raise ValueError(f"{key}={stated[key]!r} was given, but the model was set up without {key}.")
     design = dataclasses.replace(model.design, **{k: v for k, v in stated.items() if v is not None})
-    work = _control_cells(data, model, design, modality)
+    work = _control_cells(data, model, design, modality, min_gene_coverage)
+    their_obs = work.obs
+    work.obs = _obs_of_model(model, design, their_obs)
 
-    genes = [g for g in adata.var_names if g in set(model.genes)]
+    genes = adata.var_names[adata.var_names.isin(model.genes)]
     predicted = []
     for name in names:
         cells = model.predict(work, name, context=context, n_cells=n_cells, seed=seed)
-        obs = work.obs.loc[cells.index].rename_axis(_keys.CONTROL_BARCODE).reset_index()
+        obs = their_obs.loc[cells.index].rename_axis(_keys.CONTROL_BARCODE).reset_index()
         obs[design.perturbation_key] = name
         keys = [k for k in (design.perturbation_key, design.context_key, design.batch_key) if k is not None]
+        # a control cell occurs several times where more cells than controls were asked for
+        obs.index = make_index_unique(pd.Index([f"{barcode}-{name}" for barcode in obs[_keys.CONTROL_BARCODE]]))
         one = AnnData(cells[genes].to_numpy(np.float32), obs=obs[[*keys, _keys.CONTROL_BARCODE]])
         one.layers[_keys.CONTROL_LAYER] = work[cells.index, genes].X.toarray()
         predicted.append(one)
     out = ad.concat(predicted)
-    out.obs_names = pd.Index(
-        out.obs[_keys.CONTROL_BARCODE].astype(str) + "-" + out.obs[design.perturbation_key].astype(str)
-    )
-    out.obs_names_make_unique()
     out.var = adata.var.loc[genes].copy()
     for key in keys:
         out.obs[key] = pd.Categorical(out.obs[key])
@@ -119,8 +142,18 @@ def _stored_model(adata: AnnData) -> ST:
     return ST._from_saved(*unpack(left["st"]))
 
 
-def _control_cells(data: AnnData | MuData, model: PerturbationModel, design: Design, modality: str) -> AnnData:
-    """Control cells of `data` as the model knows them: its genes, log1p CP10k, its columns of obs."""
+def _obs_of_model(model: PerturbationModel, design: Design, obs: pd.DataFrame) -> pd.DataFrame:
+    """Give columns and control label the names that the model was set up with."""
+    keys = [k for k in ("perturbation_key", "context_key", "batch_key") if getattr(design, k) is not None]
+    obs = pd.DataFrame({model.setup[k]: obs[getattr(design, k)] for k in keys}, index=obs.index)
+    obs[model.setup["perturbation_key"]] = model.control
+    return obs
+
+
+def _control_cells(
+    data: AnnData | MuData, model: PerturbationModel, design: Design, modality: str, min_gene_coverage: float
+) -> AnnData:
+    """Control cells of `data`: the model's genes, log1p CP10k, and the columns of obs that it needs."""
     adata = expression_modality(data, modality)
     roles = {"perturbation_key": design.perturbation_key}
     roles |= {r: getattr(design, r) for r in ("context_key", "batch_key") if getattr(design, r) is not None}
@@ -133,18 +166,27 @@ def _control_cells(data: AnnData | MuData, model: PerturbationModel, design: Des
             f"obs[{design.perturbation_key!r}] has no {design.control!r} cells: predictions start from control cells."
         )
     controls = adata[is_control]
-    work = AnnData(
-        log_expression(
-            controls,
-            genes=model.genes,
-            layer=design.layer,
-            scale=design.scale,
-            library_size_key=design.library_size_key,
-            target_sum=design.target_sum,
-        ),
-        obs=obs[is_control],
-        var=pd.DataFrame(index=model.genes),
+    if not controls.obs_names.is_unique:
+        raise ValueError("obs_names repeats control cells. Run `adata.obs_names_make_unique()` first.")
+    genes = _common_genes(adata.var_names, model.genes, min_gene_coverage)
+    matrix = log_expression(
+        controls,
+        genes=genes,
+        layer=design.layer,
+        scale=design.scale,
+        library_size_key=design.library_size_key,
+        target_sum=design.target_sum,
     )
+    if design.scale == "log1p":
+        _check_log1p(raw_matrix(controls, design.layer), design)
+    if len(genes) < len(model.genes):
+        place = pd.Index(model.genes).get_indexer(genes)
+        shape = (len(genes), len(model.genes))
+        ones = np.ones(len(genes), np.float32)
+        matrix = sparse.csr_matrix(matrix @ sparse.csr_matrix((ones, (np.arange(len(genes)), place)), shape=shape))
+    work = AnnData(matrix, obs=obs[is_control], var=pd.DataFrame(index=model.genes))
+    if model.setup["layer"] is not None:  # where a model that was set up by hand looks
+        work.layers[model.setup["layer"]] = work.X
     rep = model.setup["use_rep"]
     if rep is not None:
         if rep not in controls.obsm:
@@ -152,3 +194,37 @@ def _control_cells(data: AnnData | MuData, model: PerturbationModel, design: Des
             raise KeyError(f"the model works on obsm[{rep!r}], which this data does not have. {remedy}")
         work.obsm[rep] = np.asarray(controls.obsm[rep], dtype=np.float32)
     return work
+
+
+def _common_genes(here: pd.Index, wanted: Sequence[str], min_coverage: float) -> list[str]:
+    """Return the model's genes that the data has, and raise where these are too few."""
+    if not 0 < min_coverage <= 1:
+        raise ValueError(f"min_gene_coverage={min_coverage!r} must be above 0 and at most 1.")
+    genes = [g for g in wanted if g in here]
+    share = len(genes) / len(wanted)
+    logger.info("%d of the model's %d genes are in the data.", len(genes), len(wanted))
+    if not genes or share < min_coverage:
+        missing = next(g for g in wanted if g not in here)
+        raise unknown_name(
+            "genes",
+            missing,
+            here,
+            f"{len(wanted) - len(genes)} of {len(wanted)} genes are missing; they are matched by name. Coverage is "
+            f"{share:.1%}, below min_gene_coverage={min_coverage}: lower it to fill missing genes with 0.",
+        )
+    if share < 1:
+        logger.warning("%d of the model's genes are filled with 0.", len(wanted) - len(genes))
+    return genes
+
+
+def _check_log1p(matrix: sparse.csr_matrix, design: Design) -> None:
+    """Raise where log1p was stated, but the values cannot be log(1 + counts per 10,000)."""
+    where = "X" if design.layer is None else f"layers[{design.layer!r}]"
+    if matrix.nnz and np.array_equal(matrix.data, np.rint(matrix.data)):
+        raise ValueError(f"scale='log1p', but {where} holds whole numbers only. Say scale='counts' for raw counts.")
+    total = float(np.median(np.asarray(matrix.expm1().sum(axis=1))))
+    if total > 1.05 * design.target_sum:
+        raise ValueError(
+            f"scale='log1p', but {where} holds {total:.4g} counts per cell (median) and not {design.target_sum:g}: it "
+            "was normalised to another total. Normalise anew from raw counts, or give those with scale='counts'."
+        )

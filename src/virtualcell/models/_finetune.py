@@ -1,0 +1,332 @@
+"""Continue from a trained model on new data: weights carried over by name, frozen parts, low-rank adapters."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import pandas as pd
+import torch
+from anndata import AnnData
+from torch import Tensor, nn
+
+from virtualcell._errors import unknown_name
+from virtualcell.models._perturbations import PerturbationTable, parts
+from virtualcell.models._se import SE
+from virtualcell.models._st import ST
+from virtualcell.modules import STNetwork
+
+logger = logging.getLogger(__name__)
+
+BACKBONES = ("transformer_backbone", "transformer_encoder")  # of ST, of SE
+_FROM_DATA = ("n_input", "n_output", "n_perturbation", "n_batches", "n_genes")
+_FREE = ("dropout", "decoder_dropout")  # may differ: no weight depends on them
+_LORA = {"r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "target_modules": "target_modules"}
+
+Places = tuple[Tensor, Tensor]  # where the same names are in the new and in the old model
+
+
+def continue_st(
+    adata: AnnData,
+    old: ST,
+    perturbation_features: pd.DataFrame | None,
+    *,
+    set_size: int | None = None,
+    **network: object,
+) -> ST:
+    """Build an ST on data that is set up, of the sizes of `old`, and carry the weights over."""
+    setup = ST._get_most_recent_anndata_manager(adata, required=True).registry["setup_args"]
+    theirs = dataclasses.asdict(old.config)
+    wrong = [k for k in network if k in theirs and k not in _FREE and network[k] != theirs[k]]
+    if wrong:
+        told = ", ".join(f"{k}={network[k]!r} (init_from has {theirs[k]!r})" for k in wrong)
+        raise ValueError(f"model_kwargs: {told}. The model goes on as it was built: leave these out.")
+    cells = slice(None) if setup["split_key"] is None else (adata.obs[setup["split_key"]] != "test").to_numpy()
+    labels = adata.obs[setup["perturbation_key"]].astype(str)[cells]
+    table = extend_table(old.table, labels, setup["control"], perturbation_features)
+    sizes = {k: v for k, v in theirs.items() if k not in _FROM_DATA}
+    new = ST(adata, set_size=set_size or old.set_size, table=table, **{**sizes, **network})
+    if new.setup["use_rep"] is not None and new.config.n_input != old.config.n_input:
+        raise ValueError(
+            f"obsm[{new.setup['use_rep']!r}] has {new.config.n_input} columns, init_from was trained on "
+            f"{old.config.n_input}: they come from different SE models."
+        )
+    transfer(
+        old.module,
+        new.module,
+        genes=(old.genes, new.genes),
+        batches=(old.batches, new.batches),
+        perturbations=(old.table, table),
+    )
+    return new
+
+
+def continue_se(adata: AnnData, old: SE) -> SE:
+    """Build an SE on data that is set up, with the gene table and the weights of `old`."""
+    config = {k: v for k, v in dataclasses.asdict(old.config).items() if k not in ("n_token", "n_datasets")}
+    new = SE(
+        adata,
+        pd.DataFrame(old.gene_embeddings.numpy(), index=old.gene_names),
+        length=old.length,
+        n_targets=old.n_targets,
+        cls_expression_gene=old.cls_expression_gene,
+        fill_sentences=old.fill_sentences,
+        **config,
+    )
+    with torch.no_grad():
+        last = new.module.dataset_encoder[-1]
+        _copy_all(old.module, new.module, but=[last])
+        _carry(last, old.module.dataset_encoder[-1], rows=_places(old.datasets, new.datasets))
+    logger.info("init_from: an SE with %d genes in its table.", len(new.gene_names))
+    return new
+
+
+def genes_to_model(chosen: Sequence[str], old: ST, available: pd.Index) -> list[str]:
+    """Return the genes of a trained model that the data have, and those chosen from the data, sorted."""
+    kept = set(old.genes) & set(available)
+    if not kept:
+        raise ValueError(
+            f"none of the {len(old.genes)} genes of init_from ({', '.join(old.genes[:3])}, ...) is among the "
+            f"{len(available)} of the data ({', '.join(available[:3])}, ...). Genes are matched by name: see var_names."
+        )
+    return sorted(kept | set(chosen))
+
+
+def extend_table(
+    old: PerturbationTable, labels: Iterable[str], control: str, features: pd.DataFrame | None
+) -> PerturbationTable:
+    """Return the table of a trained model with what the `labels` of new data lack in it.
+
+    Vectors that were there stay what they were. A one-hot table grows by a dimension for each new perturbation; a
+    table of features takes rows of `features`, on the scale of its own; `features` replace a one-hot table.
+    """
+    labels = sorted(set(labels) - {control})
+    if features is not None and not old.has_features:
+        return PerturbationTable.from_features(features, labels, control)
+    names = [control if name == old.control else name for name in old.names]
+    added = sorted({p for label in labels for p in parts(label, control, names)} - set(names))
+    vectors = old.vectors
+    if old.has_features:
+        rows = pd.DataFrame() if features is None else features.set_axis(features.index.astype(str))
+        missing = [p for p in added if p not in rows.index]
+        if missing:
+            raise ValueError(
+                f"init_from predicts from features of perturbations and has none for {missing[:10]}. Give them as "
+                "perturbation_features=, from the same source and with rows for some of its own perturbations."
+            )
+        added = [name for name in rows.index if name not in {*names, control}]
+        if added:
+            vectors = torch.cat([vectors, _on_scale_of(old, names, rows, added)])
+    elif added:
+        vectors = torch.block_diag(vectors, torch.eye(len(added)))
+    seen = sorted({*old.seen, *labels} - {control})
+    return PerturbationTable([*names, *added], vectors, control=control, seen=seen, has_features=old.has_features)
+
+
+def _on_scale_of(old: PerturbationTable, names: list[str], features: pd.DataFrame, added: list[str]) -> Tensor:
+    """Vectors of new rows; how columns were shifted and scaled is read off the perturbations that both tables have."""
+    n, d = features.shape[1], old.n_dims
+    counts = d == n + 1  # our own tables end with a column of ones
+    shared = [name for name in features.index if name in set(names)]
+    if d not in (n, n + 1) or len(shared) < 2:
+        raise ValueError(
+            f"perturbation_features has {n} columns and {len(shared)} rows of perturbations that init_from knows; "
+            f"needed are {d - 1} columns, those of its own table, and at least 2 such rows."
+        )
+    x = features.loc[shared].to_numpy(np.float64)
+    y = old.vectors[[names.index(name) for name in shared], :n].double().numpy()
+    dx, dy = x - x.mean(axis=0), y - y.mean(axis=0)
+    slope = (dx * dy).sum(axis=0) / np.maximum((dx**2).sum(axis=0), 1e-12)
+    if np.abs(dx * slope - dy).max() > 1e-3 * max(np.abs(y).max(), 1e-12):
+        raise ValueError("perturbation_features differs from the features of init_from for perturbations in both.")
+    rows = (features.loc[added].to_numpy(np.float64) - x.mean(axis=0)) * slope + y.mean(axis=0)
+    return torch.from_numpy(np.concatenate([rows, np.ones((len(rows), int(counts)))], axis=1)).float()
+
+
+@torch.no_grad()
+def transfer(
+    old: STNetwork,
+    new: STNetwork,
+    *,
+    genes: tuple[Sequence[str], Sequence[str]],
+    batches: tuple[Sequence[str], Sequence[str]],
+    perturbations: tuple[PerturbationTable, PerturbationTable],
+) -> None:
+    """Copy weights, so that `new` starts with the predictions of `old` for the genes that both have.
+
+    A gene that is new is at first not looked at, and its own output starts as in an untrained network. A perturbation
+    that is new starts as the control, a batch that is new as the mean of the old ones.
+
+    Parameters
+    ----------
+    old, new
+        Networks of the same sizes, except where the names of genes, perturbations and batches decide.
+    genes, batches
+        Names in the old and the new model.
+    perturbations
+        The tables, the new one made by :func:`extend_table`.
+    """
+    ours, theirs = _named_layers(new), _named_layers(old)
+    but = [*ours.values(), *([new.batch_encoder] if new.config.n_batches else [])]
+    _copy_all(old, new, but=but)
+
+    shared = _places(*genes)
+    in_genes = not new.config.n_genes
+    for name, layer in ours.items():
+        its = theirs[name]
+        if name == "decoded":
+            _carry(layer, its, rows=shared)
+        elif name == "control":
+            _carry(layer, its, columns=shared if in_genes else None)
+        elif name == "out":
+            _carry(layer, its, rows=shared if in_genes else None)
+        elif name in ("down", "up"):  # a bottleneck, narrower where there are fewer genes
+            narrow = torch.arange(min(new.config.n_output // 8, old.config.n_output // 8))
+            named = shared if in_genes else None
+            places = (narrow, narrow)
+            _carry(layer, its, rows=places if name == "down" else named, columns=named if name == "down" else places)
+
+    _carry_perturbations(ours["perturbation"], theirs["perturbation"], *perturbations)
+    if new.config.n_batches and old.config.n_batches:
+        at, there = _places(*batches)
+        new.batch_encoder.weight[:] = old.batch_encoder.weight.mean(dim=0)
+        new.batch_encoder.weight[at] = old.batch_encoder.weight[there].to(new.batch_encoder.weight)
+    elif new.config.n_batches:
+        new.batch_encoder.weight.zero_()
+    elif old.config.n_batches:  # what was added to every cell is added here now, for an average batch
+        new.pert_encoder[-1].bias += old.batch_encoder.weight.mean(dim=0).to(new.pert_encoder[-1].bias)
+    _report("genes", *genes)
+    _report("perturbations", *(table.names for table in perturbations))
+    if any(batches):
+        _report("batches", *batches)
+
+
+def _named_layers(network: STNetwork) -> dict[str, nn.Linear]:
+    """Layers that have names of genes or perturbations on one side."""
+    c, basal = network.config, network.basal_encoder
+    layers = {
+        "perturbation": network.pert_encoder[0],
+        "control": basal[0] if c.control_projection else basal,
+        "out": network.project_out[-1],
+    }
+    if c.residual == "all":
+        layers |= {"down": network.final_down_then_up[0], "up": network.final_down_then_up[-1]}
+    if c.n_genes:
+        decoder = network.gene_decoder
+        layers["decoded"] = decoder.final_layer[0] if c.decoder_residual else decoder.decoder[-2]
+    return layers
+
+
+def _places(old: Sequence[str], new: Sequence[str]) -> Places:
+    there = pd.Index(old).get_indexer(pd.Index(new))
+    return torch.from_numpy(np.flatnonzero(there >= 0)), torch.from_numpy(there[there >= 0]).long()
+
+
+def _copy_all(old: nn.Module, new: nn.Module, *, but: Sequence[nn.Module]) -> None:
+    left_out = {id(p) for module in but for p in module.parameters()}
+    theirs = dict(old.named_parameters())
+    for name, parameter in new.named_parameters():
+        if id(parameter) not in left_out:
+            parameter.copy_(theirs[name])
+
+
+def _carry(new: nn.Linear, old: nn.Linear, *, rows: Places | None = None, columns: Places | None = None) -> None:
+    """Copy the rows and columns that two layers share. Other columns become zero, other rows stay as first drawn."""
+    every = [torch.arange(n) for n in new.weight.shape]
+    (to_row, row), (to_column, column) = rows or (every[0], every[0]), columns or (every[1], every[1])
+    fresh = torch.ones(new.in_features, dtype=torch.bool)
+    fresh[to_column] = False
+    new.weight[:, fresh] = 0
+    new.weight[to_row.unsqueeze(1), to_column] = old.weight[row.unsqueeze(1), column].to(new.weight)
+    new.bias[to_row] = old.bias[row].to(new.bias)
+
+
+def _carry_perturbations(
+    new: nn.Linear, old: nn.Linear, old_table: PerturbationTable, new_table: PerturbationTable
+) -> None:
+    if new_table.has_features and not old_table.has_features:
+        logger.warning("init_from: one-hot perturbations give way to features, whose first layer is learned anew.")
+        return
+    n = old.in_features
+    new.weight[:, :n] = old.weight
+    control = old_table.encode([old_table.control]).to(old.weight) @ old.weight.T  # (1, H)
+    new.weight[:, n:] = control.T
+    new.bias.copy_(old.bias)
+
+
+def _report(what: str, old: Sequence[str], new: Sequence[str]) -> None:
+    kept, dropped = len(set(old) & set(new)), sorted(set(old) - set(new))
+    logger.info("init_from: %d %s kept, %d new, %d dropped.", kept, what, len(set(new) - set(old)), len(dropped))
+    if what == "genes" and dropped:
+        logger.warning("The model starts without %d genes that are not in the data: %s ...", len(dropped), dropped[:5])
+
+
+@contextmanager
+def partly_trained(
+    network: nn.Module, *, freeze: Sequence[str] = (), lora: dict | None = None, seed: int = 0
+) -> Iterator[None]:
+    """Train only some parameters inside the block; with `lora`, adapters of the backbone, merged at its end."""
+    parameters = dict(network.named_parameters())
+    frozen = _frozen(network, parameters, [freeze] if isinstance(freeze, str) else freeze)
+    backbone = next(name for name in BACKBONES if hasattr(network, name))
+    if lora is not None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            _add_adapters(getattr(network, backbone), lora)
+        frozen |= {name for name in parameters if name.startswith(f"{backbone}.")}
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name not in frozen)
+    try:
+        learned = sum(p.numel() for p in network.parameters() if p.requires_grad)
+        if not learned:
+            raise ValueError(f"freeze={list(freeze)!r} leaves nothing to train.")
+        if frozen:
+            logger.info("%d parameters are trained, %d frozen.", learned, sum(parameters[n].numel() for n in frozen))
+        yield
+    finally:
+        if lora is not None:
+            _merge_adapters(getattr(network, backbone))
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+
+
+def _frozen(network: nn.Module, parameters: dict[str, nn.Parameter], prefixes: Sequence[str]) -> set[str]:
+    frozen: set[str] = set()
+    for prefix in prefixes:
+        found = {name for name in parameters if f"{name}.".startswith(f"{prefix.rstrip('.')}.")}
+        if not found:
+            valid = dict.fromkeys(name.split(".")[0] for name in parameters)
+            deeper = [name for name, _ in network.named_modules() if "." in name]
+            raise unknown_name("freeze", prefix, [*valid, *deeper], "It must be the beginning of a parameter's name.")
+        frozen |= found
+    return frozen
+
+
+def _add_adapters(backbone: nn.Module, lora: dict) -> None:
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise ImportError('lora= needs peft: pip install "virtualcell[lora]"') from error
+    for key in lora:
+        if key not in _LORA:
+            raise unknown_name("lora", key, _LORA, "These are the options of an adapter.")
+    linear = sorted({name.split(".")[-1] for name, m in backbone.named_modules() if isinstance(m, nn.Linear)})
+    for name in lora.get("target_modules", ()):
+        if name not in linear:
+            raise unknown_name("lora['target_modules']", name, linear)
+    options = {"target_modules": linear, **{_LORA[k]: v for k, v in lora.items()}}
+    inject_adapter_in_model(LoraConfig(**options), backbone)
+
+
+def _merge_adapters(backbone: nn.Module) -> None:
+    """Add the product of the two factors to each weight, and put the plain layer back."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, module in list(backbone.named_modules()):
+        if isinstance(module, LoraLayer):
+            module.merge()
+            parent, _, attribute = name.rpartition(".")
+            setattr(backbone.get_submodule(parent), attribute, module.get_base_layer())
