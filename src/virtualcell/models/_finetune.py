@@ -158,7 +158,7 @@ def transfer(
     """Copy weights, so that `new` starts with the predictions of `old` for the genes that both have.
 
     A gene that is new is at first not looked at, and its own output starts as in an untrained network. A perturbation
-    that is new starts as the control, a batch that is new as the mean of the old ones.
+    that is new starts as if drawn from the old ones, a batch that is new as the mean of the old ones.
 
     Parameters
     ----------
@@ -189,7 +189,10 @@ def transfer(
             places = (narrow, narrow)
             _carry(layer, its, rows=places if name == "down" else named, columns=named if name == "down" else places)
 
-    _carry_perturbations(ours["perturbation"], theirs["perturbation"], *perturbations)
+    if perturbations[1].has_features and not perturbations[0].has_features:
+        logger.warning("init_from: one-hot perturbations give way to features, whose first layer is learned anew.")
+    else:
+        _carry_perturbations(ours["perturbation"], theirs["perturbation"])
     if new.config.n_batches and old.config.n_batches:
         at, there = _places(*batches)
         new.batch_encoder.weight[:] = old.batch_encoder.weight.mean(dim=0)
@@ -244,16 +247,13 @@ def _carry(new: nn.Linear, old: nn.Linear, *, rows: Places | None = None, column
     new.bias[to_row] = old.bias[row].to(new.bias)
 
 
-def _carry_perturbations(
-    new: nn.Linear, old: nn.Linear, old_table: PerturbationTable, new_table: PerturbationTable
-) -> None:
-    if new_table.has_features and not old_table.has_features:
-        logger.warning("init_from: one-hot perturbations give way to features, whose first layer is learned anew.")
-        return
+def _carry_perturbations(new: nn.Linear, old: nn.Linear) -> None:
     n = old.in_features
     new.weight[:, :n] = old.weight
-    control = old_table.encode([old_table.control]).to(old.weight) @ old.weight.T  # (1, H)
-    new.weight[:, n:] = control.T
+    # as if drawn from the old ones: those that start alike, at zero or the mean, take long to come apart
+    mean, spread = old.weight.mean(dim=1, keepdim=True), old.weight.std(dim=1, keepdim=True, correction=0)
+    drawn = torch.randn(old.out_features, new.in_features - n)
+    new.weight[:, n:] = mean.to(new.weight) + drawn * spread.to(new.weight)
     new.bias.copy_(old.bias)
 
 

@@ -1,4 +1,4 @@
-"""Distances between two sets of cells, (B, S, G) against (B, S', G), one value per set (B,); the losses of ST and SE."""
+"""Distances between two sets of cells, (B, S, G) against (B, S', G), one value per set (B,); losses of ST and SE."""
 
 from __future__ import annotations
 

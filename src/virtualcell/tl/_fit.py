@@ -94,8 +94,7 @@ def fit_state(
     init_from
         A trained model to go on from, with its sizes. An ST: its genes (those that `adata` has), perturbations and
         batches are found by name and keep their weights, so that training starts with its predictions for them; what
-        is new in `adata` is added, a perturbation starting as the control; its SE embeds, unless another is given. An
-        SE: it goes on with its own gene table, on the training cells, and ST is trained from the start. Weights that
+        is new in `adata` is added; its SE embeds, unless another is given. An SE: it goes on with its own gene table, on the training cells, and ST is trained from the start. Weights that
         are good already want a lower rate than the default: `train_kwargs={"lr": 1e-4}`.
     freeze
         Beginnings of names of parameters of that model which stay as they are: `["transformer_backbone"]`.
