@@ -1,6 +1,6 @@
 """Draw the figure of the README from real cells: IFN-beta in B cells, whose stimulated cells the model has not seen.
 
-    python scripts/readme_figure.py ../shared/data/kang2018_pbmc_ifnb.h5ad docs/_static/readme.png
+python scripts/readme_figure.py ../shared/data/kang2018_pbmc_ifnb.h5ad docs/_static/readme.png
 """
 
 from __future__ import annotations

@@ -146,7 +146,7 @@ def test_library_size_must_be_there_and_positive(adata: AnnData) -> None:
     with pytest.raises(UnknownNameError, match=r"library_size_key='dept' is unknown. Did you mean 'depth'"):
         log_expression(adata, library_size_key="dept")
     adata.obs["depth"] = [1.0, 0.0, np.nan]
-    with pytest.raises(ValueError, match=r"2 cells have no counts, among them \['y', 'z'\]"):
+    with pytest.raises(ValueError, match=r"2 cells have no positive number in obs\[.depth.\], among them \['y', 'z'\]"):
         log_expression(adata, library_size_key="depth")
     empty = adata.copy()
     empty.X = sparse.csr_matrix(empty.X.multiply([[1], [0], [1]]))

@@ -89,11 +89,12 @@ def log_expression(
         if library_size_key not in adata.obs:
             raise unknown_name("library_size_key", library_size_key, adata.obs.columns, "Leave it out for row sums.")
         size = adata.obs[library_size_key].to_numpy(dtype=np.float64)
-    if not (np.isfinite(size).all() and (size > 0).all()):
-        empty = adata.obs_names[~(np.isfinite(size) & (size > 0))]
+    empty = adata.obs_names[~(np.isfinite(size) & (size > 0))]
+    if len(empty):
+        which = "no counts" if library_size_key is None else f"no positive number in obs[{library_size_key!r}]"
         raise ValueError(
-            f"{len(empty)} cells have no counts, among them {list(empty[:3])}. Drop them first: "
-            "`sc.pp.filter_cells(adata, min_counts=1)`."
+            f"{len(empty)} cells have {which}, among them {list(empty[:3])}. Drop them first"
+            + (": `sc.pp.filter_cells(adata, min_counts=1)`." if library_size_key is None else ".")
         )
     matrix = columns_by_name(matrix, adata.var_names, genes).copy()
     matrix.data *= np.repeat(target_sum / size, np.diff(matrix.indptr)).astype(np.float32)

@@ -69,7 +69,8 @@ def download(
 
     Returns
     -------
-    The folder of an SE model, or the run folder of an ST model.
+    The folder of an SE model, or the run folder of an ST model, with `checkpoints/final.ckpt`, or `best.ckpt` where the
+    run has no final one.
 
     Raises
     ------

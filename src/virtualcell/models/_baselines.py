@@ -93,12 +93,12 @@ class Additive(ShiftModel):
 
     def _shift(self, perturbation: str) -> Tensor:
         known = self._known()
-        total = torch.zeros(len(self.genes))
-        for part in parts(perturbation, self.control, known):
-            if part not in known:
-                raise unknown_name("perturbation", perturbation, known, "This baseline copies shifts it has seen.")
-            total = total + self.module.shifts[self.perturbations.index(part)]
-        return total
+        measured = {frozenset(parts(p, self.control)): p for p in known}  # B+A is A+B
+        names = parts(measured.get(frozenset(parts(perturbation, self.control)), perturbation), self.control, known)
+        if unseen := [n for n in names if n not in known]:
+            raise unknown_name("perturbation", unseen[0], known, "This baseline copies shifts it has seen.")
+        shifts = [self.module.shifts[self.perturbations.index(n)] for n in names]
+        return torch.stack(shifts).sum(dim=0) if shifts else torch.zeros(len(self.genes))
 
 
 def _mean(matrix, mask: np.ndarray) -> Tensor:

@@ -95,7 +95,14 @@ class ST(PerturbationModel):
             self.table = network.pop("table")
         else:
             data = self._data(None)
-            seen = set(self._labels(data, "perturbation")[self._training_rows(data)])
+            perturbation, split = self._labels(data, "perturbation"), self._labels(data, "split")
+            seen = set(perturbation[~np.isin(split, ["val", "test"])])
+            only = set(perturbation[split == "val"]) - seen - {self.control}
+            if only and perturbation_features is None:
+                raise ValueError(
+                    f"{sorted(only)[:10]} occur in validation but in no training cells, and a one-hot model learns "
+                    "nothing of them. Mark their cells 'test', or give perturbation_features."
+                )
             if perturbation_features is None:
                 self.table = PerturbationTable.one_hot(seen, self.control)
             else:

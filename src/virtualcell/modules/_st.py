@@ -151,6 +151,8 @@ class STNetwork(nn.Module):
             self.gene_decoder = GeneDecoder(
                 c.n_output, c.n_genes, c.decoder_hidden, c.decoder_residual, c.decoder_dropout
             )
+        # a one-hot vector has length 1, not the sqrt(n) of unit-variance inputs that the default start reckons with
+        nn.init.uniform_(self.pert_encoder[0].weight, -1, 1)
         if c.residual == "expression":
             nn.init.zeros_(self.project_out[-1].weight)
             nn.init.zeros_(self.project_out[-1].bias)

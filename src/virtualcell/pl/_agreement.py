@@ -55,7 +55,8 @@ def de_agreement(
         Context to compare in; by default the contexts with predicted and with measured cells of this perturbation.
     n_top
         Number of genes with the largest absolute change, in prediction and in observation, whose overlap is counted.
-        Two random choices of `n_top` from n genes share `n_top`² / n on average, which is shown for comparison.
+        Two random choices of `n_top` from n genes share `n_top` squared, divided by n, on average, which is shown for
+        comparison.
     n_labels
         Number of genes to label: those with the largest absolute change in either.
     modality

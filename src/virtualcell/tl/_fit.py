@@ -94,8 +94,9 @@ def fit_state(
     init_from
         A trained model to go on from, with its sizes. An ST: its genes (those that `adata` has), perturbations and
         batches are found by name and keep their weights, so that training starts with its predictions for them; what
-        is new in `adata` is added; its SE embeds, unless another is given. An SE: it goes on with its own gene table, on the training cells, and ST is trained from the start. Weights that
-        are good already want a lower rate than the default: `train_kwargs={"lr": 1e-4}`.
+        is new in `adata` is added; its SE embeds, unless another is given. An SE: it goes on with its own gene table,
+        on the training cells, and ST is trained from the start. A lower rate than the default, say
+        `train_kwargs={"lr": 1e-4}`, keeps more of what the model knew.
     freeze
         Beginnings of names of parameters of that model which stay as they are: `["transformer_backbone"]`.
     lora
@@ -152,7 +153,9 @@ def fit_state(
         library_size_key=library_size_key,
     )
     obs, split = _read_obs(data, design, split_key, modality)
-    seen = (split != "test") & _enough_cells(obs[perturbation_key], split, control, min_cells)
+    seen = (split != "test") & _enough_cells(
+        obs[perturbation_key], split, control, min_cells, has_features=perturbation_features is not None
+    )
     se = _check_start(init_from, freeze, lora, se=se, use_rep=use_rep, gene_embeddings=gene_embeddings)
     if use_rep is not None and use_rep not in adata.obsm and not (use_rep == _keys.X_STATE and se is not False):
         raise unknown_name("use_rep", use_rep, adata.obsm, "Compute it first, or use 'X_state' and let SE be fitted.")
@@ -230,9 +233,13 @@ def _read_obs(data, design: Design, split_key: str | None, modality: str) -> tup
     return obs, split.to_numpy().astype(str)
 
 
-def _enough_cells(perturbation: pd.Series, split: np.ndarray, control: str, min_cells: int) -> np.ndarray:
+def _enough_cells(
+    perturbation: pd.Series, split: np.ndarray, control: str, min_cells: int, has_features: bool
+) -> np.ndarray:
     """Mask of the cells whose perturbation has enough training cells; control cells always are."""
     counts = perturbation[split == "train"].value_counts()
+    if not has_features:  # with features a perturbation may be met for the first time in validation
+        counts = counts.reindex(perturbation[split != "test"].unique(), fill_value=0)
     few = sorted(set(counts.index[counts < min_cells]) - {control})
     if few:
         logger.warning(

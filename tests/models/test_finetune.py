@@ -1,0 +1,414 @@
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import virtualcell as vc
+from virtualcell.models import ST
+from virtualcell.models._finetune import extend_table, partly_trained, transfer
+from virtualcell.models._perturbations import PerturbationTable
+from virtualcell.modules import STNetwork
+
+CONTROL = "non-targeting"
+TINY = {"n_hidden": 64, "n_feedforward": 128, "n_layers": 1, "set_size": 16}
+QUICK = {"scale": "log1p", "se": False, "enable_progress_bar": False, "accelerator": "cpu"}
+STAY = {"max_steps": 1, "train_kwargs": {"lr": 0.0}}  # a step that changes nothing
+
+
+@pytest.fixture(scope="module")
+def continued(design):
+    """`fit_state` from a trained model, without SE."""
+
+    def continued(data, start, **options) -> ST:
+        return vc.tl.fit_state(data, **{**design, **QUICK, "init_from": start, **options})
+
+    return continued
+
+
+@pytest.fixture(scope="module")
+def start(design):
+    """A small ST trained on some genes and perturbations of a screen."""
+
+    def start(data, genes, perturbations, **options) -> ST:
+        part = data[data.obs["target_gene"].isin([*perturbations, CONTROL]), genes].copy()
+        kwargs = {**TINY, **options.pop("model_kwargs", {})}
+        return vc.tl.fit_state(part, **{**design, **QUICK, "max_steps": 25, "model_kwargs": kwargs, **options})
+
+    return start
+
+
+@pytest.fixture
+def shuffled(screen, targets) -> ad.AnnData:
+    """Cells of one old and one new target and controls, the genes in another order."""
+    rng = np.random.default_rng(3)
+    return screen[
+        screen.obs["target_gene"].isin([targets[0], targets[-1], CONTROL]), rng.permutation(screen.n_vars)
+    ].copy()
+
+
+def predicted(model: ST, data: ad.AnnData, perturbation: str, genes) -> np.ndarray:
+    return vc.tl.predict_perturbation(data, perturbation, model=model, scale="log1p")[:, genes].X
+
+
+def state(model) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in model.module.state_dict().items()}
+
+
+# -- where it starts --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("residual", ["expression", "hidden", "all", "none"])
+def test_starts_with_the_old_predictions_whatever_the_order_of_genes(
+    screen, shuffled, targets, start, continued, residual, caplog
+):
+    genes = list(screen.var_names[:70])
+    old = start(screen, genes, targets[:-1], model_kwargs={"residual": residual})
+    with caplog.at_level(logging.INFO):
+        new = continued(shuffled, old, **STAY)
+    assert "70 genes kept, 10 new, 0 dropped" in caplog.text
+    assert "5 perturbations kept, 1 new, 0 dropped" in caplog.text
+    assert new.genes == sorted(screen.var_names)
+    assert new.config.n_hidden == 64
+    for target in [*targets[:-1], f"{targets[0]}+{targets[1]}"]:  # also those of which the new data have no cell
+        expected = predicted(old, screen, target, genes)
+        np.testing.assert_allclose(predicted(new, screen, target, genes), expected, atol=2e-6)
+    if residual == "expression":  # a gene that is new starts unchanged
+        others = list(screen.var_names[70:])
+        here = vc.tl.predict_perturbation(screen, targets[0], model=new, scale="log1p")[:, others]
+        np.testing.assert_allclose(here.X, here.layers["control"], atol=1e-6)
+
+
+def test_old_genes_that_the_data_lack_are_named(screen, shuffled, targets, start, continued, caplog):
+    old = start(screen, list(screen.var_names), targets[:-1])
+    without = sorted(screen.var_names)[3]
+    new = continued(shuffled[:, shuffled.var_names != without].copy(), old, **STAY)
+    assert without in caplog.text
+    assert new.genes == [g for g in sorted(screen.var_names) if g != without]
+
+
+def test_genes_of_the_old_model_come_along_with_new_variable_ones(screen, shuffled, targets, start, continued):
+    genes = list(screen.var_names[:40])
+    old = start(screen, genes, targets[:-1])
+    new = continued(shuffled, old, n_top_genes=20, **STAY)
+    assert set(genes) < set(new.genes) < set(screen.var_names)
+
+
+def test_batches_are_found_by_name(screen, shuffled, targets, start, continued):
+    genes = list(screen.var_names)
+    shuffled.obs["batch"] = shuffled.obs["batch"].astype(str).replace({"batch_1": "zeroth"})
+    names = sorted(set(screen.obs["batch"].astype(str)))
+    assert names[0] == "batch_1"
+    old = start(screen, genes, targets[:-1], batch_key="batch")
+    table = old.module.batch_encoder.weight.detach()
+    new = continued(shuffled, old, batch_key="batch", **STAY)
+    rows = new.module.batch_encoder.weight.detach()
+    assert new.batches == [*names[1:], "zeroth"]
+    torch.testing.assert_close(rows[:-1], table[1:])
+    torch.testing.assert_close(rows[-1], table.mean(dim=0))
+    # without batches: as the old model with the mean of its batches, which is linear in front of the transformer
+    none = continued(shuffled, old, **STAY)
+    old.module.batch_encoder.weight.data[:] = table.mean(dim=0)
+    expected = old.predict_sets(np.ones((16, len(genes)), np.float32), targets[0], np.zeros(16, int))["cells"]
+    np.testing.assert_allclose(
+        none.predict_sets(np.ones((16, len(genes)), np.float32), targets[0])["cells"], expected, atol=2e-6
+    )
+    # batches where there were none: nothing changes yet
+    added = continued(shuffled, none, batch_key="batch", **STAY)
+    assert not added.module.batch_encoder.weight.any()
+
+
+def test_models_of_arc_continue_from_their_control(golden, continued, design):
+    old = ST.from_arc(golden / "st_run")
+    known = [p for p in old.table.names if p != old.control]
+    rng = np.random.default_rng(0)
+    n = 96
+    counts = rng.poisson(2.0, size=(n, len(old.genes))) + 1.0
+    data = ad.AnnData(np.log1p(counts / counts.sum(axis=1, keepdims=True) * 1e4).astype(np.float32))
+    data.var_names = old.genes
+    data.obs["target_gene"] = np.repeat(["ctrl", known[0], "novel"], n // 3)
+    data.obs["cell_type"] = "A"
+    data = data[:, ::-1].copy()
+    kwargs = {"control": "ctrl", "context_key": None, "batch_key": None}
+    new = continued(data, old, **kwargs, **STAY)
+    control = data[:16, old.genes].X
+    batches = np.zeros(16, int) if old.batches else None
+    if old.batches:
+        old.module.batch_encoder.weight.data[:] = old.module.batch_encoder.weight.data.mean(dim=0)
+    order = [new.genes.index(g) for g in old.genes]
+    for theirs, ours in [(known[0], known[0]), (known[1], known[1]), (old.control, "ctrl")]:
+        expected = old.predict_sets(control, theirs, batches)["cells"]
+        got = new.predict_sets(control[:, np.argsort(order)], ours)["cells"][:, order]
+        np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_embedding_space_keeps_its_se_and_decodes_genes_by_name(counts, small_se, design, targets):
+    quick = {"enable_progress_bar": False, "accelerator": "cpu", "use_rep": "X_state"}
+    kwargs = {**TINY, "residual": "hidden", "decoder_hidden": (16,)}
+    counts.obs["n"] = np.asarray(counts.X.sum(axis=1)).ravel()
+    genes = list(counts.var_names[:60])
+    part = counts[counts.obs["target_gene"] != targets[-1]].copy()
+    old = vc.tl.fit_state(
+        part, **design, **quick, se=small_se, max_steps=3, model_kwargs=kwargs, library_size_key="n", n_top_genes=40
+    )
+    more = counts[:, ::-1].copy()
+    new = vc.tl.fit_state(more, **design, **quick, init_from=old, library_size_key="n", n_top_genes=60, **STAY)
+    assert new.se is small_se
+    assert len(new.genes) > len(old.genes)
+    controls = small_se.get_latent_representation(part)[:16]
+    genes = [g for g in old.genes if g in new.genes]
+    assert genes == old.genes
+    rows = [new.genes.index(g) for g in genes]
+    a, b = (m.predict_sets(controls, targets[0]) for m in (old, new))
+    np.testing.assert_allclose(b["cells"], a["cells"], atol=1e-6)
+    np.testing.assert_allclose(b["genes"][:, rows], a["genes"], atol=1e-6)
+
+    old.se = None
+    with pytest.raises(ValueError, match=r"pass that one as se=, or se=False"):
+        vc.tl.fit_state(more, **design, **quick, init_from=old)
+    with pytest.raises(ValueError, match=r"use_rep=None, but init_from works on obsm\['X_state'\]"):
+        vc.tl.fit_state(more, **design, **{**quick, "use_rep": None}, init_from=old)
+    more.obsm["X_state"] = more.obsm["X_state"][:, :-1]
+    with pytest.raises(ValueError, match="17 columns, init_from was trained on 18"):
+        vc.tl.fit_state(more, **design, **quick, init_from=old, se=False)
+
+
+# -- tables of perturbations ------------------------------------------------------------------------------------------
+
+
+def test_one_hot_tables_grow():
+    old = PerturbationTable.one_hot(["B", "A", "A+C"], "ctrl")
+    new = extend_table(old, ["NT", "A+D", "B", "E"], "NT", None)
+    assert new.names == ["A", "B", "C", "D", "E"]
+    assert torch.equal(new.vectors, torch.eye(5))
+    assert new.seen == ["A", "A+C", "A+D", "B", "E"]
+    # a row of the control, as published models have it, keeps its vector under the new label
+    arc = PerturbationTable(["A", "DMSO"], torch.eye(4)[[2, 0]], control="DMSO", seen=["A"], has_features=False)
+    new = extend_table(arc, ["NT", "B"], "NT", None)
+    assert new.names == ["A", "NT", "B"]
+    assert torch.equal(new.vectors, torch.eye(5)[[2, 0, 4]])
+
+
+def test_features_come_on_the_scale_of_the_old_table():
+    rng = np.random.default_rng(0)
+    raw = pd.DataFrame(rng.normal(3, 10, size=(7, 4)), index=list("ABCDEFG"))
+    old = PerturbationTable.from_features(raw.iloc[:4], ["A", "B"], "ctrl")
+    new = extend_table(old, ["A", "F", "ctrl"], "ctrl", raw.iloc[2:])
+    assert new.names == list("ABCDEFG")
+    assert new.seen == ["A", "B", "F"]
+    torch.testing.assert_close(new.vectors[:4], old.vectors)
+    center, spread = raw.iloc[:4].mean(), raw.iloc[:4].std(ddof=0)
+    expected = np.c_[(raw.iloc[4:] - center) / spread / 2, np.ones(3)]
+    np.testing.assert_allclose(new.vectors[4:].numpy(), expected, rtol=1e-4, atol=1e-5)
+    # no features needed for what is there
+    assert extend_table(old, ["C"], "ctrl", None).names == list("ABCD")
+    with pytest.raises(ValueError, match=r"has none for \['F'\]"):
+        extend_table(old, ["F"], "ctrl", None)
+    with pytest.raises(ValueError, match=r"has none for \['Z'\]"):
+        extend_table(old, ["Z"], "ctrl", raw)
+    with pytest.raises(ValueError, match="3 columns and 2 rows of perturbations that init_from knows; needed are 4"):
+        extend_table(old, ["F"], "ctrl", raw.iloc[2:, :3])
+    with pytest.raises(ValueError, match="differs from the features of init_from"):
+        extend_table(old, ["F"], "ctrl", raw + rng.normal(size=raw.shape))
+
+
+def test_features_reach_a_model_that_was_one_hot(screen, shuffled, targets, start, continued, caplog):
+    old = start(screen, list(screen.var_names), targets[:-1])
+    table = pd.DataFrame(np.random.default_rng(0).normal(size=(7, 3)), index=[*targets, "UNSEEN"])
+    new = continued(shuffled, old, perturbation_features=table, **STAY)
+    assert "first layer is learned anew" in caplog.text
+    assert torch.equal(new.module.transformer_backbone.norm.weight, old.module.transformer_backbone.norm.weight)
+    assert np.isfinite(predicted(new, screen, "UNSEEN", new.genes)).all()
+    # and a model with features keeps them
+    again = continued(shuffled, new, **STAY)
+    np.testing.assert_allclose(
+        predicted(again, screen, "UNSEEN", new.genes), predicted(new, screen, "UNSEEN", new.genes), atol=1e-6
+    )
+
+
+# -- what it learns ---------------------------------------------------------------------------------------------------
+
+
+def test_new_perturbations_start_among_the_old_ones(build, screen):
+    old = build(screen.copy())
+    first = old.module.pert_encoder[0]
+    with torch.no_grad():
+        first.weight.copy_(torch.randn(64, 6) * torch.rand(64, 1) + torch.randn(64, 1))
+    names = [f"new{i}" for i in range(3000)]
+    table = extend_table(old.table, names, CONTROL, None)
+    new = STNetwork(dataclasses.replace(old.config, n_perturbation=table.n_dims))
+    transfer(old.module, new, genes=(old.genes, old.genes), batches=([], []), perturbations=(old.table, table))
+    drawn, theirs = new.pert_encoder[0].weight.detach()[:, 6:], first.weight.detach()
+    assert torch.equal(new.pert_encoder[0].weight.detach()[:, :6], theirs)
+    assert (drawn.mean(dim=1) - theirs.mean(dim=1)).abs().max() < 0.1
+    assert (drawn.std(dim=1) / theirs.std(dim=1, correction=0) - 1).abs().max() < 0.1
+
+
+def test_learns_new_perturbations_faster_than_from_scratch(design):
+    counts = vc.datasets.synthetic(
+        n_contexts=5, n_perturbations=12, n_genes=80, n_cells_per_group=30, n_control_cells=60,
+        effect_size=0.5, context_specificity=0.5, seed=1,
+    )  # fmt: skip
+    counts.X = counts.X.toarray()
+    counts.X = np.log1p(counts.X / counts.X.sum(axis=1, keepdims=True) * 1e4).astype(np.float32)
+    vc.pp.split(counts, **design, holdout={"contexts": ["type_5"]}, val_fraction=0)
+    *_, new = np.split(np.array(sorted(set(counts.obs["target_gene"]) - {CONTROL})), [7])
+    is_new = counts.obs["target_gene"].isin(new)
+    options = {**design, **QUICK, "split_key": "split"}
+    options["train_kwargs"] = {"lr": 3e-3}
+    old = vc.tl.fit_state(counts[~is_new].copy(), **options, max_steps=300, model_kwargs=TINY)
+    few = counts[is_new | (counts.obs["target_gene"] == CONTROL)]
+    tuned = vc.tl.fit_state(few.copy(), **options, max_steps=40, init_from=old)
+    scratch = vc.tl.fit_state(few.copy(), **options, max_steps=40, model_kwargs=TINY)
+
+    unseen = counts[counts.obs["cell_type"] == "type_5"].copy()
+    control = unseen[unseen.obs["target_gene"] == CONTROL].X.mean(axis=0)
+
+    def score(model: ST) -> np.ndarray:
+        """Pearson delta and error of the mean shift in the unseen cell type, over the new targets."""
+        scores = []
+        for target in new:
+            truth = unseen[unseen.obs["target_gene"] == target].X.mean(axis=0) - control
+            delta = model.predict(unseen, target)[list(counts.var_names)].to_numpy().mean(axis=0) - control
+            scores.append([np.corrcoef(delta, truth)[0, 1], np.abs(delta - truth).mean()])
+        return np.mean(scores, axis=0)
+
+    (r, error), (r_scratch, error_scratch) = score(tuned), score(scratch)
+    assert r > r_scratch + 0.1
+    assert error < 0.95 * error_scratch
+
+
+def test_frozen_parts_do_not_move(screen, shuffled, targets, start, continued):
+    old = start(screen, list(screen.var_names), targets[:-1])
+    before = state(old)
+    learning = {"max_steps": 3, "train_kwargs": {"lr": 1e-2, "weight_decay": 0.5}}
+    new = continued(shuffled, old, freeze=["transformer_backbone", "project_out.0", "basal_encoder.0.bias"], **learning)
+    moved = {k for k, v in state(new).items() if v.shape != before[k].shape or not torch.equal(v, before[k])}
+    parts = {k.split(".")[0] for k in moved}
+    assert parts == {"pert_encoder", "basal_encoder", "project_out"}
+    assert not moved & {"project_out.0.weight", "project_out.0.bias", "basal_encoder.0.bias"}
+    assert {"project_out.3.weight", "basal_encoder.0.weight"} <= moved
+    assert all(p.requires_grad for p in new.module.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in state(old).items())  # the old model is left alone
+
+
+def test_a_prefix_is_a_whole_name(screen, targets, start):
+    old = start(screen, list(screen.var_names), targets, model_kwargs={"n_layers": 2})
+    with partly_trained(old.module, freeze="transformer_backbone.layers.1"):
+        frozen = {n for n, p in old.module.named_parameters() if not p.requires_grad}
+    assert frozen
+    assert {n.split(".")[2] for n in frozen} == {"1"}
+    with pytest.raises(KeyError, match=r"freeze='transformer_bakbone' is unknown. Did you mean 'transformer_backbone'"):
+        partly_trained(old.module, freeze=["transformer_bakbone"]).__enter__()
+    with pytest.raises(KeyError, match=r"freeze='nothing' is unknown. Known: 'pert_encoder', 'basal_encoder'"):
+        partly_trained(old.module, freeze=["nothing"]).__enter__()
+    everything = [n for n, _ in old.module.named_children()]
+    with pytest.raises(ValueError, match="leaves nothing to train"):
+        partly_trained(old.module, freeze=everything).__enter__()
+    assert all(p.requires_grad for p in old.module.parameters())
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_lora_changes_the_backbone_by_matrices_of_low_rank(screen, shuffled, targets, start, continued, rank, tmp_path):
+    old = start(screen, list(screen.var_names), targets[:-1], train_kwargs={"lr": 3e-3})
+    before = state(old)
+    new = continued(
+        shuffled, old, lora={"r": rank, "alpha": 16}, freeze=["pert_encoder"], max_steps=10, train_kwargs={"lr": 1e-2}
+    )
+    after = state(new)
+    assert set(after) == set(before)
+    linear = [k for k in before if "_proj" in k]
+    assert len(linear) == 7
+    for name in linear:
+        change = torch.linalg.svdvals((after[name] - before[name]).double())
+        assert change[rank - 1] > 1e-3
+        assert change[rank] < 1e-4 * change[0]  # float32 of a sum
+    for name in set(before) - set(linear):
+        if name.startswith("transformer_backbone"):
+            assert torch.equal(after[name], before[name]), name
+    assert torch.equal(after["pert_encoder.3.weight"], before["pert_encoder.3.weight"])
+    assert not torch.equal(after["project_out.0.weight"], before["project_out.0.weight"])
+    new.save(tmp_path / "merged")
+    again = ST.load(tmp_path / "merged", accelerator="cpu")
+    np.testing.assert_array_equal(
+        predicted(again, screen, targets[-1], again.genes), predicted(new, screen, targets[-1], new.genes)
+    )
+
+
+def test_lora_loads_without_peft(screen, shuffled, targets, start, continued, tmp_path):
+    old = start(screen, list(screen.var_names), targets[:-1])
+    new = continued(shuffled, old, lora={"r": 2, "target_modules": ["q_proj", "v_proj"]}, max_steps=2)
+    changed = {k for k, v in state(new).items() if "_proj" in k and not torch.equal(v, old.module.state_dict()[k])}
+    assert {k.split(".")[-2] for k in changed} == {"q_proj", "v_proj"}
+    assert {type(m).__module__.split(".")[0] for m in new.module.modules()} == {"torch", "virtualcell"}
+
+
+def test_lora_refuses(screen, shuffled, targets, start, continued, monkeypatch):
+    old = start(screen, list(screen.var_names), targets[:-1])
+    with pytest.raises(KeyError, match=r"lora='rank' is unknown. .*'r'"):
+        continued(shuffled, old, lora={"rank": 2})
+    with pytest.raises(KeyError, match=r"lora\['target_modules'\]='q' is unknown. .*'q_proj'"):
+        continued(shuffled, old, lora={"target_modules": ["q"]})
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ImportError, match=r'pip install "virtualcell\[lora\]"'):
+        continued(shuffled, old, lora={"r": 2})
+
+
+# -- SE ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 2}])
+def test_an_se_goes_on_with_its_own_genes(counts, small_se, design, lora):
+    before = state(small_se)
+    more = counts[:, ::-1][:, 10:].copy()
+    kwargs = {"enable_progress_bar": False, "accelerator": "cpu", "max_steps": 1, "model_kwargs": TINY}
+    st = vc.tl.fit_state(
+        more, **design, **kwargs, init_from=small_se, se_max_steps=2, lora=lora, freeze=["count_encoder"]
+    )
+    assert st.se is not small_se
+    assert list(st.se.gene_names) == list(small_se.gene_names)
+    assert torch.equal(st.se.gene_embeddings, small_se.gene_embeddings)
+    assert st.se.length == small_se.length
+    after = state(st.se)
+    frozen = {k for k, v in before.items() if torch.equal(v, after[k])}
+    expected = {k for k in before if k.startswith("count_encoder")}
+    if lora is not None:
+        expected |= {k for k in before if k.startswith("transformer_encoder") and (".norm" in k or "bias" in k)}
+    assert expected <= frozen
+    assert all(k in expected or k.startswith("dataset_encoder") for k in frozen)  # one data set: nothing to classify
+    np.testing.assert_allclose(more.obsm["X_state"], st.se.get_latent_representation(more), atol=1e-6)
+    assert all(torch.equal(v, before[k]) for k, v in state(small_se).items())
+    # two steps from a trained model, not from a new one
+    far = {k: (after[k] - before[k]).abs().mean() for k in before if k.startswith("transformer_encoder")}
+    assert max(far.values()) < 0.01
+
+
+# -- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def test_arguments_that_do_not_go_together(screen, shuffled, targets, start, continued, small_se, design):
+    old = start(screen, list(screen.var_names), targets[:-1])
+    with pytest.raises(
+        ValueError, match=r"model_kwargs: n_hidden=32 \(init_from has 64\), residual='none' \(init_from h"
+    ):
+        continued(shuffled, old, model_kwargs={"n_hidden": 32, "residual": "none", "n_layers": 1})
+    assert continued(shuffled, old, model_kwargs={"n_hidden": 64, "dropout": 0.0}, **STAY).config.dropout == 0
+    with pytest.raises(TypeError, match=r"ST has no option \['n_hiden'\]"):
+        continued(shuffled, old, model_kwargs={"n_hiden": 32})
+    with pytest.raises(ValueError, match="freeze= and lora= need init_from="):
+        continued(shuffled, None, freeze=["project_out"])
+    with pytest.raises(TypeError, match="init_from must be an ST or an SE, got str"):
+        continued(shuffled, "model")
+    with pytest.raises(ValueError, match=r"init_from= is an SE, .*: leave se= and gene_embeddings= out"):
+        continued(shuffled, small_se)
+    shuffled.var_names = [f"X{i}" for i in range(shuffled.n_vars)]
+    with pytest.raises(
+        ValueError, match=r"none of the 80 genes of init_from \(GENE.*is among the 80 of the data \(X0, X1"
+    ):
+        continued(shuffled, old)

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import mudata as md
+import numpy as np
+import pytest
+
+import virtualcell as vc
+
+
+def test_writes_what_the_model_returns_and_nothing_else(screen, model):
+    before = screen.copy()
+    vc.tl.embed(screen, model.se)
+    np.testing.assert_array_equal(screen.obsm["X_state"], model.se.get_latent_representation(before))
+    assert (screen.X != before.X).nnz == 0
+    assert list(screen.obs) == list(before.obs)
+    assert set(screen.uns) == set(before.uns)
+    vc.tl.embed(screen, model.se, key_added="X_other", batch_size=50)
+    np.testing.assert_allclose(screen.obsm["X_other"], screen.obsm["X_state"], atol=1e-5)
+
+
+def test_layers_scales_and_gene_names(screen, model):
+    expected = model.se.get_latent_representation(screen)
+    other = screen.copy()
+    other.layers["counts"] = other.X.copy()
+    other.X = other.X.log1p()
+    other.var["symbol"] = other.var_names.to_numpy()
+    other.var_names = [f"ENSG{i:011d}" for i in range(other.n_vars)]
+    vc.tl.embed(other, model.se, layer="counts", gene_key="symbol")
+    np.testing.assert_allclose(other.obsm["X_state"], expected, atol=1e-5)
+    vc.tl.embed(other, model.se, scale="log1p", gene_key="symbol", key_added="X_log")  # log1p of the counts themselves
+    np.testing.assert_allclose(other.obsm["X_log"], expected, atol=1e-5)
+    with pytest.raises(ValueError, match="scale='counts' was stated, but X holds fractions"):
+        vc.tl.embed(other, model.se, gene_key="symbol")
+    with pytest.raises(ValueError, match=r"Only 0 of 90 genes of the data.*pass gene_key='symbol'"):
+        vc.tl.embed(other, model.se, layer="counts")
+
+
+def test_mudata(screen, model):
+    expected = model.se.get_latent_representation(screen)
+    mdata = md.MuData({"gex": screen})
+    vc.tl.embed(mdata, model.se, modality="gex")
+    np.testing.assert_array_equal(mdata["gex"].obsm["X_state"], expected)
+    with pytest.raises(KeyError, match="modality='rna' is unknown"):
+        vc.tl.embed(mdata, model.se)
+
+
+def test_cells_without_known_genes(screen, model):
+    screen.X = screen.X.toarray()
+    screen.X[[4, 7]] = 0
+    with pytest.raises(
+        ValueError, match=rf"2 cells express no gene that has an embedding, among them \['{screen.obs_names[4]}'"
+    ):
+        vc.tl.embed(screen, model.se)
+    assert not screen.obsm

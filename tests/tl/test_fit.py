@@ -1,0 +1,436 @@
+from __future__ import annotations
+
+import gc
+import logging
+import weakref
+
+import anndata as ad
+import mudata as md
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy import sparse
+
+import virtualcell as vc
+from virtualcell.models import ST
+
+CONTROL = "non-targeting"
+
+
+def weights(st) -> np.ndarray:
+    return torch.cat([v.flatten().float() for v in st.module.state_dict().values()]).numpy()
+
+
+def log1p_cp10k(counts, total=None) -> np.ndarray:
+    counts = counts.toarray() if sparse.issparse(counts) else np.asarray(counts)
+    total = counts.sum(axis=1) if total is None else np.asarray(total)
+    return np.log1p(counts / total[:, None] * 1e4)
+
+
+# -- what is written, and what is not ---------------------------------------------------------------------------------
+
+
+def test_only_x_state_and_uns_are_written(screen, fit):
+    screen.layers["other"] = screen.X.astype(np.float64) * 2
+    before = screen.copy()
+    st = fit(screen, se=None, se_max_steps=2, split_key="split", batch_key="batch", n_top_genes=60)
+    assert screen.X.dtype == before.X.dtype
+    assert (screen.X != before.X).nnz == 0
+    assert (screen.layers["other"] != before.layers["other"]).nnz == 0
+    assert set(screen.layers) == {"other"}
+    pd.testing.assert_frame_equal(screen.obs, before.obs)
+    pd.testing.assert_frame_equal(screen.var, before.var)
+    assert set(screen.varm) == set(before.varm)
+    assert set(screen.obsm) == {"X_state"}
+    assert screen.obsm["X_state"].shape == (420, st.se.config.n_output + st.se.config.n_dataset)
+    assert set(screen.uns) == {"truth", "virtualcell"}
+    assert set(screen.uns["virtualcell"]) == {"split_manifest", "design", "st"}
+    manifests = screen.uns["virtualcell"]["split_manifest"], before.uns["virtualcell"]["split_manifest"]
+    assert manifests[0]["split"]["holdout"] == manifests[1]["split"]["holdout"] == {"contexts": ["type_3"]}
+    assert screen.uns["virtualcell"]["design"] == {
+        "perturbation_key": "target_gene",
+        "control": CONTROL,
+        "context_key": "cell_type",
+        "batch_key": "batch",
+        "scale": "counts",
+        "target_sum": 1e4,
+    }
+
+
+@pytest.mark.parametrize(
+    "form",
+    [lambda x: x.toarray(), lambda x: x.tocsc(), lambda x: x.astype(np.int64), lambda x: x.toarray().astype(np.uint16)],
+    ids=["dense", "csc", "int64", "dense uint16"],
+)
+def test_any_matrix_of_counts_gives_the_same_and_stays_as_it_is(screen, fit, form):
+    reference = weights(fit(screen))
+    screen.X = form(screen.X)
+    before = screen.X.copy()
+    np.testing.assert_array_equal(weights(fit(screen)), reference)
+    assert type(screen.X) is type(before)
+    assert screen.X.dtype == before.dtype
+    assert (before != screen.X).sum() == 0
+
+
+def test_without_se_there_is_no_embedding(screen, fit):
+    st = fit(screen, se=False)
+    assert st.se is None
+    assert not screen.obsm
+
+
+def test_the_model_can_be_left_out_of_uns(screen, fit, targets):
+    fit(screen)
+    st = fit(screen, store_model=False, split_key="split")
+    assert set(screen.uns["virtualcell"]) == {"split_manifest", "design"}  # nor is the one from before left
+    with pytest.raises(ValueError, match=r"holds no fitted model: run `vc\.tl\.fit_state.*or pass model="):
+        vc.tl.predict_perturbation(screen, targets[0])
+    assert vc.tl.predict_perturbation(screen, targets[0], model=st).n_obs == 120
+
+
+def test_nothing_holds_on_to_the_data(session_screen, fit):
+    adata = session_screen.copy()
+    st = fit(adata, se=None, se_max_steps=1)
+    gone = weakref.ref(adata)
+    del adata
+    gc.collect()
+    assert gone() is None
+    assert st.adata is None
+    with pytest.raises(ValueError, match=r"`vc\.tl\.fit_state` let go of it"):
+        st.train(max_steps=1)
+
+
+def test_random_states_and_threads_are_left_alone(screen, fit):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    fit(screen, se=None, se_max_steps=1, n_top_genes=60)
+    assert torch.get_num_threads() == 1  # numba inside scanpy would set it to all cores
+    torch.set_num_threads(threads)
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert np.array_equal(before[1], np.random.get_state()[1])  # noqa: NPY002
+
+
+# -- what is learned from ---------------------------------------------------------------------------------------------
+
+
+def test_matrix_is_log1p_of_counts_per_ten_thousand(screen, fit, targets):
+    st = fit(screen)
+    controls = screen[screen.obs["target_gene"] == CONTROL]
+    unchanged = vc.tl.predict_perturbation(screen, targets[0], model=st)
+    expected = pd.DataFrame(log1p_cp10k(controls.X), index=controls.obs_names, columns=controls.var_names)
+    expected = expected.loc[unchanged.obs["control_barcode"], unchanged.var_names]
+    np.testing.assert_allclose(unchanged.layers["control"], expected, atol=1e-5)
+
+
+def test_counts_and_their_log1p_give_the_same_model(screen, fit):
+    st = fit(screen)
+    log = ad.AnnData(np.ones(screen.shape, np.float32), obs=screen.obs, var=screen.var[[]])
+    log.layers["lognorm"] = sparse.csr_matrix(log1p_cp10k(screen.X).astype(np.float32))
+    other = fit(log, layer="lognorm", scale="log1p")
+    np.testing.assert_allclose(weights(other), weights(st), atol=1e-3)
+    assert log.uns["virtualcell"]["design"]["layer"] == "lognorm"
+
+
+def test_library_size_of_a_column(screen, fit, targets):
+    part = screen[:, 10:].copy()
+    part.obs["total"] = screen.X.sum(axis=1).A1
+    fit(part, library_size_key="total")
+    cells = vc.tl.predict_perturbation(part, targets[0])
+    everything = pd.DataFrame(log1p_cp10k(screen.X), index=screen.obs_names, columns=screen.var_names)
+    expected = everything.loc[cells.obs["control_barcode"], cells.var_names]
+    np.testing.assert_allclose(cells.layers["control"], expected, atol=1e-5)
+    with pytest.raises(KeyError, match=r"library_size_key='totals' is unknown\. Did you mean 'total'"):
+        fit(part, library_size_key="totals")
+
+
+@pytest.mark.parametrize("axis", ["cells", "genes", "both"])
+def test_order_of_the_input_changes_no_bit_of_the_prediction(screen, fit, targets, axis):
+    rng = np.random.default_rng(0)
+    other = screen
+    if axis != "genes":
+        other = other[rng.permutation(screen.n_obs)]
+    if axis != "cells":
+        other = other[:, rng.permutation(screen.n_vars)]
+    other = other.copy()
+    for data in (screen, other):
+        fit(data, n_top_genes=60, max_steps=30)
+    one, two = (vc.tl.predict_perturbation(data, targets[0], n_cells=15) for data in (screen, other))
+    assert list(one.obs_names) == list(two.obs_names)
+    np.testing.assert_array_equal(one.X, two[:, one.var_names].X)
+    assert list(two.var_names) == [g for g in other.var_names if g in set(one.var_names)]
+
+
+def test_order_of_genes_moves_x_state_only_by_rounding(screen, fit):
+    other = screen[:, np.random.default_rng(0).permutation(screen.n_vars)].copy()
+    for data in (screen, other):
+        fit(data, se=None, se_max_steps=2, max_steps=1)
+    np.testing.assert_allclose(other.obsm["X_state"], screen.obsm["X_state"], atol=1e-5)
+
+
+def test_order_of_real_cells_and_genes_changes_no_bit(kang, kang_design, fit):
+    rng = np.random.default_rng(0)
+    other = kang[rng.permutation(kang.n_obs), rng.permutation(kang.n_vars)].copy()
+    options = {**kang_design, "n_top_genes": 300, "max_steps": 8}
+    one, two = fit(kang, **options), fit(other, **options)
+    assert one.genes == two.genes
+    np.testing.assert_array_equal(weights(one), weights(two))
+
+
+def test_seed_decides(screen, fit):
+    one, two, three = (fit(screen, seed=s) for s in (0, 0, 1))
+    np.testing.assert_array_equal(weights(one), weights(two))
+    assert not np.array_equal(weights(one), weights(three))
+
+
+def test_test_cells_are_never_seen(screen, fit):
+    options = {"split_key": "split", "n_top_genes": 60, "se": None, "se_max_steps": 1}
+    st = fit(screen, **options)
+    other = screen.copy()
+    test = (other.obs["split"] == "test").to_numpy()
+    counts = other.X.toarray()
+    counts[test] = np.random.default_rng(0).permuted(counts[test], axis=1)  # other genes vary there now
+    other.X = sparse.csr_matrix(counts)
+    again = fit(other, **options)
+    assert st.genes == again.genes
+    np.testing.assert_array_equal(weights(st), weights(again))
+    np.testing.assert_array_equal(weights(st.se), weights(again.se))
+    blind = fit(other, **{**options, "split_key": None, "se": False})
+    assert st.genes != blind.genes  # which shows that they would have mattered
+
+
+def test_highly_variable_genes_are_those_of_the_training_cells_and_targets_come_along(screen, fit, targets):
+    import scanpy as sc
+
+    threads = torch.get_num_threads()
+    st = fit(screen, split_key="split", n_top_genes=20)
+    seen = screen[screen.obs["split"] != "test"]
+    reference = ad.AnnData(log1p_cp10k(seen.X).astype(np.float32), var=seen.var[[]])
+    sc.pp.highly_variable_genes(reference, n_top_genes=20)
+    torch.set_num_threads(threads)
+    assert set(st.genes) == set(reference.var_names[reference.var["highly_variable"]]) | set(targets)
+    assert st.genes == sorted(st.genes)
+    assert fit(screen, n_top_genes=None).genes == sorted(screen.var_names)
+
+
+def test_perturbations_with_few_cells_are_left_out(screen, fit, targets, caplog):
+    rare = targets[0]
+    cells = np.flatnonzero(screen.obs["target_gene"] == rare)
+    few = screen[np.setdiff1d(np.arange(screen.n_obs), cells[6:])].copy()
+    with caplog.at_level(logging.WARNING, "virtualcell"):
+        st = fit(few)
+    assert f"1 perturbations have fewer than min_cells=10 training cells and are left out: {rare}." in caplog.text
+    assert st.table.names == targets[1:]
+    assert rare in st.genes
+    with pytest.raises(KeyError, match=f"perturbation='{rare}' is unknown"):
+        vc.tl.predict_perturbation(few, rare)
+    assert fit(few, min_cells=6).table.names == targets
+    with pytest.raises(
+        ValueError, match="no perturbation has min_cells=99 training cells: there is nothing to train on"
+    ):
+        fit(few, min_cells=99)
+
+
+# -- SE, gene tables, embedding space, features -----------------------------------------------------------------------
+
+
+def test_a_trained_se_is_used_as_it_is(screen, model, fit):
+    before = weights(model.se)
+    st = fit(screen, se=model.se)
+    assert st.se is model.se
+    np.testing.assert_array_equal(weights(model.se), before)
+    np.testing.assert_array_equal(screen.obsm["X_state"], model.se.get_latent_representation(screen))
+
+
+def test_a_gene_table_may_use_names_of_a_column(screen, fit):
+    table = vc.pp.expression_gene_embeddings(screen, n_comps=8)
+    options = {"se": None, "se_max_steps": 1, "max_steps": 1}
+    reference = fit(screen, gene_embeddings=table, **options)
+    assert reference.se.config.n_token == 8
+    ensembl = screen.copy()
+    ensembl.var["symbol"] = ensembl.var_names.to_numpy()
+    ensembl.var_names = [f"ENSG{i:011d}" for i in range(ensembl.n_vars)]
+    fit(ensembl, gene_embeddings=table, gene_key="symbol", **options)
+    np.testing.assert_allclose(ensembl.obsm["X_state"], screen.obsm["X_state"], atol=1e-5)
+    fit(ensembl, gene_key="symbol", **options)  # the table from the data has the names of the data
+    with pytest.raises(ValueError, match=r"Only 0 of 90 genes.*gene_key='symbol'"):
+        fit(ensembl, gene_embeddings=table, **options)
+
+
+def test_working_on_x_state(screen, fit, targets):
+    st = fit(screen, se=None, se_max_steps=2, use_rep="X_state", model_kwargs={"n_hidden": 32, "decoder_hidden": (16,)})
+    assert st.config.n_input == 74
+    cells = vc.tl.predict_perturbation(screen, targets[0], context="type_3")
+    assert cells.shape == (40, 90)
+    assert (cells.X >= 0).all()
+    other = screen.copy()
+    del other.obsm["X_state"]
+    with pytest.raises(
+        KeyError, match=r"works on obsm\['X_state'\], which this data does not have\. Run `vc\.tl\.embed"
+    ):
+        vc.tl.predict_perturbation(other, targets[0])
+    vc.tl.embed(other, st.se)
+    again = vc.tl.predict_perturbation(other, targets[0], context="type_3")
+    np.testing.assert_array_equal(again.X, cells.X)
+    with pytest.raises(KeyError, match=r"use_rep='X_pca' is unknown.*'X_state'"):
+        fit(screen, use_rep="X_pca")
+
+
+def test_features_reach_unseen_perturbations(screen, fit, targets):
+    features = pd.DataFrame(np.random.default_rng(0).normal(size=(6, 4)), index=[*targets, "UNSEEN"])
+    fit(screen, perturbation_features=features)
+    assert vc.tl.predict_perturbation(screen, "UNSEEN").n_obs == 120
+    fit(screen)
+    with pytest.raises(KeyError, match=r"perturbation='UNSEEN' is unknown.*train with perturbation_features="):
+        vc.tl.predict_perturbation(screen, "UNSEEN")
+
+
+def test_published_form_and_other_options_get_through(screen, fit):
+    st = fit(
+        screen,
+        batch_key="batch",
+        max_steps=None,
+        model_kwargs={"residual": "hidden", "n_hidden": 32},
+        train_kwargs={"max_epochs": 1, "loss": "energy+sinkhorn", "batch_size": 1},
+    )
+    assert st.config.residual == "hidden"
+    assert st.batches == ["batch_1", "batch_2"]
+    assert len(st.history["train_loss"]) == 1
+
+
+# -- MuData -----------------------------------------------------------------------------------------------------------
+
+
+def test_mudata_with_keys_of_its_own_gives_the_same(screen, fit, targets):
+    fit(screen, se=None, se_max_steps=1)
+    reference = vc.tl.predict_perturbation(screen, targets[0], context="type_2")
+    rna = ad.AnnData(screen.X, obs=screen.obs[["target_gene"]], var=screen.var[[]])
+    mdata = md.MuData({"gex": rna, "prot": ad.AnnData(np.ones((screen.n_obs, 2), np.float32), obs=screen.obs[[]])})
+    mdata.obs["cell_type"] = screen.obs["cell_type"].loc[mdata.obs_names].to_numpy()
+    fit(mdata, se=None, se_max_steps=1, modality="gex")
+    assert "X_state" in mdata["gex"].obsm
+    cells = vc.tl.predict_perturbation(mdata, targets[0], context="type_2", modality="gex")
+    np.testing.assert_array_equal(cells.X, reference.X)
+    assert list(cells.obs["cell_type"]) == ["type_2"] * 40
+    with pytest.raises(KeyError, match=r"modality='rna' is unknown"):
+        fit(mdata)
+
+
+def test_papalexi_screen(papalexi_file, fit):
+    mdata = md.read_h5mu(papalexi_file)
+    keep = mdata["rna"].obs["guide_confident"] & mdata["rna"].obs["target_gene"].isin(
+        ["STAT1", "JAK2", "CD86", CONTROL]
+    )
+    mdata = mdata[keep.to_numpy()].copy()
+    st = fit(
+        mdata,
+        context_key=None,
+        batch_key="batch",
+        library_size_key="total_counts",
+        max_steps=120,
+        train_kwargs={"lr": 3e-3},
+    )
+    assert len(st.genes) == 303
+    rna = mdata["rna"]
+    cells = vc.tl.predict_perturbation(mdata, "STAT1")
+    assert cells.n_obs == (rna.obs["target_gene"] == CONTROL).sum()
+    log = pd.DataFrame(log1p_cp10k(rna.X, rna.obs["total_counts"]), index=rna.obs_names, columns=rna.var_names)
+    controls = log.loc[cells.obs["control_barcode"]]
+    np.testing.assert_allclose(cells.layers["control"], controls[cells.var_names], atol=1e-5)
+    observed = log[(rna.obs["target_gene"] == "STAT1").to_numpy()].mean() - controls.mean()
+    predicted = pd.Series(cells.X.mean(axis=0), index=cells.var_names) - controls.mean()
+    assert np.corrcoef(observed, predicted[observed.index])[0, 1] > 0.7, "effects of STAT1"
+    assert predicted["STAT1"] < -0.3
+
+
+def test_norman_combinations(norman_file, fit):
+    adata = ad.read_h5ad(norman_file)
+    adata = adata[adata.obs["cell_type"] == "K562"].copy()
+    train = {"max_steps": 200, "train_kwargs": {"lr": 6e-3}}
+    st = fit(adata, context_key=None, library_size_key="total_counts", n_top_genes=100, **train)
+    assert "KLF1+MAP2K6" in st.table.seen
+    assert {"KLF1", "MAP2K6", "BPGM", "SAMD1"} <= set(st.table.names)
+    assert not [n for n in st.table.names if "+" in n]
+    assert "TMSB4X" in st.genes
+    names = ["KLF1+MAP2K6", "MAP2K6+KLF1", "TMSB4X", "KLF1", "KLF1+TMSB4X"]
+    cells = vc.tl.predict_perturbation(adata, names)
+    assert list(cells.obs["target_gene"].unique()) == names
+    shift = pd.DataFrame(cells.X - cells.layers["control"], columns=cells.var_names)
+    shift = shift.groupby(cells.obs["target_gene"].to_numpy()).mean()
+    assert shift.loc["TMSB4X", "TMSB4X"] > 0.3  # activated, nine times up in the data
+    np.testing.assert_array_equal(shift.loc["KLF1+MAP2K6"], shift.loc["MAP2K6+KLF1"])
+    log = pd.DataFrame(log1p_cp10k(adata.X, adata.obs["total_counts"]), columns=adata.var_names)[shift.columns]
+    mean = log.groupby(adata.obs["target_gene"].to_numpy()).mean()
+    observed = mean.loc["KLF1+MAP2K6"] - mean.loc[CONTROL]
+    assert np.corrcoef(shift.loc["KLF1+MAP2K6"], observed)[0, 1] > 0.5
+    # a pair that was not measured is not either of its parts
+    assert np.abs(shift.loc["KLF1+TMSB4X"] - shift.loc["KLF1"]).max() > 0.05
+    assert np.abs(shift.loc["KLF1+TMSB4X"] - shift.loc["TMSB4X"]).max() > 0.05
+
+
+# -- errors -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (
+            {"perturbation_key": "target"},
+            KeyError,
+            r"^perturbation_key='target' is unknown\. Did you mean 'target_gene'",
+        ),
+        ({"context_key": "celltype"}, KeyError, r"^context_key='celltype' is unknown\. Did you mean 'cell_type'"),
+        ({"control": "NT"}, KeyError, r"^control='NT' is unknown.*It labels the unperturbed cells"),
+        ({"batch_key": "bach"}, KeyError, r"^batch_key='bach' is unknown\. Did you mean 'batch'"),
+        ({"split_key": "splt"}, KeyError, r"^split_key='splt' is unknown\. Did you mean 'split'"),
+        ({"split_key": "batch"}, ValueError, r"^split_key='batch' holds \['batch_1', 'batch_2'\]; valid are \('train'"),
+        ({"layer": "counts"}, KeyError, r"^layer='counts' is unknown\. There are none\. Leave it out to use X"),
+        ({"scale": "log"}, ValueError, r"^scale='log' is unknown\. Say 'counts' for raw counts or 'log1p'"),
+        ({"scale": "log1p"}, ValueError, r"^scale='log1p' was stated, but X reaches \d+.*Say scale='counts'"),
+    ],
+)
+def test_arguments_that_do_not_fit(screen, fit, options, error, message):
+    with pytest.raises(error, match=message):
+        fit(screen, **options)
+    assert not screen.obsm
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x / 3, r"scale='counts' was stated, but X holds fractions.*layer=.*scale='log1p'"),
+        (lambda x: x - 1, r"X holds negative values \(least -1\), so it is scaled"),
+        (lambda x: np.where(x == x.max(), np.nan, x), r"X holds NaN or infinite values"),
+        (lambda x: np.where(np.arange(len(x))[:, None] < 2, 0, x), r"2 cells have no counts, among them \['cell_"),
+    ],
+    ids=["fractions", "negative", "NaN", "empty cells"],
+)
+def test_matrices_that_do_not_fit(screen, fit, change, message):
+    screen.X = change(screen.X.toarray()).astype(np.float32)
+    with pytest.raises(ValueError, match=message):
+        fit(screen)
+
+
+def test_labels_that_do_not_fit(screen, fit):
+    for key in ("target_gene", "cell_type"):
+        data = screen.copy()
+        data.obs[key] = data.obs[key].astype(object).where(np.arange(data.n_obs) > 1)
+        with pytest.raises(ValueError, match=rf"{key}': 2 cells have no label there\. Give them one, or drop them"):
+            fit(data)
+    keep = ~((screen.obs["cell_type"] == "type_1") & (screen.obs["target_gene"] == CONTROL))
+    with pytest.raises(ValueError, match=r"context 'type_1' has no control cells \('non-targeting'\)"):
+        fit(screen[keep].copy())
+    for axis, message in (("obs", "obs_names repeats cells"), ("var", r"var_names repeats (genes|\[)")):
+        data = screen.copy()
+        setattr(data, f"{axis}_names", ["same"] * data.shape[axis == "var"])
+        with pytest.raises(ValueError, match=message):
+            fit(data)
+    with pytest.raises(TypeError, match="Expected an AnnData or a MuData, got DataFrame"):
+        fit(screen.to_df())
+
+
+def test_fit_returns_a_trained_st(model):
+    assert isinstance(model, ST)
+    assert model.is_trained
+    assert model.design.scale == "counts"
+    assert "Not trained" not in repr(model)

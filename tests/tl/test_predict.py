@@ -1,0 +1,264 @@
+from __future__ import annotations
+
+import logging
+import warnings
+
+import anndata as ad
+import mudata as md
+import numpy as np
+import pandas as pd
+import pytest
+import scanpy as sc
+import torch
+
+import virtualcell as vc
+from virtualcell.models import Additive, NoChange
+
+CONTROL = "non-targeting"
+
+
+def log1p_cp10k(adata) -> pd.DataFrame:
+    counts = adata.X.toarray().astype(np.float64)
+    return pd.DataFrame(
+        np.log1p(counts / counts.sum(axis=1, keepdims=True) * 1e4), index=adata.obs_names, columns=adata.var_names
+    )
+
+
+# -- what comes back --------------------------------------------------------------------------------------------------
+
+
+def test_output_contract(fitted, model, targets):
+    before = fitted.copy()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cells = vc.tl.predict_perturbation(fitted, targets[:2], context="type_2")
+    assert cells.shape == (2 * 40, len(model.genes))
+    assert cells.X.dtype == np.float32
+    assert (cells.X >= 0).all()
+    assert np.isfinite(cells.X).all()
+    assert list(cells.var_names) == [g for g in fitted.var_names if g in set(model.genes)]
+    assert list(cells.obs) == ["target_gene", "cell_type", "control_barcode"]
+    assert list(cells.obs["target_gene"].cat.categories) == targets[:2]
+    assert set(cells.obs["cell_type"]) == {"type_2"}
+    assert cells.obs_names.is_unique
+    barcodes = cells.obs["control_barcode"]
+    assert list(cells.obs_names) == [f"{b}-{p}" for b, p in zip(barcodes, cells.obs["target_gene"], strict=True)]
+    source = fitted.obs.loc[barcodes]
+    assert set(source["target_gene"]) == {CONTROL}
+    assert set(source["cell_type"]) == {"type_2"}
+    expected = log1p_cp10k(fitted).loc[barcodes, cells.var_names]
+    np.testing.assert_allclose(cells.layers["control"], expected, atol=1e-5)
+    assert cells.uns["virtualcell"]["design"]["scale"] == "log1p"
+    # the data is as it was
+    assert (fitted.X != before.X).nnz == 0
+    pd.testing.assert_frame_equal(fitted.obs, before.obs)
+    assert set(fitted.obsm) == set(before.obsm)
+
+
+def test_it_is_what_the_model_predicts(fitted, model, targets):
+    cells = vc.tl.predict_perturbation(fitted, targets[1], n_cells=30, seed=3)
+    controls = fitted[fitted.obs["target_gene"] == CONTROL]
+    log = ad.AnnData(log1p_cp10k(controls).to_numpy(np.float32), obs=controls.obs.copy(), var=controls.var[[]])
+    direct = model.predict(log, targets[1], n_cells=30, seed=3)
+    assert list(direct.index) == list(cells.obs["control_barcode"])
+    np.testing.assert_allclose(cells.X, direct[list(cells.var_names)], atol=1e-4)
+    with_model = vc.tl.predict_perturbation(fitted, targets[1], n_cells=30, seed=3, model=model)
+    np.testing.assert_array_equal(with_model.X, cells.X)
+
+
+def test_var_of_the_data_comes_along(fitted, targets):
+    fitted.var["chromosome"] = np.arange(fitted.n_vars)
+    cells = vc.tl.predict_perturbation(fitted, targets[0])
+    assert (cells.var["chromosome"] == fitted.var.loc[cells.var_names, "chromosome"]).all()
+
+
+def test_ready_for_scanpy_and_concat(fitted, targets, tmp_path):
+    cells = vc.tl.predict_perturbation(fitted, targets[0], context="type_1")
+    controls = fitted[(fitted.obs["target_gene"] == CONTROL) & (fitted.obs["cell_type"] == "type_1")]
+    log = log1p_cp10k(controls)[list(cells.var_names)]
+    observed = ad.AnnData(log.to_numpy(np.float32), obs=controls.obs[["target_gene", "cell_type"]], var=cells.var[[]])
+    both = ad.concat([cells, observed], join="outer")
+    assert both.obs_names.is_unique
+    both.uns["log1p"] = cells.uns["log1p"]
+    threads = torch.get_num_threads()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*log.*")
+        sc.tl.rank_genes_groups(both, "target_gene", reference=CONTROL, method="wilcoxon")
+    torch.set_num_threads(threads)
+    top = sc.get.rank_genes_groups_df(both, targets[0]).set_index("names")["logfoldchanges"]
+    assert top[targets[0]] < -0.5  # the target itself goes down
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    again = ad.read_h5ad(tmp_path / "cells.h5ad")
+    np.testing.assert_array_equal(again.X, cells.X)
+    np.testing.assert_array_equal(again.layers["control"], cells.layers["control"])
+
+
+def test_h5ad_keeps_the_model(fitted, targets, tmp_path):
+    cells = vc.tl.predict_perturbation(fitted, targets[0])
+    fitted.write_h5ad(tmp_path / "fitted.h5ad")
+    again = vc.tl.predict_perturbation(ad.read_h5ad(tmp_path / "fitted.h5ad"), targets[0])
+    np.testing.assert_array_equal(again.X, cells.X)
+    assert list(again.obs_names) == list(cells.obs_names)
+    pd.testing.assert_frame_equal(again.obs, cells.obs)
+
+
+def test_number_of_cells_and_seed(fitted, targets):
+    few = vc.tl.predict_perturbation(fitted, targets[0], n_cells=7)
+    assert few.obs["cell_type"].value_counts().to_dict() == dict.fromkeys(["type_1", "type_2", "type_3"], 7)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        many = vc.tl.predict_perturbation(fitted, targets[0], context="type_1", n_cells=100)
+    assert many.n_obs == 100
+    assert many.obs_names.is_unique
+    same = vc.tl.predict_perturbation(fitted, targets[0], n_cells=7)
+    other = vc.tl.predict_perturbation(fitted, targets[0], n_cells=7, seed=1)
+    assert list(few.obs_names) == list(same.obs_names) != list(other.obs_names)
+    with pytest.raises(ValueError, match="n_cells=0"):
+        vc.tl.predict_perturbation(fitted, targets[0], n_cells=0)
+
+
+def test_lists_are_what_single_calls_give(fitted, targets):
+    both = vc.tl.predict_perturbation(fitted, np.array([targets[1], targets[0], targets[1]]), context="type_1")
+    single = [vc.tl.predict_perturbation(fitted, p, context="type_1") for p in (targets[1], targets[0])]
+    np.testing.assert_array_equal(both.X, np.concatenate([s.X for s in single]))
+    with pytest.raises(ValueError, match=r"perturbation=\[\] names nothing to predict"):
+        vc.tl.predict_perturbation(fitted, [])
+
+
+def test_order_of_cells_and_genes_changes_no_bit(fitted, targets):
+    rng = np.random.default_rng(0)
+    other = fitted[rng.permutation(fitted.n_obs), rng.permutation(fitted.n_vars)].copy()
+    one, two = (vc.tl.predict_perturbation(data, targets[0], n_cells=9) for data in (fitted, other))
+    assert list(one.obs_names) == list(two.obs_names)
+    assert list(one.var_names) != list(two.var_names)
+    np.testing.assert_array_equal(one.X, two[:, one.var_names].X)
+
+
+# -- other data, other models -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def new_cells(fitted) -> ad.AnnData:
+    """Control cells of another experiment: new names, another context, more genes, no model in uns."""
+    rng = np.random.default_rng(0)
+    cells = ad.AnnData(fitted.X.toarray()[:60], var=fitted.var[[]])
+    more = ad.AnnData(rng.poisson(1, (60, 3)).astype(np.float32), var=pd.DataFrame(index=["NEW1", "NEW2", "NEW3"]))
+    cells = ad.concat([more, cells], axis="var")
+    cells.obs_names = [f"new_{i}" for i in range(60)]
+    cells.obs["target_gene"], cells.obs["cell_type"] = CONTROL, "organoid"
+    return cells
+
+
+def test_new_data_with_a_model(new_cells, model, targets):
+    cells = vc.tl.predict_perturbation(new_cells, targets[0], model=model)
+    assert set(cells.obs["cell_type"]) == {"organoid"}
+    assert list(cells.var_names) == [g for g in new_cells.var_names if g in set(model.genes)]
+    counts = new_cells.X if isinstance(new_cells.X, np.ndarray) else new_cells.X.toarray()
+    expected = np.log1p(counts / counts.sum(axis=1, keepdims=True) * 1e4)
+    expected = pd.DataFrame(expected, index=new_cells.obs_names, columns=new_cells.var_names)
+    expected = expected.loc[cells.obs["control_barcode"], cells.var_names]
+    np.testing.assert_allclose(cells.layers["control"], expected, atol=1e-5)
+    with pytest.raises(ValueError, match=r"holds no fitted model: run `vc\.tl\.fit_state"):
+        vc.tl.predict_perturbation(new_cells, targets[0])
+
+
+def test_new_data_on_another_scale(new_cells, model, targets):
+    cells = vc.tl.predict_perturbation(new_cells, targets[0], model=model)
+    counts = np.asarray(new_cells.X)
+    log = new_cells.copy()
+    log.X = np.log1p(counts / counts.sum(axis=1, keepdims=True) * 1e4).astype(np.float32)
+    again = vc.tl.predict_perturbation(log, targets[0], model=model, scale="log1p")
+    np.testing.assert_allclose(again.X, cells.X, atol=1e-4)
+    with pytest.raises(ValueError, match="scale='counts' was stated, but X holds fractions"):
+        vc.tl.predict_perturbation(log, targets[0], model=model)
+    log.X = counts * 1000
+    with pytest.raises(ValueError, match="scale='log1p' was stated, but X reaches"):
+        vc.tl.predict_perturbation(log, targets[0], model=model, scale="log1p")
+
+
+def test_genes_must_all_be_there_unless_said_otherwise(new_cells, model, targets, caplog):
+    gone = model.genes[0]
+    part = new_cells[:, new_cells.var_names != gone].copy()
+    with pytest.raises(KeyError, match=rf"genes='{gone}' is unknown.*1 of {len(model.genes)} genes are missing"):
+        vc.tl.predict_perturbation(part, targets[-1], model=model)
+    with caplog.at_level(logging.WARNING, "virtualcell"):
+        cells = vc.tl.predict_perturbation(part, targets[-1], model=model, min_gene_coverage=0.9)
+    assert "1 of the model's genes are filled with 0" in caplog.text
+    assert gone not in cells.var_names
+    assert cells.n_vars == len(model.genes) - 1
+    # as if the gene had never been counted, but for the library size
+    zero = new_cells.copy()
+    zero.X = np.where(zero.var_names == gone, 0, np.asarray(zero.X)).astype(np.float32)
+    expected = vc.tl.predict_perturbation(zero, targets[-1], model=model)
+    np.testing.assert_array_equal(cells.X, expected[:, cells.var_names].X)
+
+
+def test_mudata_and_anndata_are_the_same(fitted, targets):
+    cells = vc.tl.predict_perturbation(fitted, targets[0])
+    mdata = md.MuData({"rna": fitted})
+    np.testing.assert_array_equal(vc.tl.predict_perturbation(mdata, targets[0]).X, cells.X)
+
+
+@pytest.mark.parametrize("layer", [None, "lognorm"])
+@pytest.mark.parametrize("kind", [NoChange, Additive])
+def test_baselines_that_were_set_up_by_hand(screen, design, targets, kind, layer):
+    log = log1p_cp10k(screen).to_numpy(np.float32)
+    if layer is None:
+        screen.X = log
+    else:
+        screen.layers[layer] = log
+    kind.setup_anndata(screen, **design, layer=layer, split_key="split")
+    baseline = kind(screen)
+    baseline.train()
+    cells = vc.tl.predict_perturbation(screen, targets[0], context="type_3", model=baseline)
+    direct = baseline.predict(screen, targets[0], context="type_3")
+    np.testing.assert_array_equal(cells.X, direct.to_numpy())
+    if kind is NoChange:
+        np.testing.assert_array_equal(cells.X, cells.layers["control"])
+
+
+def test_batches_come_along(screen, fit, targets):
+    fit(screen, batch_key="batch")
+    cells = vc.tl.predict_perturbation(screen, targets[0])
+    assert (cells.obs["batch"].to_numpy() == screen.obs["batch"].loc[cells.obs["control_barcode"]].to_numpy()).all()
+    screen.obs["batch"] = "batch_7"
+    with pytest.raises(KeyError, match=r"batch='batch_7' is unknown.*only the batches it was trained on"):
+        vc.tl.predict_perturbation(screen, targets[0])
+
+
+# -- errors -----------------------------------------------------------------------------------------------------------
+
+
+def test_unknown_names(fitted, targets):
+    with pytest.raises(
+        KeyError, match=rf"^perturbation='{targets[0]}X' is unknown\. Did you mean '{targets[0]}'.*_features="
+    ):
+        vc.tl.predict_perturbation(fitted, f"{targets[0]}X")
+    with pytest.raises(KeyError, match=r"^context='type_4' is unknown\. Did you mean 'type_.*needs control cells"):
+        vc.tl.predict_perturbation(fitted, targets[0], context="type_4")
+    with pytest.raises(KeyError, match=r"^layer='raw' is unknown"):
+        vc.tl.predict_perturbation(fitted, targets[0], layer="raw")
+    del fitted.obs["cell_type"]
+    with pytest.raises(KeyError, match=r"^context_key='cell_type' is unknown"):
+        vc.tl.predict_perturbation(fitted, targets[0])
+
+
+def test_data_without_controls_or_with_repeated_cells(fitted, targets):
+    only = fitted[fitted.obs["target_gene"] != CONTROL].copy()
+    with pytest.raises(ValueError, match=r"obs\['target_gene'\] has no 'non-targeting' cells: predictions start from"):
+        vc.tl.predict_perturbation(only, targets[0])
+    fitted.obs_names = ["cell"] * fitted.n_obs
+    with pytest.raises(ValueError, match=r"obs_names repeats control cells\. Run `adata\.obs_names_make_unique\(\)`"):
+        vc.tl.predict_perturbation(fitted, targets[0])
+    fitted.obs_names_make_unique()
+    fitted.obs["cell_type"] = fitted.obs["cell_type"].astype(object).where(np.arange(fitted.n_obs) > 2)
+    with pytest.raises(ValueError, match=r"context_key='cell_type': 3 cells have no label"):
+        vc.tl.predict_perturbation(fitted, targets[0])
+
+
+def test_empty_controls(fitted, targets):
+    first = np.flatnonzero(fitted.obs["target_gene"] == CONTROL)[0]
+    fitted.X = fitted.X.toarray()
+    fitted.X[first] = 0
+    with pytest.raises(ValueError, match=rf"1 cells have no counts, among them \['{fitted.obs_names[first]}'\]"):
+        vc.tl.predict_perturbation(fitted, targets[0])
