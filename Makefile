@@ -13,7 +13,7 @@ DEMO_ARGS := $(if $(DATA),--data "$(DATA)") \
 	$(if $(HOLDOUT),--holdout "$(HOLDOUT)") \
 	$(if $(SCALE),--scale "$(SCALE)")
 
-# make test TESTS="tests/pp -k split"
+# make test TESTS="tests/pp -k split"; one thread in each process, since many of both only wait for each other
 TESTS ?=
 
 .PHONY: help demo test lint format docs clean
@@ -29,7 +29,7 @@ demo: $(STAMPS)/package
 	$(BIN)/python scripts/demo.py $(DEMO_ARGS)
 
 test: $(STAMPS)/package
-	$(BIN)/python -m pytest $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile $(TESTS)
 
 lint: $(STAMPS)/ruff
 	$(BIN)/ruff check
