@@ -36,7 +36,7 @@ QUIET = {"enable_progress_bar": False, "se": False}
 
 
 # residual, weight of the set-mean loss
-FORMS = {"ST": ("expression", 1.0), "ST as published": ("hidden", 0.0), "ST hidden + mean loss": ("hidden", 1.0)}
+FORMS = {"ST": ("expression", 1.0), "ST as published": ("hidden", 0.0)}
 
 
 def models(adata: ad.AnnData, keys: dict, seed: int) -> dict:
