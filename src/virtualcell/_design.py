@@ -21,7 +21,7 @@ class Design:
 
     `scale="counts"` means raw counts, which are divided by the library size, multiplied by `target_sum` and put
     through log(1 + x); `scale="log1p"` means that this was done before. The library size is `obs[library_size_key]`,
-    or the row sum of the matrix over all its genes where no key is given.
+    or the row sum of the matrix over all its genes where no key is given; `n_genes` is how many these were at fitting.
     """
 
     perturbation_key: str
@@ -32,6 +32,7 @@ class Design:
     scale: Scale = "counts"
     library_size_key: str | None = None
     target_sum: float = 1e4
+    n_genes: int | None = None
 
     def __post_init__(self) -> None:
         check_scale(self.scale)

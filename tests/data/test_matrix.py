@@ -142,6 +142,21 @@ def test_scale_is_stated_and_checked(adata: AnnData) -> None:
         log_expression(adata, scale="raw")
 
 
+def test_log1p_of_another_total_is_refused(kang: AnnData) -> None:
+    other = kang.copy()
+    sc.pp.normalize_total(other)  # to the median, as scanpy does by default
+    median = float(other.X[0].sum())
+    sc.pp.log1p(other)
+    with pytest.raises(ValueError, match=rf"normalised to {median:.4g} counts each, not to 10000.*target_sum=10000"):
+        log_expression(other, scale="log1p")
+    genes = other[:, ::3].copy()  # a panel: its totals differ and say nothing
+    assert log_expression(genes, scale="log1p").shape == genes.shape
+    right = kang.copy()
+    sc.pp.normalize_total(right, target_sum=1e4)
+    sc.pp.log1p(right)
+    np.testing.assert_array_equal(log_expression(right, scale="log1p").toarray(), right.X.toarray())
+
+
 def test_library_size_must_be_there_and_positive(adata: AnnData) -> None:
     with pytest.raises(UnknownNameError, match=r"library_size_key='dept' is unknown. Did you mean 'depth'"):
         log_expression(adata, library_size_key="dept")

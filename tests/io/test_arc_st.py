@@ -131,6 +131,9 @@ def test_written_run_is_what_the_reference_wrote(golden: Path, tmp_path: Path) -
     assert module["pert_col"] == "gene"
     with pytest.raises(FileExistsError, match="Pass overwrite=True"):
         ST.from_arc(theirs).to_arc(ours)
+    (ours / "config.yaml").unlink()  # a run that lacks a file is not overwritten either
+    with pytest.raises(FileExistsError, match=r"checkpoints/final.ckpt already"):
+        ST.from_arc(theirs).to_arc(ours)
 
 
 # -- genes and perturbations -------------------------------------------------------------------------------------------
@@ -217,6 +220,24 @@ def test_drugs_are_found_inside_their_names(run: Path) -> None:
     for wrong in ("dabrafenip", "[('Dabrafenip', 5.0, 'uM')]"):
         with pytest.raises(KeyError, match=r"\('Dabrafenib', 0.05, 'uM'\).*perturbation_name\(drug=..., dose=...\)"):
             st.check_perturbation(wrong)
+    with pytest.raises(KeyError, match=r"Of that drug it has (\"\[\('Dabrafenib', [0-9.]+, 'uM'\)\]\",? ?){3}\. Names"):
+        st.check_perturbation("[('Dabrafenib', 1.0, 'uM')]")
+
+
+def test_control_of_tahoe_is_a_drug_at_no_dose(run: Path, golden: Path) -> None:
+    """The configuration of the published model says "DMSO_TF", its map "[('DMSO_TF', 0.0, 'uM')]"."""
+    codes = torch.load(run / "pert_onehot_map.pt", weights_only=False)
+    vehicle = "[('DMSO_TF', 0.0, 'uM')]"
+    torch.save({vehicle if k == "non-targeting" else k: v for k, v in codes.items()}, run / "pert_onehot_map.pt")
+    change_checkpoint(
+        run / "checkpoints" / "final.ckpt", lambda c: c["hyper_parameters"].update(control_pert="DMSO_TF")
+    )
+    st = ST.from_arc(run)
+    assert st.control == st.setup["control"] == vehicle
+    assert vehicle not in st.perturbations
+    expected = load_file(golden / "st_run" / "expected.safetensors")
+    found = st.predict_sets(expected["control"].numpy(), vehicle)["cells"]
+    np.testing.assert_allclose(found, expected["predicted.non-targeting"], atol=TOLERANCE)
 
 
 def test_unknown_perturbation(golden: Path) -> None:
@@ -262,6 +283,7 @@ def test_known_extras_and_compiled_names(run: Path, golden: Path) -> None:
         ("backbone", "bidirectional_attention", False),
         ("backbone", "use_rotary_embeddings", True),
         ("backbone", "rms_norm_eps", 1e-5),
+        ("backbone", "hidden_act", "gelu"),
     ],
 )
 def test_arithmetic_that_is_not_implemented_is_refused(run: Path, where: str, key: str, value: object) -> None:
@@ -380,8 +402,21 @@ def test_scale_is_checked(golden: Path) -> None:
     with pytest.raises(ValueError, match=r"holds whole numbers only. Say scale='counts'"):
         vc.tl.predict_perturbation(adata, "g2", model=st, **here)
     adata.X = sparse.csr_matrix(np.log1p(5e4 * adata.X.multiply(1 / adata.X.sum(axis=1))))
-    with pytest.raises(ValueError, match=r"holds 5e\+04 counts per cell \(median\) and not 10000"):
+    with pytest.raises(ValueError, match=r"normalised to 5e\+04 counts each, not to 10000"):
         vc.tl.predict_perturbation(adata, "g2", model=st, **here)
+    raw = some_cells(st.genes)
+    raw.X = raw.X.log1p()
+    with pytest.raises(ValueError, match="holds logarithms of whole numbers: of raw counts"):
+        vc.tl.predict_perturbation(raw, "g2", model=st, **here)
+    # less is that of some of the genes, unless all cells have the same: then they were normalised to another total
+    adata.X = sparse.csr_matrix(np.log1p(np.expm1(adata.X.toarray()) / 20))
+    with pytest.raises(ValueError, match=r"normalised to 2500 counts each, not to 10000"):
+        vc.tl.predict_perturbation(adata, "g2", model=st, **here)
+    vc.tl.predict_perturbation(adata[:, :1000].copy(), "g2", model=st, **here)
+    more = adata[:, :1000].copy()
+    more.X = sparse.csr_matrix(np.log1p(np.expm1(more.X.toarray()) * 5))
+    with pytest.raises(ValueError, match=r"holds 1.2\d+e\+04 counts per cell \(median\) and not 10000"):
+        vc.tl.predict_perturbation(more, "g2", model=st, **here)
 
 
 def test_columns_must_be_named_and_known(golden: Path) -> None:

@@ -89,9 +89,27 @@ def test_other_containers_of_torch_are_refused(tmp_path: Path) -> None:
         tar.addfile(info, io.BytesIO(content))
     with pytest.raises(UnsafePickleError):
         read_torch(old)
-    (tmp_path / "no.zip").write_bytes(b"PK\x03\x04 not a zip")
-    with pytest.raises(UnsafePickleError):
-        read_torch(tmp_path / "no.zip")
+
+
+@pytest.mark.parametrize("n", [0, 100, 700])
+def test_files_that_did_not_arrive_whole(n: int, tmp_path: Path) -> None:
+    torch.save({"w": torch.zeros(50)}, tmp_path / "m.ckpt")
+    whole = (tmp_path / "m.ckpt").read_bytes()
+    (tmp_path / "m.ckpt").write_bytes(whole[:n])
+    with pytest.raises(ValueError, match=r"m.ckpt is (empty|cut off or damaged). Fetch it again"):
+        read_torch(tmp_path / "m.ckpt")
+    (tmp_path / "m.ckpt").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+    with pytest.raises(ValueError, match=r"m.ckpt is a pointer of git LFS"):
+        read_torch(tmp_path / "m.ckpt")
+
+
+@pytest.mark.parametrize("code", [b"", b"hU", b"N}b", b"X\x01\x00\x00\x00xQ"])
+def test_what_makes_the_reader_of_torch_stumble_is_refused(code: bytes, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "m.ckpt", "w") as archive:
+        archive.writestr("m/data.pkl", b"\x80\x02" + code + b".")
+        archive.writestr("m/version", "3\n")
+    with pytest.raises(UnsafePickleError, match=r"^m.ckpt "):
+        read_torch(tmp_path / "m.ckpt")
 
 
 # -- tricks through what is allowed: assembled by hand, because pickle itself would not write them ---------------------
@@ -194,6 +212,12 @@ def test_extension_codes_do_not_go_past_the_list(tmp_path: Path, marker: Path) -
         (tmp_path / "x.pkl").write_bytes(pickle.dumps(Calls(os.system, f"touch {marker}"), protocol=2))
         with pytest.raises(UnsafePickleError, match="system"):
             read_pickle(tmp_path / "x.pkl")
+        # nor when something else in this process has met the code already
+        assert pickle.loads(pickle.dumps(os.system, protocol=2)) is os.system
+        assert code in copyreg._extension_cache
+        with pytest.raises(UnsafePickleError, match="system"):
+            read_pickle(tmp_path / "x.pkl")
+        assert pickle.loads(pickle.dumps(os.system, protocol=2)) is os.system
     finally:
         copyreg.remove_extension(os.system.__module__, "system", code)
     assert not marker.exists()

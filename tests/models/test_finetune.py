@@ -193,6 +193,8 @@ def test_one_hot_tables_grow():
     new = extend_table(arc, ["NT", "B"], "NT", None)
     assert new.names == ["A", "NT", "B"]
     assert torch.equal(new.vectors, torch.eye(5)[[2, 0, 4]])
+    with pytest.raises(ValueError, match="control='A' is a perturbation of init_from, whose control is 'DMSO'"):
+        extend_table(arc, ["A", "B"], "A", None)
 
 
 def test_features_come_on_the_scale_of_the_old_table():

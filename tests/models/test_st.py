@@ -458,3 +458,8 @@ def test_forget_data_frees_the_data(session_screen, fit, targets):
         st.predict(perturbation=targets[0])
     with pytest.raises(ValueError, match="this model holds no data to train on"):
         st.train(max_steps=1)
+
+
+def test_prediction_from_raw_counts_is_refused(counts, learned, targets):
+    with pytest.raises(ValueError, match=r"X holds whole numbers only: raw counts\?.*predict_perturbation"):
+        learned.predict(counts, targets[0])

@@ -159,6 +159,7 @@ def test_several_splits_live_side_by_side_and_spare_what_others_wrote(screen, tm
     ("arguments", "error", "message"),
     [
         ({"holdout": {"context": ["K562"]}}, ValueError, "none of the four kinds"),
+        ({"holdout": ["K562"]}, TypeError, r"^holdout=\['K562'\] must be a dictionary"),
         ({"holdout": {"contexts": ["K652"]}}, KeyError, "holdout\\['contexts'\\]='K652' .* Did you mean 'K562'"),
         ({"holdout": {"perturbations": ["E"]}}, KeyError, "holdout\\['perturbations'\\]='E' is unknown"),
         ({"holdout": {"perturbations": ["non-targeting"]}}, ValueError, "names the control 'non-targeting'"),

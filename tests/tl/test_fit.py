@@ -51,6 +51,7 @@ def test_only_x_state_and_uns_are_written(screen, fit):
     assert screen.uns["virtualcell"]["design"] == {
         "perturbation_key": "target_gene",
         "control": CONTROL,
+        "n_genes": 90,
         "context_key": "cell_type",
         "batch_key": "batch",
         "scale": "counts",
@@ -385,6 +386,7 @@ def test_norman_combinations(norman_file, fit):
         ({"split_key": "splt"}, KeyError, r"^split_key='splt' is unknown\. Did you mean 'split'"),
         ({"split_key": "batch"}, ValueError, r"^split_key='batch' holds \['batch_1', 'batch_2'\]; valid are \('train'"),
         ({"layer": "counts"}, KeyError, r"^layer='counts' is unknown\. There are none\. Leave it out to use X"),
+        ({"n_top_genes": 0}, ValueError, r"^n_top_genes=0: at least one gene is needed\. Say None for all"),
         ({"scale": "log"}, ValueError, r"^scale='log' is unknown\. Say 'counts' for raw counts or 'log1p'"),
         ({"scale": "log1p"}, ValueError, r"^scale='log1p' was stated, but X reaches \d+.*Say scale='counts'"),
     ],
@@ -434,3 +436,41 @@ def test_fit_returns_a_trained_st(model):
     assert model.is_trained
     assert model.design.scale == "counts"
     assert "Not trained" not in repr(model)
+
+
+def test_targets_come_along_where_var_names_are_ids(screen, targets, fit):
+    screen.var["symbol"] = screen.var_names
+    screen.var_names = [f"ENSG{i:011d}" for i in range(screen.n_vars)]
+    st = fit(screen, n_top_genes=10, gene_key="symbol")
+    assert set(targets) <= set(screen.var["symbol"][st.genes])
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        ("controls", {}, r"^context 'type_2' has no control cells \('non-targeting'\) to start from\."),
+        ("whole", {"scale": "log1p"}, r"X holds whole numbers only\. Say scale='counts'"),
+    ],
+)
+def test_wrong_data_is_refused_before_anything_is_trained(screen, fit, change, options, message):
+    if change == "controls":
+        there = (screen.obs["cell_type"] == "type_2") & (screen.obs["target_gene"] == "non-targeting")
+        screen = screen[~there].copy()
+    else:
+        screen.X.data = np.minimum(screen.X.data, 9)
+    with pytest.raises(ValueError, match=message):
+        fit(screen, se=None, se_max_steps=2, **options)
+    assert "X_state" not in screen.obsm
+
+
+def test_se_that_would_be_ignored_or_is_none(screen, model, fit):
+    table = vc.pp.expression_gene_embeddings(screen, n_comps=4)
+    with pytest.raises(ValueError, match=r"^gene_embeddings= is for an SE that is trained here"):
+        fit(screen, se=model.se, gene_embeddings=table)
+    with pytest.raises(TypeError, match=r"^se must be a trained SE, False or None, got bool"):
+        fit(screen, se=True)
+
+
+def test_a_model_in_half_precision_is_refused(screen, fit):
+    with pytest.raises(ValueError, match=r"^precision='bf16-true' is not for these models.*Use 'bf16-mixed'"):
+        fit(screen, precision="bf16-true")

@@ -243,6 +243,13 @@ def test_unknown_names(fitted, targets):
         vc.tl.predict_perturbation(fitted, targets[0])
 
 
+def test_arguments_of_the_wrong_kind(fitted, targets):
+    with pytest.raises(TypeError, match=r"^context=\['type_1', 'type_2'\] must be one label"):
+        vc.tl.predict_perturbation(fitted, targets[0], context=["type_1", "type_2"])
+    with pytest.raises(TypeError, match=r"^model='folder' is not a fitted model\. Load .*ST\.load"):
+        vc.tl.predict_perturbation(fitted, targets[0], model="folder")
+
+
 def test_data_without_controls_or_with_repeated_cells(fitted, targets):
     only = fitted[fitted.obs["target_gene"] != CONTROL].copy()
     with pytest.raises(ValueError, match=r"obs\['target_gene'\] has no 'non-targeting' cells: predictions start from"):

@@ -87,10 +87,10 @@ def cell_groups(
             if not len(matched):
                 unmatched += len(in_batch)
                 matched = pool
-            groups += [
-                CellGroup(str(p), str(c), int(b), in_batch[perturbation[in_batch] == p], matched)
-                for p in np.unique(perturbation[in_batch])
-            ]
+            names, code = np.unique(perturbation[in_batch], return_inverse=True)
+            cuts = np.cumsum(np.bincount(code))[:-1]
+            cells = np.split(in_batch[np.argsort(code, kind="stable")], cuts)  # each still sorted by name
+            groups += [CellGroup(str(p), str(c), int(b), of_p, matched) for p, of_p in zip(names, cells, strict=True)]
     if unmatched:
         logger.warning("%d cells lie in batches without control cells; controls of their context stand in.", unmatched)
     return groups

@@ -14,6 +14,8 @@ from virtualcell._errors import unknown_name
 
 # log(1 + 10,000) = 9.2 is the most that a log1p CP10k matrix can hold; anything above is some other unit.
 _LOG1P_MAX = 9.3
+# Equal totals of fewer cells than this may be chance.
+_FEW_CELLS = 10
 
 
 def raw_matrix(adata: AnnData, layer: str | None = None) -> sparse.csr_matrix:
@@ -40,8 +42,10 @@ def raw_matrix(adata: AnnData, layer: str | None = None) -> sparse.csr_matrix:
     return matrix.astype(np.float32, copy=False)
 
 
-def check_matches_scale(matrix: sparse.csr_matrix, scale: Scale, where: str) -> None:
-    """Raise if the values cannot be what the caller stated."""
+def check_matches_scale(
+    matrix: sparse.csr_matrix, scale: Scale, where: str, *, target_sum: float | None = None
+) -> None:
+    """Raise if the values cannot be what the caller stated, or (with `target_sum`) have another total."""
     check_scale(scale)
     if not matrix.data.size:
         return
@@ -55,6 +59,21 @@ def check_matches_scale(matrix: sparse.csr_matrix, scale: Scale, where: str) -> 
             f"scale='log1p' was stated, but {where} reaches {matrix.data.max():.4g}, more than log1p of counts per "
             "10,000 can. Say scale='counts' if these are raw counts."
         )
+    if scale == "log1p" and np.array_equal(matrix.data, np.rint(matrix.data)):
+        raise ValueError(
+            f"scale='log1p' was stated, but {where} holds whole numbers only. Say scale='counts' for raw counts."
+        )
+    if scale == "log1p" and target_sum is not None and matrix.shape[0] >= _FEW_CELLS:
+        # cells with one total, and not this one, were normalised to it; with genes left out the totals differ
+        total = np.asarray(matrix[:1000].expm1().sum(axis=1), dtype=np.float64).ravel()
+        median = float(np.median(total))
+        if np.ptp(total) < 1e-3 * median and abs(median / target_sum - 1) > 0.01:
+            raise ValueError(
+                f"scale='log1p' was stated, but the cells of {where} were normalised to {median:.4g} counts each, not "
+                f"to {target_sum:g}: scanpy's normalize_total takes the median where target_sum is left out. Normalise "
+                f"anew with `sc.pp.normalize_total(adata, target_sum={target_sum:g})`, or give raw counts with "
+                "scale='counts'."
+            )
 
 
 def log_expression(
@@ -80,9 +99,9 @@ def log_expression(
     """
     where = "X" if layer is None else f"layers[{layer!r}]"
     matrix = raw_matrix(adata, layer)
-    check_matches_scale(matrix, scale, where)
+    check_matches_scale(matrix, scale, where, target_sum=target_sum)
     if scale == "log1p":
-        return columns_by_name(matrix, adata.var_names, genes).copy()
+        return _new_columns(matrix, adata.var_names, genes)
     if library_size_key is None:
         size = np.asarray(matrix.sum(axis=1), dtype=np.float64).ravel()
     else:
@@ -96,10 +115,16 @@ def log_expression(
             f"{len(empty)} cells have {which}, among them {list(empty[:3])}. Drop them first"
             + (": `sc.pp.filter_cells(adata, min_counts=1)`." if library_size_key is None else ".")
         )
-    matrix = columns_by_name(matrix, adata.var_names, genes).copy()
-    matrix.data *= np.repeat(target_sum / size, np.diff(matrix.indptr)).astype(np.float32)
+    matrix = _new_columns(matrix, adata.var_names, genes)
+    matrix.data *= np.repeat((target_sum / size).astype(np.float32), np.diff(matrix.indptr))
     np.log1p(matrix.data, out=matrix.data)
     return matrix
+
+
+def _new_columns(matrix: sparse.csr_matrix, names: pd.Index, genes: Sequence[str] | None) -> sparse.csr_matrix:
+    """Select columns by gene name into a matrix that shares no memory with `matrix`; copied once, not twice."""
+    columns = columns_by_name(matrix, names, genes)
+    return columns.copy() if columns is matrix else columns
 
 
 def columns_by_name(matrix: sparse.csr_matrix, names: pd.Index, genes: Sequence[str] | None) -> sparse.csr_matrix:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import safetensors
 import safetensors.torch
 import torch
 import yaml
@@ -43,7 +44,10 @@ def read_se(
     path = _weights_file(folder, checkpoint)
     content: Mapping = {}
     if path.suffix == ".safetensors":
-        state = safetensors.torch.load_file(path)
+        try:
+            state = safetensors.torch.load_file(path)
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{path} is cut off, damaged, or a pointer of git LFS: {error}. Fetch it.") from error
     else:
         content = read_torch(path, stand_ins=True)
         if not isinstance(content, Mapping) or "state_dict" not in content:
@@ -188,4 +192,4 @@ def _gene_table(folder: Path, given: pd.DataFrame | None, content: Mapping) -> t
         )
     if not isinstance(table, (dict, OrderedDict)) or len({getattr(v, "shape", None) for v in table.values()}) != 1:
         raise ValueError(f"{source} must hold {{gene: vector}}, with vectors of one length.")
-    return [str(g) for g in table], torch.stack(list(table.values())).float()
+    return [str(g) for g in table], torch.stack([torch.as_tensor(v).detach().float() for v in table.values()])

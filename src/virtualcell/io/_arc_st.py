@@ -49,7 +49,7 @@ def read_st(
 
     genes = _gene_names(gene_names, [sizes, h], config, source=str(file))
     control = str(h.get("control_pert", "non-targeting"))
-    names, vectors = _perturbations(folder, perturbations, config.n_perturbation, control)
+    names, vectors, control = _perturbations(folder, perturbations, config.n_perturbation, control)
     one_hot = torch.equal(vectors.sort(dim=1).values[:, -1:], torch.ones(len(vectors), 1)) and bool(
         (vectors.count_nonzero(dim=1) == 1).all()
     )
@@ -95,6 +95,8 @@ def st_config(h: Mapping, state: Mapping[str, Tensor], *, source: str) -> STConf
     wrong += [f"{k}={backbone[k]!r}" for k in ("use_rotary_embeddings", "rotary_dim") if backbone.get(k)]
     if h.get("transformer_backbone_key", "llama").lower() != "llama":
         wrong.append(f"transformer_backbone_key={h['transformer_backbone_key']!r}")
+    if backbone.get("hidden_act", "silu") != "silu":
+        wrong.append(f"hidden_act={backbone['hidden_act']!r}")
     # without the key, the version that wrote the file had no other kind
     if not backbone.get("bidirectional_attention", True):
         wrong.append("bidirectional_attention=False")
@@ -183,7 +185,8 @@ def _gene_names(given: Sequence[str] | None, sources: Sequence[Mapping], config:
     return names
 
 
-def _perturbations(folder: Path | None, given: object, n_dims: int, control: str) -> tuple[list[str], Tensor]:
+def _perturbations(folder: Path | None, given: object, n_dims: int, control: str) -> tuple[list[str], Tensor, str]:
+    """Return names, vectors, and the control as it is called among the names."""
     if given is None and folder is not None and (folder / "pert_onehot_map.pt").exists():
         given, source = read_torch(folder / "pert_onehot_map.pt"), "pert_onehot_map.pt"
     elif given is None:
@@ -197,7 +200,10 @@ def _perturbations(folder: Path | None, given: object, n_dims: int, control: str
         given = dict(zip(given.index, given.to_numpy(dtype=np.float32), strict=True))
     if isinstance(given, Mapping):
         names = [str(name) for name in given]
-        vectors = torch.stack([torch.as_tensor(vector).float().flatten() for vector in given.values()])
+        rows = [torch.as_tensor(vector).detach().float().flatten() for vector in given.values()]
+        if len({len(row) for row in rows}) != 1:
+            raise ValueError(f"{source} must hold {{name: vector}}, with vectors of one length.")
+        vectors = torch.stack(rows)
     else:
         names = [str(name) for name in given]
         vectors = torch.eye(len(names))
@@ -209,9 +215,14 @@ def _perturbations(folder: Path | None, given: object, n_dims: int, control: str
     if len(set(names)) < len(names):
         raise ValueError(f"{source} names {len(names) - len(set(names))} perturbations twice.")
     if control not in names:
+        # Tahoe's configuration says "DMSO_TF", its map "[('DMSO_TF', 0.0, 'uM')]"
+        drug = [name for name in names if name.startswith(f"[({control!r},")]
+        if len(drug) == 1:
+            logger.info("The control, %r by the checkpoint, is %r here.", control, drug[0])
+            return names, vectors, drug[0]
         close = difflib.get_close_matches(control, names, n=3)
         raise ValueError(f"{source} has no row for the control, {control!r} by the checkpoint. Closest: {close}.")
-    return names, vectors
+    return names, vectors, control
 
 
 def _names_in_order(folder: Path | None, stem: str) -> list[str]:

@@ -6,6 +6,7 @@ because numpy and torch trust their own (a forged dtype makes numpy follow point
 
 from __future__ import annotations
 
+import copyreg
 import io
 import logging
 import math
@@ -298,11 +299,12 @@ def read_torch(path: str | Path, *, stand_ins: bool = False) -> object:
     `stand_ins`, puts dummies in the place of foreign classes, which are never imported.
     """
     path = Path(path)
+    _check_whole(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # about formats that are refused below
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError) as error:
+    except Exception as error:  # a file that is made up can raise anything
         logger.debug("%s is more than tensors: %s", path.name, error)
     if not zipfile.is_zipfile(path):
         return _refuse_legacy(path)
@@ -319,13 +321,28 @@ def read_torch(path: str | Path, *, stand_ins: bool = False) -> object:
     return content
 
 
+def _check_whole(path: Path) -> None:
+    """Raise for what comes out of a transfer that went wrong, before a message about pickles tells nothing."""
+    with path.open("rb") as file:
+        start = file.read(64)
+    if not start:
+        raise ValueError(f"{path} is empty. Fetch it again.")
+    if start.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path} is a pointer of git LFS and not the file. Fetch the file: `git lfs pull`.")
+    if start.startswith(b"PK") and not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is cut off or damaged. Fetch it again.")
+
+
 def _load(path: Path, unpickler: _Unpickler) -> object:
+    copyreg.clear_extension_cache()  # what another reader found under an extension code would not be looked up here
     try:
         return unpickler.load()
     except UnsafePickleError as error:
         raise UnsafePickleError(f"{path.name} {error}. It was not read, and nothing in it was run.") from error
     except Exception as error:  # a pickle can raise anything
         raise UnsafePickleError(f"{path.name} cannot be read as data: {error}") from error
+    finally:
+        copyreg.clear_extension_cache()  # nor is what was found here for others
 
 
 def _refuse_legacy(path: Path) -> object:

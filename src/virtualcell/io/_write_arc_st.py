@@ -13,6 +13,10 @@ from torch import Tensor
 from virtualcell.io._arc import OURS
 from virtualcell.modules import STConfig, STNetwork
 
+_FILES = (
+    *("config.yaml", "var_dims.pkl", "pert_onehot_map.pt", "batch_onehot_map.torch", "cell_type_onehot_map.torch"),
+    *("data_module.torch", "checkpoints/final.ckpt"),
+)
 _VOCABULARY = 8  # rows of a token table that is never read, but that the reference package expects
 _OPTIONS_OFF = (
     *("freeze_pert_backbone", "transformer_decoder", "finetune_vci_decoder", "mask_attn", "use_effect_gating_token"),
@@ -58,8 +62,9 @@ def write_st(
     in_genes = setup["use_rep"] is None
     if c.relu != (in_genes or not c.n_genes):
         raise ValueError(f"relu={c.relu} has no counterpart in Arc's format, where genes are never negative.")
-    if (folder / "config.yaml").exists() and not overwrite:
-        raise FileExistsError(f"{folder} holds a run already. Pass overwrite=True to replace it.")
+    there = [name for name in _FILES if (folder / name).exists()]
+    if there and not overwrite:
+        raise FileExistsError(f"{folder} holds {', '.join(there)} already. Pass overwrite=True to replace them.")
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     sizes = {
         "input_dim": c.n_input,

@@ -1,156 +1,24 @@
-"""What every model of perturbations shares: registering data, picking control cells, the frame it returns, saving."""
+"""What every model of perturbations shares: registering data, picking control cells, the frame it returns."""
 
 from __future__ import annotations
 
-import logging
-import os
 from abc import abstractmethod
 from typing import Self
 
 import numpy as np
 import pandas as pd
-import torch
 from anndata import AnnData
 from mudata import MuData
 from scipy import sparse
 from scvi.data import AnnDataManager, fields
-from scvi.model._utils import parse_device_args
-from scvi.model.base import BaseModelClass
 from torch import Tensor
 
 from virtualcell._design import Design, expression_modality, labels
 from virtualcell._errors import unknown_name
 from virtualcell.data._matrix import check_matches_scale, columns_by_name, raw_matrix
-from virtualcell.io._save import read_folder, write_folder
+from virtualcell.models._saved import SavedModel
 
-logger = logging.getLogger(__name__)
 SPLITS = ("train", "val", "test")
-
-
-class SavedModel(BaseModelClass):
-    """A scvi-tools model that saves to safetensors and JSON, and loads without the data and without unpickling."""
-
-    @abstractmethod
-    def _arguments(self) -> dict:
-        """Return the arguments of `__init__` that JSON can hold."""
-
-    def _tensors(self) -> dict[str, Tensor]:
-        return {f"network.{k}": v for k, v in self.module.state_dict().items()}
-
-    def _load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        prefix = "network."
-        self.module.load_state_dict({k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)})
-
-    @classmethod
-    def _from_arguments(cls, arguments: dict, tensors: dict[str, Tensor], registry: dict) -> Self:
-        return cls(registry=registry, **arguments)
-
-    @classmethod
-    def _from_foreign(cls, arguments: dict, tensors: dict[str, Tensor], registry: dict) -> Self:
-        """Build a model around the tensors of another package's files, without weights of its own to throw away."""
-        with torch.device("meta"):
-            model = cls._from_arguments(arguments, tensors, registry)
-        prefix = "network."
-        network = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        model.module.load_state_dict(network, assign=True)
-        model.module.eval()
-        model.is_trained_ = True
-        return model
-
-    @property
-    def device(self) -> torch.device:
-        """Where the network is."""
-        return next(self.module.parameters()).device
-
-    def _meta(self) -> dict:
-        from virtualcell import __version__
-
-        history = {
-            k: {"index": v.index.tolist(), "values": v.iloc[:, 0].tolist()} for k, v in (self.history or {}).items()
-        }
-        return {
-            "class": type(self).__name__,
-            "virtualcell_version": __version__,
-            "arguments": self._arguments(),
-            "registry": self.registry,
-            "is_trained": bool(self.is_trained_),
-            "history": history,
-        }
-
-    @classmethod
-    def _from_saved(cls, meta: dict, tensors: dict[str, Tensor]) -> Self:
-        if meta["class"] != cls.__name__:
-            raise ValueError(f"this is a saved {meta['class']}: load it with `vc.models.{meta['class']}.load`.")
-        model = cls._from_arguments(meta["arguments"], tensors, meta["registry"])
-        model._load_tensors(tensors)
-        model.is_trained_ = meta["is_trained"]
-        model.history_ = {
-            k: pd.DataFrame({k: v["values"]}, index=pd.Index(v["index"], name="epoch"))
-            for k, v in meta["history"].items()
-        }
-        return model
-
-    def save(self, dir_path: str | os.PathLike, *, overwrite: bool = False) -> None:
-        """Write `model.safetensors` and `model.json` into a folder.
-
-        Parameters
-        ----------
-        dir_path
-            The folder, made where it is missing.
-        overwrite
-            Replace a model that is there.
-
-        Raises
-        ------
-        FileExistsError
-            If the folder holds a model and `overwrite` is not set.
-        """
-        write_folder(dir_path, self._meta(), self._tensors(), overwrite=overwrite)
-
-    @classmethod
-    def load(
-        cls,
-        dir_path: str | os.PathLike,
-        adata: AnnData | MuData | None = None,
-        *,
-        accelerator: str = "auto",
-        device: int | str = "auto",
-    ) -> Self:
-        """Read a model that :meth:`save` wrote. The data is not needed, and nothing is unpickled.
-
-        Parameters
-        ----------
-        dir_path
-            The folder.
-        adata
-            Data to predict on where a method is given none; `None` leaves the model without data.
-        accelerator, device
-            Where to put the network, as in scvi-tools.
-        """
-        model = cls._from_saved(*read_folder(dir_path))
-        model._adata = adata
-        *_, where = parse_device_args(accelerator=accelerator, devices=device, return_device="torch")
-        model.to_device(where)
-        return model
-
-    def _training_data(self) -> AnnData | MuData:
-        if self.adata is None:
-            raise ValueError(
-                "this model holds no data to train on: it was loaded without, or `vc.tl.fit_state` let go of it. Set "
-                "up data and build a new model, or give the data to `load` as adata=."
-            )
-        return self.adata
-
-    def forget_data(self) -> None:
-        """Drop the training data, which scvi-tools would keep in memory for as long as the process lives."""
-        if self._adata_manager is not None:
-            self._setup_adata_manager_store.pop(self._adata_manager.adata_uuid, None)
-        self._per_instance_manager_store.pop(self.id, None)
-        self._adata = self._adata_manager = self.trainer = None
-
-    def __repr__(self) -> str:
-        text = self._model_summary_string + ("" if self.is_trained_ else " Not trained yet.")
-        return text.strip()
 
 
 class PerturbationModel(SavedModel):
@@ -307,7 +175,13 @@ class PerturbationModel(SavedModel):
     def _expression(self, data: AnnData | MuData) -> sparse.csr_matrix:
         """log1p CP10k of the model's genes, by name."""
         adata = expression_modality(data, self._modality)
-        return columns_by_name(raw_matrix(adata, self.setup["layer"]), adata.var_names, self.genes)
+        matrix = raw_matrix(adata, self.setup["layer"])
+        _check_log1p(matrix, self.setup["layer"])
+        return columns_by_name(matrix, adata.var_names, self.genes)
+
+    def _cells(self, data: AnnData | MuData) -> sparse.csr_matrix | np.ndarray:
+        """Return what a prediction starts from, all cells x features."""
+        return self._expression(data)
 
     def _training_rows(self, data: AnnData | MuData) -> np.ndarray:
         """Mask of the cells that may be learned from: all that are not test."""
@@ -321,8 +195,8 @@ class PerturbationModel(SavedModel):
         return 1
 
     @abstractmethod
-    def _predict_cells(self, data: AnnData | MuData, rows: np.ndarray, perturbation: str, context: str) -> np.ndarray:
-        """Predicted expression (n_cells, n_genes) of the control cells at `rows` of `data`, under a perturbation."""
+    def _predict_cells(self, cells: np.ndarray, batch: np.ndarray | None, perturbation: str) -> np.ndarray:
+        """Predicted expression (n_cells, n_genes) of control cells, rows of :meth:`_cells`, under a perturbation."""
 
     @abstractmethod
     def check_perturbation(self, perturbation: str) -> None:
@@ -374,6 +248,7 @@ class PerturbationModel(SavedModel):
         if n_cells is not None and n_cells < 1:
             raise ValueError(f"n_cells={n_cells!r}: at least one cell is needed.")
         rows_of = self._control_rows(data, context)
+        cells, batch = self._cells(data), self._batch_codes(data)
         frames = []
         for c, rows in rows_of.items():
             rows = rows[np.argsort(names[rows], kind="stable")]
@@ -382,9 +257,11 @@ class PerturbationModel(SavedModel):
             # a small request still shows the model a full set of control cells
             n_run = max(n, min(len(rows), self._n_seen_together))
             rows = rng.choice(rows, n_run, replace=n_run > len(rows))
-            cells, rows = self._predict_cells(data, rows, perturbation, c)[:n], rows[:n]
+            control = cells[rows].toarray() if sparse.issparse(cells) else cells[rows]
+            predicted = self._predict_cells(control, None if batch is None else batch[rows], perturbation)[:n]
+            rows = rows[:n]
             order = np.argsort(names[rows], kind="stable")
-            frames.append(pd.DataFrame(cells[order], index=names[rows[order]], columns=self.genes))
+            frames.append(pd.DataFrame(predicted[order], index=names[rows[order]], columns=self.genes))
         return pd.concat(frames)
 
     def _control_rows(self, data: AnnData | MuData, context: str | None) -> dict[str, np.ndarray]:
@@ -425,11 +302,15 @@ def _check_design(data: AnnData | MuData, setup: dict) -> None:
             raise ValueError(f"split_key={setup['split_key']!r} marks no cell as 'train'.")
     if setup["use_rep"] is not None and setup["use_rep"] not in adata.obsm:
         raise unknown_name("use_rep", setup["use_rep"], adata.obsm, "Run `vc.tl.embed` first.")
-    matrix = raw_matrix(adata, setup["layer"])
-    where = "X" if setup["layer"] is None else f"layers[{setup['layer']!r}]"
+    _check_log1p(raw_matrix(adata, setup["layer"]), setup["layer"])
+
+
+def _check_log1p(matrix: sparse.csr_matrix, layer: str | None) -> None:
+    """Raise unless the values can be log(1 + counts per 10,000)."""
+    where = "X" if layer is None else f"layers[{layer!r}]"
     if matrix.nnz and np.array_equal(matrix.data, np.rint(matrix.data)):
         raise ValueError(
             f"{where} holds whole numbers only: raw counts? This model works on log(1 + counts per 10,000). Let "
-            "`vc.tl.fit_state` prepare the data, or normalise into a layer."
+            "`vc.tl.fit_state` and `vc.tl.predict_perturbation` prepare the data, or normalise into a layer."
         )
-    check_matches_scale(matrix, "log1p", where)
+    check_matches_scale(matrix, "log1p", where, target_sum=1e4)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import torch
 from anndata import AnnData
 from mudata import MuData
+from scipy import sparse
 from torch import Tensor, nn
 
 from virtualcell._errors import unknown_name
@@ -40,18 +42,20 @@ class ShiftModel(PerturbationModel):
         data = self._training_data()
         matrix, seen = self._expression(data), self._training_rows(data)
         perturbation, contexts = self._labels(data, "perturbation"), self._labels(data, "context")
+        rows_of = pd.Series(perturbation).groupby([contexts, perturbation]).indices
         self.module.shifts.zero_()
         self.module.n_contexts.zero_()
         for c in np.unique(contexts[seen]):
-            here = seen & (contexts == c)
-            control = here & (perturbation == self.control)
-            if not control.any():
+            here = {p: rows[seen[rows]] for (context, p), rows in rows_of.items() if context == c}
+            control = here.pop(self.control, np.array([], int))
+            if not len(control):
                 raise ValueError(f"context {c!r} has no control cells ({self.control!r}). Drop it or add controls.")
             base = _mean(matrix, control)
-            for p in np.unique(perturbation[here & ~control]):
-                i = self.perturbations.index(p)
-                self.module.shifts[i] += _mean(matrix, here & (perturbation == p)) - base
-                self.module.n_contexts[i] += 1
+            for p, rows in here.items():
+                if len(rows):
+                    i = self.perturbations.index(p)
+                    self.module.shifts[i] += _mean(matrix, rows) - base
+                    self.module.n_contexts[i] += 1
         if not self.module.n_contexts.any():
             raise ValueError(f"the training cells hold no perturbation, only {self.control!r}.")
         self.module.shifts /= self.module.n_contexts.clamp_min(1).unsqueeze(1)
@@ -67,8 +71,7 @@ class ShiftModel(PerturbationModel):
         """Raise a KeyError that names the closest ones if this baseline has no shift for a perturbation."""
         self._shift(perturbation)
 
-    def _predict_cells(self, data: AnnData | MuData, rows: np.ndarray, perturbation: str, context: str) -> np.ndarray:
-        cells = self._expression(data)[rows].toarray()
+    def _predict_cells(self, cells: np.ndarray, batch: np.ndarray | None, perturbation: str) -> np.ndarray:
         return np.maximum(cells + self._shift(perturbation).cpu().numpy(), 0)
 
 
@@ -101,5 +104,5 @@ class Additive(ShiftModel):
         return torch.stack(shifts).sum(dim=0) if shifts else torch.zeros(len(self.genes))
 
 
-def _mean(matrix, mask: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.asarray(matrix[np.flatnonzero(mask)].mean(axis=0), dtype=np.float32).ravel())
+def _mean(matrix: sparse.csr_matrix, rows: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.asarray(matrix[rows].mean(axis=0), dtype=np.float32).ravel())

@@ -106,6 +106,11 @@ def extend_table(
     labels = sorted(set(labels) - {control})
     if features is not None and not old.has_features:
         return PerturbationTable.from_features(features, labels, control)
+    if control != old.control and control in old.names:
+        raise ValueError(
+            f"control={control!r} is a perturbation of init_from, whose control is {old.control!r}. Give the control "
+            "cells of the new data another label."
+        )
     names = [control if name == old.control else name for name in old.names]
     added = sorted({p for label in labels for p in parts(label, control, names)} - set(names))
     vectors = old.vectors

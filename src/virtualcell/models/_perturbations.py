@@ -129,10 +129,27 @@ class PerturbationTable:
                 out[i] += self.vectors[self._row[part]]
         return out
 
+    def check(self, label: str) -> None:
+        """Raise a KeyError for a perturbation without a vector, or, of one-hot ones, seen only within combinations."""
+        self.encode([label])
+        if self.has_features or label in self.seen:
+            return
+        for part in parts(label, self.control, self._row):
+            if part not in self.seen:
+                pairs = [s for s in self.seen if part in parts(s, self.control)]
+                raise unknown_name(
+                    "perturbation",
+                    label,
+                    self.seen,
+                    f"{part!r} was trained on only in combination, {', '.join(map(repr, pairs[:3]))}, which does not "
+                    "tell what it does alone; perturbation_features= would.",
+                )
+
     def _unknown(self, label: str) -> KeyError:
         drugs = {n: known[0].casefold() for n in self.names if (known := drug_and_dose(n)) is not None}
         wanted = (drug_and_dose(label) or (label, None))[0].casefold()
-        close = difflib.get_close_matches(wanted, set(drugs.values()), n=2)
+        here = sorted(set(drugs.values()))
+        close = [wanted] if wanted in here else difflib.get_close_matches(wanted, here, n=2)
         if drugs:
             remedy = "Names hold drug and dose: `model.perturbation_name(drug=..., dose=...)` finds them."
         elif self.has_features:
@@ -144,5 +161,6 @@ class PerturbationTable:
             )
         if close:
             same_drug = [n for drug in close for n, d in drugs.items() if d == drug]
-            remedy = f"Of that drug it has {', '.join(map(repr, same_drug[:5]))}. {remedy}"
+            which = "that drug" if close == [wanted] else "drugs of such a name"
+            remedy = f"Of {which} it has {', '.join(map(repr, same_drug[:5]))}. {remedy}"
         return unknown_name("perturbation", label, self.names, remedy)

@@ -25,7 +25,7 @@ from virtualcell.data._matrix import check_matches_scale, raw_matrix
 from virtualcell.data._sentence_batches import RowBatchSampler, SentenceDataset
 from virtualcell.data._sentences import fill_with_unexpressed
 from virtualcell.io._arc_se import read_se, write_se
-from virtualcell.models._base import SavedModel
+from virtualcell.models._saved import SavedModel
 from virtualcell.modules import SEConfig, SENetwork, se_loss
 from virtualcell.pp._genes import match_genes
 from virtualcell.train import run_training
@@ -381,6 +381,14 @@ class SE(SavedModel):
             matrix, tokens, self.length, n_targets=self.n_targets, dataset=codes, seed=seed, ids=place
         )
 
+        tables: dict[torch.device, Tensor] = {}  # the gene table, up to 400 MB, goes to a device once, not every step
+
+        def loss(network: SENetwork, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+            device = batch["tokens"].device
+            if device not in tables:
+                tables[device] = self.gene_embeddings.to(device)
+            return se_loss(network, tables[device], batch)
+
         def loader(rows: np.ndarray, *, shuffle: bool) -> DataLoader:
             return DataLoader(
                 cells, sampler=RowBatchSampler(rows, batch_size, shuffle=shuffle, seed=seed), batch_size=None
@@ -388,7 +396,7 @@ class SE(SavedModel):
 
         run_training(
             self,
-            self._loss,
+            loss,
             loader(by_name[n_val:], shuffle=True),
             loader(by_name[:n_val], shuffle=False) if n_val else None,
             max_epochs=max_epochs,
@@ -407,9 +415,6 @@ class SE(SavedModel):
             enable_progress_bar=enable_progress_bar,
             **trainer_kwargs,
         )
-
-    def _loss(self, network: SENetwork, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return se_loss(network, self.gene_embeddings.to(batch["tokens"].device), batch)
 
     # -- results ------------------------------------------------------------------------------------------------------
 

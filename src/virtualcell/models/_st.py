@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 from anndata import AnnData
 from mudata import MuData
+from scipy import sparse
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -280,7 +281,7 @@ class ST(PerturbationModel):
     def _n_rep(self) -> int:
         return int(self.registry["field_registries"]["rep"]["summary_stats"]["n_rep"])
 
-    def _cells(self, data: AnnData | MuData) -> np.ndarray:
+    def _cells(self, data: AnnData | MuData) -> sparse.csr_matrix | np.ndarray:
         """Return what goes into the network: expression of the model's genes, or cell embeddings."""
         if self.setup["use_rep"] is None:
             return self._expression(data)
@@ -407,8 +408,8 @@ class ST(PerturbationModel):
         return self.set_size
 
     def check_perturbation(self, perturbation: str) -> None:
-        """Raise a KeyError that names the closest ones if a perturbation has no vector in this model."""
-        self.table.encode([perturbation])
+        """Raise a KeyError that says why if this model has no vector for a perturbation, or never learned it."""
+        self.table.check(perturbation)
 
     def perturbation_name(self, *, drug: str, dose: float | None = None) -> str:
         """Find the perturbation of a drug at a dose in names such as "[('Dabrafenib', 0.5, 'uM')]" of Tahoe-100M.
@@ -463,9 +464,6 @@ class ST(PerturbationModel):
         kept = np.concatenate([kept[: (len(starts) - 1) * s], kept[len(starts) * s - (n - (len(starts) - 1) * s) :]])
         return {k: np.concatenate(v)[kept] for k, v in out.items() if v}
 
-    def _predict_cells(self, data: AnnData | MuData, rows: np.ndarray, perturbation: str, context: str) -> np.ndarray:
-        cells = self._cells(data)[rows]
-        cells = cells if isinstance(cells, np.ndarray) else cells.toarray()
-        batch = self._batch_codes(data)
-        predicted = self.predict_sets(cells, perturbation, None if batch is None else batch[rows])
+    def _predict_cells(self, cells: np.ndarray, batch: np.ndarray | None, perturbation: str) -> np.ndarray:
+        predicted = self.predict_sets(cells, perturbation, batch)
         return predicted["genes" if self.config.n_genes else "cells"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 
 import numpy as np
 import pandas as pd
@@ -71,15 +72,16 @@ def expression_gene_embeddings(
     genes = sorted(rna.var_names)
     matrix = columns_by_name(
         log_expression(rna, layer=layer, scale=scale, library_size_key=library_size_key), rna.var_names, genes
-    ).astype(np.float64)
+    )
     mean, sd = _moments(matrix)
     varies = sd > 0
     if varies.sum() < 2 or rna.n_obs < 3:
         raise ValueError(f"{rna.n_obs} cells with {int(varies.sum())} genes that vary are too few for co-expression.")
     if not varies.all():
         logger.info("%d of %d genes do not vary among these cells: no row for them.", (~varies).sum(), len(genes))
-    matrix = matrix[:, varies] @ sparse.diags(1 / sd[varies])
-    vectors, explained = _principal_axes(matrix, mean[varies] / sd[varies], n_comps, seed)
+    if not varies.all():
+        matrix = matrix[:, varies]
+    vectors, explained = _principal_axes(matrix, mean[varies], sd[varies], n_comps, seed)
 
     kept = pd.Index(genes)[varies]
     frame = pd.DataFrame(vectors.astype(np.float32), index=kept.rename("gene"))
@@ -97,14 +99,24 @@ def expression_gene_embeddings(
 def _moments(matrix: sparse.csr_matrix) -> tuple[np.ndarray, np.ndarray]:
     """Return mean and standard deviation of each column (n_genes,); 0 where it is constant up to rounding."""
     n = matrix.shape[0]
-    mean = np.asarray(matrix.sum(axis=0)).ravel() / n
-    square = np.asarray(matrix.multiply(matrix).sum(axis=0)).ravel() / n
+    mean, square = np.zeros(matrix.shape[1]), np.zeros(matrix.shape[1])
+    for part in _blocks(matrix):
+        mean += np.asarray(part.sum(axis=0)).ravel() / n
+        square += np.asarray(part.multiply(part).sum(axis=0)).ravel() / n
     variance = square - mean**2
     return mean, np.sqrt(np.where(variance > 1e-10 * square, variance, 0))
 
 
-def _principal_axes(matrix: sparse.csr_matrix, mean: np.ndarray, n_comps: int, seed: int) -> tuple[np.ndarray, float]:
-    """Return V S / sqrt(n) of the matrix less its column means (n_genes, n_comps), and the variance it explains.
+def _blocks(matrix: sparse.csr_matrix) -> Iterator[sparse.csr_matrix]:
+    """Yield the rows in double precision, some at a time: all at once would take half as much memory again."""
+    for start in range(0, matrix.shape[0], _CELLS_AT_A_TIME):
+        yield matrix[start : start + _CELLS_AT_A_TIME].astype(np.float64)
+
+
+def _principal_axes(
+    matrix: sparse.csr_matrix, mean: np.ndarray, sd: np.ndarray, n_comps: int, seed: int
+) -> tuple[np.ndarray, float]:
+    """Return V S / sqrt(n) of the standardised matrix (n_genes, n_comps), and the share of variance it explains.
 
     Subspace iteration on the correlation matrix (genes x genes), which is never formed (Halko et al. 2011, algorithm
     4.4). It starts from the genes' side, so that it takes the same path whatever the order of the cells.
@@ -116,11 +128,10 @@ def _principal_axes(matrix: sparse.csr_matrix, mean: np.ndarray, n_comps: int, s
         n_comps = limit
 
     def correlate(axes: np.ndarray) -> np.ndarray:
-        total = np.zeros_like(axes)
-        for start in range(0, n_cells, _CELLS_AT_A_TIME):
-            part = matrix[start : start + _CELLS_AT_A_TIME]
-            total += part.T @ (part @ axes - mean @ axes)
-        return total / n_cells
+        total, scaled = np.zeros_like(axes), axes / sd[:, None]
+        for part in _blocks(matrix):
+            total += part.T @ (part @ scaled - mean @ scaled)
+        return total / (n_cells * sd[:, None])
 
     width = min(n_comps + _OVERSAMPLING, n_genes)
     axes = np.random.default_rng(seed).standard_normal((n_genes, width))

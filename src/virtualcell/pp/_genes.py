@@ -161,7 +161,7 @@ def _no_match(adata: AnnData, names: pd.Index, table: pd.Index, gene_key: str | 
     }
     best = max(share, key=share.get, default=None)
     if not share or share[best] * len(names) <= n_matched:
-        return f"{message} No column of var fits better: translate the names, or pass aliases={{name: name in table}}."
+        return f"{message} No column of var fits better: translate the names into one, for gene_key=."
     if best is None:
         return f"{message} var_names match {share[best]:.0%}: leave gene_key out."
     return f"{message} var[{best!r}] matches {share[best]:.0%}: pass gene_key={best!r}."

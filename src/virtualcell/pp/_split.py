@@ -96,6 +96,8 @@ def split(
     ValueError
         The control is held out, a context with test cells has no control cells, or nothing is left to train or test on.
     """
+    if not isinstance(holdout, Mapping):
+        raise TypeError(f"holdout={holdout!r} must be a dictionary, such as {{'contexts': ['K562']}}.")
     kind = _KINDS.get(frozenset(holdout))
     if kind is None:
         raise ValueError(

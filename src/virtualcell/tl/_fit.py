@@ -88,7 +88,7 @@ def fit_state(
         in gene space.
     gene_embeddings, gene_key
         Gene table for SE (default: :func:`virtualcell.pp.expression_gene_embeddings` of the training cells), and the
-        column of `var` that holds the names it uses.
+        column of `var` that holds the names it uses, among which targets are looked for too.
     se
         A trained SE to embed with, instead of training one; `False` for no embedding.
     init_from
@@ -151,7 +151,10 @@ def fit_state(
         layer=layer,
         scale=scale,
         library_size_key=library_size_key,
+        n_genes=adata.n_vars,
     )
+    if n_top_genes is not None and n_top_genes < 1:
+        raise ValueError(f"n_top_genes={n_top_genes!r}: at least one gene is needed. Say None for all genes.")
     obs, split = _read_obs(data, design, split_key, modality)
     seen = (split != "test") & _enough_cells(
         obs[perturbation_key], split, control, min_cells, has_features=perturbation_features is not None
@@ -159,10 +162,15 @@ def fit_state(
     se = _check_start(init_from, freeze, lora, se=se, use_rep=use_rep, gene_embeddings=gene_embeddings)
     if use_rep is not None and use_rep not in adata.obsm and not (use_rep == _keys.X_STATE and se is not False):
         raise unknown_name("use_rep", use_rep, adata.obsm, "Compute it first, or use 'X_state' and let SE be fitted.")
+    _check_controls(obs, seen, design)
     matrix = log_expression(adata, layer=layer, scale=scale, library_size_key=library_size_key)
-    genes = _genes(matrix, adata.var_names, seen, obs[perturbation_key], control, n_top_genes)
+    targets = _targets(adata, obs[perturbation_key], control, gene_key)
+    genes = _genes(matrix, adata.var_names, seen, targets, n_top_genes)
     if isinstance(init_from, ST):
         genes = genes_to_model(genes, init_from, adata.var_names)
+    work = AnnData(matrix[:, adata.var_names.get_indexer(genes)], obs=obs, var=pd.DataFrame(index=genes))
+    work.obs["_split"] = np.where(seen, split, "test")
+    del matrix  # of all genes, as large as `adata`
     size = _size(size, adata.n_obs)
     run = {
         "accelerator": accelerator,
@@ -182,10 +190,8 @@ def fit_state(
     if se is not False:
         adata.obsm[_keys.X_STATE] = se.get_latent_representation(adata, layer=layer, scale=scale, gene_key=gene_key)
 
-    work = AnnData(matrix[:, adata.var_names.get_indexer(genes)], obs=obs, var=pd.DataFrame(index=genes))
     if use_rep is not None:
         work.obsm[use_rep] = np.asarray(adata.obsm[use_rep], dtype=np.float32)
-    work.obs["_split"] = np.where(seen, split, "test")
     ST.setup_anndata(
         work,
         perturbation_key=perturbation_key,
@@ -251,24 +257,42 @@ def _enough_cells(
     return ~perturbation.isin(few).to_numpy()
 
 
+def _check_controls(obs: pd.DataFrame, seen: np.ndarray, design: Design) -> None:
+    """Raise for a context to learn in that has no control cells, before anything takes its time."""
+    if design.context_key is None:
+        return
+    is_control = (obs[design.perturbation_key] == design.control).to_numpy()
+    context = obs[design.context_key]
+    without = sorted(set(context[seen]) - set(context[seen & is_control]))
+    if without:
+        raise ValueError(
+            f"context {without[0]!r} has no control cells ({design.control!r}) to start from. Drop it or add controls."
+        )
+
+
+def _targets(adata: AnnData, perturbation: pd.Series, control: str, gene_key: str | None) -> set[str]:
+    """Find the genes that perturbations are named after, by `var_names` or by `var[gene_key]`."""
+    if gene_key is not None and gene_key not in adata.var:
+        raise unknown_name("gene_key", gene_key, adata.var.columns, "Leave it out to match genes by var_names.")
+    wanted = {p for label in set(perturbation) for p in parts(label, control)}
+    found = adata.var_names.isin(wanted)
+    if gene_key is not None:
+        found |= adata.var[gene_key].astype(str).isin(wanted).to_numpy()
+    return set(adata.var_names[found])
+
+
 def _genes(
-    matrix: sparse.csr_matrix,
-    names: pd.Index,
-    seen: np.ndarray,
-    perturbation: pd.Series,
-    control: str,
-    n_top_genes: int | None,
+    matrix: sparse.csr_matrix, names: pd.Index, seen: np.ndarray, targets: set[str], n_top_genes: int | None
 ) -> list[str]:
     """Names of the genes to model, sorted, so that the order of genes in a file changes nothing."""
     if not names.is_unique:
         raise ValueError("var_names repeats genes. Run `adata.var_names_make_unique()` first.")
     if n_top_genes is None or n_top_genes >= len(names):
         return sorted(names)
-    cells = AnnData(matrix[np.flatnonzero(seen)], var=pd.DataFrame(index=names))
+    cells = AnnData(matrix if seen.all() else matrix[np.flatnonzero(seen)], var=pd.DataFrame(index=names))
     n_threads = torch.get_num_threads()
     table = sc.pp.highly_variable_genes(cells, n_top_genes=n_top_genes, flavor="seurat", inplace=False)
     torch.set_num_threads(n_threads)  # numba, in scanpy, sets OpenMP to all cores for torch too: slow on a busy machine
-    targets = {p for label in set(perturbation) for p in parts(label, control)} & set(names)
     return sorted(set(names[table["highly_variable"].to_numpy()]) | targets)
 
 
@@ -292,6 +316,10 @@ def _check_start(
     gene_embeddings: pd.DataFrame | None,
 ) -> SE | Literal[False] | None:
     """Return the SE to embed with, after checking that the rest of the call fits the model to go on from."""
+    if not (se is None or se is False or isinstance(se, SE)):
+        raise TypeError(f"se must be a trained SE, False or None, got {type(se).__name__}.")
+    if se is not None and gene_embeddings is not None:
+        raise ValueError("gene_embeddings= is for an SE that is trained here: leave it out, or leave se= out.")
     if init_from is None:
         if freeze or lora is not None:
             raise ValueError("freeze= and lora= need init_from=, the trained model that they are about.")

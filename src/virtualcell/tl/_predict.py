@@ -86,11 +86,13 @@ def predict_perturbation(
     ValueError
         If there is no fitted model, or the matrix is not on the stated scale.
     """
-    names = [perturbation] if isinstance(perturbation, str) else list(dict.fromkeys(perturbation))
-    if not names:
-        raise ValueError("perturbation=[] names nothing to predict.")
+    names = _names(perturbation)
+    if context is not None and not isinstance(context, str):
+        raise TypeError(f"context={context!r} must be one label, as a string; leave it out for all contexts.")
     data, adata = adata, expression_modality(adata, modality)
     model = _stored_model(adata) if model is None else model
+    if not isinstance(model, PerturbationModel):
+        raise TypeError(f"model={model!r} is not a fitted model. Load a saved one with `vc.models.ST.load(folder)`.")
     for name in names:
         model.check_perturbation(name)
     stated = {"layer": layer, "scale": scale, "library_size_key": library_size_key}
@@ -132,6 +134,16 @@ def predict_perturbation(
     return out
 
 
+def _names(perturbation: str | Sequence[str]) -> list[str]:
+    names = [perturbation] if isinstance(perturbation, str) else perturbation
+    listed = isinstance(names, Sequence | np.ndarray | pd.Index | pd.Series)
+    if not listed or not all(isinstance(n, str) for n in names):
+        raise TypeError(f"perturbation={perturbation!r} must be a name, or a list of names, as strings.")
+    if not len(names):
+        raise ValueError("perturbation=[] names nothing to predict.")
+    return list(dict.fromkeys(names))
+
+
 def _stored_model(adata: AnnData) -> ST:
     left = adata.uns.get(_keys.UNS, {})
     if "st" not in left:
@@ -168,7 +180,17 @@ def _control_cells(
     controls = adata[is_control]
     if not controls.obs_names.is_unique:
         raise ValueError("obs_names repeats control cells. Run `adata.obs_names_make_unique()` first.")
+    rep = model.setup["use_rep"]
+    if rep is not None:
+        min_gene_coverage = None  # genes are no input here: those that the data lacks are only left out of the result
     genes = _common_genes(adata.var_names, model.genes, min_gene_coverage)
+    fewer = design.n_genes is not None and adata.n_vars < 0.9 * design.n_genes
+    if fewer and design.scale == "counts" and design.library_size_key is None:
+        logger.warning(
+            "The data has %d genes, the training data had %d: library sizes, summed over fewer genes, come out too "
+            "small and expression too large. Keep all genes, or name the true totals with library_size_key=.",
+            *(adata.n_vars, design.n_genes),
+        )
     matrix = log_expression(
         controls,
         genes=genes,
@@ -187,7 +209,6 @@ def _control_cells(
     work = AnnData(matrix, obs=obs[is_control], var=pd.DataFrame(index=model.genes))
     if model.setup["layer"] is not None:  # where a model that was set up by hand looks
         work.layers[model.setup["layer"]] = work.X
-    rep = model.setup["use_rep"]
     if rep is not None:
         if rep not in controls.obsm:
             remedy = "Run `vc.tl.embed(adata, model.se)` first." if rep == _keys.X_STATE else "Compute it first."
@@ -196,14 +217,14 @@ def _control_cells(
     return work
 
 
-def _common_genes(here: pd.Index, wanted: Sequence[str], min_coverage: float) -> list[str]:
+def _common_genes(here: pd.Index, wanted: Sequence[str], min_coverage: float | None) -> list[str]:
     """Return the model's genes that the data has, and raise where these are too few."""
-    if not 0 < min_coverage <= 1:
+    if min_coverage is not None and not 0 < min_coverage <= 1:
         raise ValueError(f"min_gene_coverage={min_coverage!r} must be above 0 and at most 1.")
     genes = [g for g in wanted if g in here]
     share = len(genes) / len(wanted)
     logger.info("%d of the model's %d genes are in the data.", len(genes), len(wanted))
-    if not genes or share < min_coverage:
+    if not genes or (min_coverage is not None and share < min_coverage):
         missing = next(g for g in wanted if g not in here)
         raise unknown_name(
             "genes",
@@ -213,16 +234,21 @@ def _common_genes(here: pd.Index, wanted: Sequence[str], min_coverage: float) ->
             f"{share:.1%}, below min_gene_coverage={min_coverage}: lower it to fill missing genes with 0.",
         )
     if share < 1:
-        logger.warning("%d of the model's genes are filled with 0.", len(wanted) - len(genes))
+        how = "left out of the result" if min_coverage is None else "filled with 0"
+        logger.warning("%d of the model's genes are %s.", len(wanted) - len(genes), how)
     return genes
 
 
 def _check_log1p(matrix: sparse.csr_matrix, design: Design) -> None:
-    """Raise where log1p was stated, but the values cannot be log(1 + counts per 10,000)."""
+    """Raise where log1p was stated, but cells do not add up to 10,000 counts or fewer."""
     where = "X" if design.layer is None else f"layers[{design.layer!r}]"
-    if matrix.nnz and np.array_equal(matrix.data, np.rint(matrix.data)):
-        raise ValueError(f"scale='log1p', but {where} holds whole numbers only. Say scale='counts' for raw counts.")
-    total = float(np.median(np.asarray(matrix.expm1().sum(axis=1))))
+    counts = matrix.expm1()
+    total = float(np.median(np.asarray(counts.sum(axis=1))))
+    if abs(total / design.target_sum - 1) > 0.05 and np.allclose(counts.data, np.rint(counts.data), rtol=0, atol=0.01):
+        raise ValueError(
+            f"scale='log1p', but {where} holds logarithms of whole numbers: of raw counts, not divided by their total. "
+            "Give the raw counts, with scale='counts'."
+        )
     if total > 1.05 * design.target_sum:
         raise ValueError(
             f"scale='log1p', but {where} holds {total:.4g} counts per cell (median) and not {design.target_sum:g}: it "

@@ -128,6 +128,9 @@ def run_training(
     """
     if early_stopping and validation is None:
         raise ValueError("early_stopping=True needs validation cells: give val_fraction > 0 or a split with 'val'.")
+    if str(precision).endswith("-true") and precision != "32-true":
+        mixed = "bf16-mixed" if str(precision).startswith("bf16") else "16-mixed"
+        raise ValueError(f"precision={precision!r} is not for these models: weights stay in float32. Use {mixed!r}.")
     if not len(train):
         raise ValueError("there is nothing to train on: no perturbed training cells with matching controls.")
     if max_epochs is None and max_steps is None:
