@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from scipy import sparse
 
 from virtualcell.data._sentence_batches import RowBatchSampler, SentenceDataset
@@ -196,3 +197,19 @@ def test_ranks_share_the_rows(world_size: int) -> None:
     interleaved = [batch for step in zip(*drawn, strict=True) for batch in step]
     for ours, theirs in zip(interleaved, alone, strict=False):
         np.testing.assert_array_equal(ours, theirs)
+
+
+def test_habits_of_the_published_models_hold_in_training_too(counts: np.ndarray, tokens: np.ndarray) -> None:
+    rows, cls = np.array([3, 1]), np.arange(N_CELLS, dtype=np.float32)
+    options = {"n_targets": (P, N, S), "length": (tokens >= 0).sum()}
+    plain = dataset(counts, tokens, **options)[rows]
+    habits = dataset(counts, tokens, **options, fill=True, cls_expression=cls)[rows]
+    assert "cls_expression" not in plain
+    np.testing.assert_array_equal(habits["cls_expression"], [3, 1])
+    padding = plain["tokens"] < 0
+    assert padding.any()
+    assert (habits["tokens"] >= 0).all()
+    assert torch.equal(habits["tokens"][~padding], plain["tokens"][~padding])
+    for row, sentence, empty in zip(rows, habits["tokens"], padding, strict=True):
+        expressed = set(tokens[(counts[row] > 0) & (tokens >= 0)].tolist())
+        assert not set(sentence[empty].tolist()) & expressed

@@ -80,3 +80,13 @@ def test_features_with_missing_values_or_repeated_names():
     frame.index = ["A", "A"]
     with pytest.raises(ValueError, match=r"several rows for \['A'\]"):
         PerturbationTable.from_features(frame, ["A"], "NT")
+
+
+def test_what_was_seen_only_in_combination_is_not_known_alone():
+    table = PerturbationTable.one_hot(["A", "B", "C+D"], "NT")
+    for label in ("A", "C+D", "A+B", "NT"):
+        table.check(label)
+    with pytest.raises(UnknownNameError, match=r"'C' was trained on only in combination, 'C\+D'"):
+        table.check("C")
+    with pytest.raises(UnknownNameError, match=r"perturbation='A\+C' is unknown"):
+        table.check("A+C")

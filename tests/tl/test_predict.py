@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import scanpy as sc
 import torch
+from scipy import sparse
 
 import virtualcell as vc
 from virtualcell.models import Additive, NoChange
@@ -269,3 +270,23 @@ def test_empty_controls(fitted, targets):
     fitted.X[first] = 0
     with pytest.raises(ValueError, match=rf"1 cells have no counts, among them \['{fitted.obs_names[first]}'\]"):
         vc.tl.predict_perturbation(fitted, targets[0])
+
+
+def test_fewer_genes_than_at_fitting_are_reported_because_library_sizes_shrink(fitted, model, targets, caplog):
+    others = pd.DataFrame(index=[f"other{i}" for i in range(fitted.n_vars)])
+    silent = ad.AnnData(sparse.csr_matrix((fitted.n_obs, fitted.n_vars), dtype=np.float32), obs=fitted.obs, var=others)
+    wide = ad.concat([fitted, silent], axis=1, merge="same")
+    small = {"se": False, "max_steps": 1, "enable_progress_bar": False, "n_top_genes": 20}
+    vc.tl.fit_state(wide, perturbation_key="target_gene", control=CONTROL, context_key="cell_type", **small)
+    vc.tl.predict_perturbation(wide, targets[0])
+    assert "library sizes" not in caplog.text
+    few = wide[:, fitted.var_names].copy()
+    with caplog.at_level(logging.WARNING, logger="virtualcell"):
+        vc.tl.predict_perturbation(few, targets[0])
+    assert "library sizes, summed over fewer genes, come out too small" in caplog.text
+
+
+@pytest.mark.parametrize("wrong", [1, ["STAT1", 2], None])
+def test_perturbations_are_names(fitted, wrong):
+    with pytest.raises(TypeError, match="must be a name, or a list of names, as strings"):
+        vc.tl.predict_perturbation(fitted, wrong)

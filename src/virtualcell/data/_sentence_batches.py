@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from virtualcell.data._cell_sets import process_share
-from virtualcell.data._sentences import sentences
+from virtualcell.data._sentences import fill_with_unexpressed, sentences
 
 
 class RowBatchSampler(Sampler[np.ndarray]):
@@ -65,6 +65,9 @@ class SentenceDataset(Dataset):
     seed, ids
         Of targets and of the order of equal values, together with the ids of the cells asked for: their rows, or any
         numbers (n_cells,) that do not depend on the order of cells in a file.
+    cls_expression, fill
+        What the [CLS] place of each cell carries, (n_cells,), passed on as "cls_expression"; whether unexpressed genes
+        take the places of padding. Both are habits of the published models.
     """
 
     def __init__(
@@ -77,7 +80,10 @@ class SentenceDataset(Dataset):
         dataset: np.ndarray | None = None,
         seed: int = 0,
         ids: np.ndarray | None = None,
+        cls_expression: np.ndarray | None = None,
+        fill: bool = False,
     ) -> None:
+        self.cls_expression, self.fill = cls_expression, fill
         self.ids = np.arange(matrix.shape[0]) if ids is None else ids
         self.matrix, self.length, self.n_targets, self.dataset = matrix, length, n_targets, dataset
         self.tokens = np.asarray(tokens, dtype=np.int32)
@@ -99,10 +105,13 @@ class SentenceDataset(Dataset):
             numbers[genes] = np.arange(len(genes))
             numbered, values = sentences(block, numbers, self.length)
             tokens = np.where(numbered >= 0, self.tokens[genes][numbered], -1)
+        tokens = torch.from_numpy(tokens).long()
         batch = {
-            "tokens": torch.from_numpy(tokens).long(),
+            "tokens": fill_with_unexpressed(tokens, block, self.tokens) if self.fill else tokens,
             "expression": torch.from_numpy(100 * values / np.maximum(total, 1e-12)[:, None]),
         }
+        if self.cls_expression is not None:
+            batch["cls_expression"] = torch.from_numpy(self.cls_expression[rows])
         if self.n_targets is not None:
             batch |= self._targets(self.matrix[rows][:, self.columns].toarray(), rng)
             batch["dataset"] = torch.from_numpy(self.dataset[rows]).long()

@@ -111,6 +111,8 @@ def write_se(
     if not overwrite and (there := [f.name for f in files if f.exists()]):
         raise FileExistsError(f"{folder} holds {', '.join(there)} already. Pass overwrite=True to replace them.")
     folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.ckpt"):  # of the model before
+        old.unlink()
     state = {k: v.detach().float().cpu().contiguous() for k, v in network.state_dict().items()}
     ours, theirs = _TWIN
     twins = {theirs + k.removeprefix(ours): v.clone() for k, v in state.items() if k.startswith(ours)}

@@ -66,6 +66,8 @@ def write_st(
     if there and not overwrite:
         raise FileExistsError(f"{folder} holds {', '.join(there)} already. Pass overwrite=True to replace them.")
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    for old in (folder / "checkpoints").glob("*.ckpt"):  # those of the model before would be read beside the new maps
+        old.unlink()
     sizes = {
         "input_dim": c.n_input,
         "gene_dim": c.n_genes or c.n_output,

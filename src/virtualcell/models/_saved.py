@@ -119,9 +119,12 @@ class SavedModel(BaseModelClass):
         """
         model = cls._from_saved(*read_folder(dir_path))
         model._adata = adata
+        return model._put_on(accelerator, device)
+
+    def _put_on(self, accelerator: str = "auto", device: int | str = "auto") -> Self:
         *_, where = parse_device_args(accelerator=accelerator, devices=device, return_device="torch")
-        model.to_device(where)
-        return model
+        self.to_device(where)
+        return self
 
     def _training_data(self) -> AnnData | MuData:
         if self.adata is None:

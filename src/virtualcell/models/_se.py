@@ -23,7 +23,6 @@ from virtualcell._design import Scale, expression_modality, labels
 from virtualcell._errors import unknown_name
 from virtualcell.data._matrix import check_matches_scale, raw_matrix
 from virtualcell.data._sentence_batches import RowBatchSampler, SentenceDataset
-from virtualcell.data._sentences import fill_with_unexpressed
 from virtualcell.io._arc_se import read_se, write_se
 from virtualcell.models._saved import SavedModel
 from virtualcell.modules import SEConfig, SENetwork, se_loss
@@ -378,7 +377,14 @@ class SE(SavedModel):
         by_name = np.random.default_rng(seed).permutation(by_name)
         n_val = int(val_fraction * len(by_name))
         cells = SentenceDataset(
-            matrix, tokens, self.length, n_targets=self.n_targets, dataset=codes, seed=seed, ids=place
+            matrix,
+            tokens,
+            self.length,
+            n_targets=self.n_targets,
+            dataset=codes,
+            seed=seed,
+            ids=place,
+            **self._habits(matrix, tokens),
         )
 
         tables: dict[torch.device, Tensor] = {}  # the gene table, up to 400 MB, goes to a device once, not every step
@@ -454,29 +460,27 @@ class SE(SavedModel):
         present = np.unique(tokens[tokens >= 0])  # a table of 20,000 x 5,120 takes longer to encode than a few cells
         genes = self.module.encode_genes(self.gene_embeddings[present].to(self.device))
         tokens = np.where(tokens >= 0, np.searchsorted(present, tokens), -1)
-        cells = SentenceDataset(matrix, tokens, self.length)
-        cls_matrix = self._cls_expression(matrix, tokens)
+        cells = SentenceDataset(matrix, tokens, self.length, **self._habits(matrix, tokens))
         out = []
         for rows in RowBatchSampler(np.arange(matrix.shape[0]), batch_size, shuffle=False, rank=0, world_size=1):
             batch = cells[rows]
-            if self.fill_sentences:
-                batch["tokens"] = fill_with_unexpressed(batch["tokens"], matrix[rows], tokens)
-            cls = None if cls_matrix is None else torch.from_numpy(cls_matrix[rows]).to(self.device)
-            embedded = self.module(genes, batch["tokens"].to(self.device), batch["expression"].to(self.device), cls)
+            batch = {name: value.to(self.device) for name, value in batch.items()}
+            embedded = self.module(genes, batch["tokens"], batch["expression"], batch.get("cls_expression"))
             out.append(torch.cat([embedded.cell, embedded.dataset], dim=1).float().cpu())
         return torch.cat(out).numpy()
 
-    def _cls_expression(self, matrix: sparse.csr_matrix, tokens: np.ndarray) -> np.ndarray | None:
-        """Return c of the gene that lends its expression to [CLS], (n_cells,)."""
+    def _habits(self, matrix: sparse.csr_matrix, tokens: np.ndarray) -> dict:
+        """Return what the published models do with [CLS] and with short sentences, where this one does it."""
         if self.cls_expression_gene is None:
-            return None
+            return {"fill": self.fill_sentences}
         embedded = np.flatnonzero(tokens >= 0)
         if len(embedded) <= self.cls_expression_gene:
             raise ValueError(
                 f"cls_expression_gene={self.cls_expression_gene}, but only {len(embedded)} genes have an embedding."
             )
         x = matrix[:, [embedded[self.cls_expression_gene]]].toarray().ravel()
-        return 100 * x / np.asarray(matrix @ (tokens >= 0).astype(np.float32))
+        c = 100 * x / np.asarray(matrix @ (tokens >= 0).astype(np.float32))
+        return {"fill": self.fill_sentences, "cls_expression": c}
 
     @torch.inference_mode()
     def decode(self, embedding: np.ndarray, genes: Sequence[str], *, read_depth: float = 4.0) -> pd.DataFrame:

@@ -112,7 +112,8 @@ def se_loss(network: SENetwork, gene_embeddings: Tensor, batch: dict[str, Tensor
     occurring, place = torch.cat([tokens.clamp_min(0), target_tokens], dim=1).unique(return_inverse=True)
     genes = gene_embeddings[occurring]
     in_sentence, in_targets = place.split([tokens.shape[1], target_tokens.shape[1]], dim=1)
-    out = network(network.encode_genes(genes), in_sentence.where(tokens >= 0, -1), batch["expression"])
+    in_sentence = in_sentence.where(tokens >= 0, -1)
+    out = network(network.encode_genes(genes), in_sentence, batch["expression"], batch.get("cls_expression"))
     depth = targets.sum(dim=1) / (targets > 0).sum(dim=1).clamp_min(1)
     codes = network.encoder(genes)[in_targets]  # (B, T, d)
     error = (network.decode_codes(codes, out.cell, out.dataset, depth) - targets).float()

@@ -115,8 +115,8 @@ def fit_state(
     min_cells
         Perturbations with fewer training cells are left out, with a warning that names them.
     size
-        Of the networks: "small", "medium", "large", or "auto": "small" without a GPU or below 20,000 cells, "large"
-        from 200,000 cells, else "medium".
+        Of the networks: "small", "medium", "large" (the paper's), or "auto": "medium" with a GPU and 20,000 cells or
+        more, else "small".
     max_steps, se_max_steps
         Training steps of ST and SE, where their defaults do not fit.
     model_kwargs, train_kwargs
@@ -299,9 +299,7 @@ def _genes(
 def _size(size: Size, n_cells: int) -> str:
     if size != "auto":
         return size
-    chosen = "small" if n_cells < 20_000 else "medium" if n_cells < 200_000 else "large"
-    if not torch.cuda.is_available():
-        chosen = "small"
+    chosen = "medium" if torch.cuda.is_available() and n_cells >= 20_000 else "small"
     logger.info("size='auto': %r for %d cells.", chosen, n_cells)
     return chosen
 

@@ -151,7 +151,7 @@ def _stored_model(adata: AnnData) -> ST:
             f"uns[{_keys.UNS!r}] holds no fitted model: run `vc.tl.fit_state(adata, ...)` first, or pass model= "
             "(`vc.models.ST.load(folder)`)."
         )
-    return ST._from_saved(*unpack(left["st"]))
+    return ST._from_saved(*unpack(left["st"]))._put_on()
 
 
 def _obs_of_model(model: PerturbationModel, design: Design, obs: pd.DataFrame) -> pd.DataFrame:
