@@ -24,6 +24,7 @@ import mudata as md
 import numpy as np
 import pandas as pd
 import scanpy as sc
+import torch
 from sklearn.neighbors import KNeighborsClassifier
 
 import virtualcell as vc
@@ -208,11 +209,14 @@ def round_trip(folder: Path) -> dict:
         fresh = ad.read_h5ad(folder / "kang2018_pbmc_ifnb.h5ad")
         fresh[(fresh.obs["perturbation"] == "control").to_numpy()].write_h5ad(f"{tmp}/controls.h5ad")
         code = (
-            "import sys, anndata, virtualcell as vc; st = vc.models.ST.load(sys.argv[1] + '/model');"
+            "import sys, anndata, torch, virtualcell as vc; torch.set_num_threads(int(sys.argv[2]));"
+            "st = vc.models.ST.load(sys.argv[1] + '/model');"
             "cells = anndata.read_h5ad(sys.argv[1] + '/controls.h5ad');"
             "vc.tl.predict_perturbation(cells, 'IFN-beta', model=st).write_h5ad(sys.argv[1] + '/out.h5ad')"
         )
-        subprocess.run([sys.executable, "-W", "ignore", "-c", code, tmp], check=True)
+        # float32 sums depend on how many threads share them in the last digit
+        threads = str(torch.get_num_threads())
+        subprocess.run([sys.executable, "-W", "ignore", "-c", code, tmp, threads], check=True)
         there = ad.read_h5ad(f"{tmp}/out.h5ad")
     here = vc.tl.predict_perturbation(adata, "IFN-beta")
     same = bool(np.array_equal(here[there.obs_names, there.var_names].X, there.X))
