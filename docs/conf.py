@@ -27,6 +27,7 @@ autodoc_typehints_description_target = "documented"
 autodoc_member_order = "bysource"
 napoleon_google_docstring = False
 napoleon_use_rtype = False
+napoleon_custom_sections = ["Returns"]  # types live in signatures: what stands under "Returns" is prose
 
 nb_execution_mode = "off"  # tutorials are executed by their own check, not while the pages are built
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
