@@ -222,6 +222,12 @@ def test_drugs_are_found_inside_their_names(run: Path) -> None:
             st.check_perturbation(wrong)
     with pytest.raises(KeyError, match=r"Of that drug it has (\"\[\('Dabrafenib', [0-9.]+, 'uM'\)\]\",? ?){3}\. Names"):
         st.check_perturbation("[('Dabrafenib', 1.0, 'uM')]")
+    adata = some_cells(st.genes)
+    predicted = vc.tl.predict_perturbation(adata, drug="dabrafenib", dose=0.5, model=st, **HERE)
+    named = vc.tl.predict_perturbation(adata, "[('Dabrafenib', 0.5, 'uM')]", model=st, **HERE)
+    np.testing.assert_array_equal(predicted.X, named.X)
+    with pytest.raises(ValueError, match="drug='Dabrafenib' were both given"):
+        vc.tl.predict_perturbation(adata, "g2", drug="Dabrafenib", model=st, **HERE)
 
 
 def test_control_of_tahoe_is_a_drug_at_no_dose(run: Path, golden: Path) -> None:
@@ -453,6 +459,11 @@ def test_embedding_model_takes_embeddings_and_gives_genes(golden: Path) -> None:
     out = vc.tl.predict_perturbation(adata, "p1", model=st, **here)
     assert list(out.var_names) == st.genes
     assert (out.X >= 0).all()
+    # genes are no input of such a model: the data may lack some, which are then left out of the result
+    fewer = adata[:, 12:].copy()
+    part = vc.tl.predict_perturbation(fewer, "p1", model=st, **here)
+    assert list(part.var_names) == st.genes[12:]
+    np.testing.assert_allclose(part.X, out.X[:, 12:], atol=1e-6)
     adata.obsm["X_state"] += 1
     assert np.abs(out.X - vc.tl.predict_perturbation(adata, "p1", model=st, **here).X).max() > 1e-3
     adata.obsm["X_state"] = adata.obsm["X_state"][:, :19]

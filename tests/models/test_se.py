@@ -94,6 +94,19 @@ def test_decoded_expression_follows_the_cells(trained, pbmc):
         trained.decode(trained.get_latent_representation(some[:2].copy()), [genes[0], "NOGENE"])
 
 
+def test_decode_takes_embedded_cells(trained, pbmc):
+    some, genes = pbmc[:20].copy(), list(pbmc.var_names[:5])
+    with pytest.raises(KeyError, match=r"use_rep='X_state' is unknown.*vc.tl.embed"):
+        trained.decode(some, genes)
+    vc.tl.embed(some, trained)
+    decoded = trained.decode(some, genes, read_depth=3.0)
+    assert list(decoded.index) == list(some.obs_names)
+    expected = trained.decode(trained.get_latent_representation(some), genes, read_depth=3.0)
+    np.testing.assert_allclose(decoded.to_numpy(), expected.to_numpy(), rtol=1e-6)
+    with pytest.raises(ValueError, match=r"shape \(20, 7\); this model makes \(n_cells, 26\)"):
+        trained.decode(np.zeros((20, 7)), genes)
+
+
 def test_counts_and_log1p_give_nearly_the_same_cell(trained, pbmc):
     from_counts = trained.get_latent_representation(pbmc)[:, :16]
     counts = pbmc.X.toarray()

@@ -19,6 +19,7 @@ from scvi.data import AnnDataManager, fields
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from virtualcell import _keys
 from virtualcell._design import Scale, expression_modality, labels
 from virtualcell._errors import unknown_name
 from virtualcell.data._matrix import check_matches_scale, raw_matrix
@@ -483,29 +484,52 @@ class SE(SavedModel):
         return {"fill": self.fill_sentences, "cls_expression": c}
 
     @torch.inference_mode()
-    def decode(self, embedding: np.ndarray, genes: Sequence[str], *, read_depth: float = 4.0) -> pd.DataFrame:
-        """Predict log(1 + count) of genes from cell vectors.
+    def decode(
+        self,
+        adata: AnnData | MuData | np.ndarray,
+        genes: Sequence[str],
+        *,
+        read_depth: float = 4.0,
+        use_rep: str = _keys.X_STATE,
+        modality: str = "rna",
+    ) -> pd.DataFrame:
+        """Predict log(1 + count) of any genes from cell vectors, cells x genes.
 
         Parameters
         ----------
-        embedding
-            From :meth:`get_latent_representation`, (n_cells, n_output + n_dataset).
+        adata
+            Cells that this model has embedded into `obsm[use_rep]` (:func:`virtualcell.tl.embed`), or the vectors
+            themselves, (n_cells, n_output + n_dataset).
         genes
-            Any genes of the gene table.
+            Any genes of the gene table, whether the data has them or not.
         read_depth
             Mean of the non-zero log counts to assume for the cell; 4.0 is the constant of the paper's code.
+        use_rep, modality
+            Key of `obsm`; expression modality of a MuData.
 
         Raises
         ------
         KeyError
-            For a gene without an embedding.
+            For a gene without an embedding, or a missing key.
+        ValueError
+            For vectors of another width.
         """
+        if isinstance(adata, AnnData | MuData):
+            cells = expression_modality(adata, modality)
+            if use_rep not in cells.obsm:
+                raise unknown_name("use_rep", use_rep, cells.obsm, "Run `vc.tl.embed(adata, model)` first.")
+            vectors, index = np.asarray(cells.obsm[use_rep], dtype=np.float32), cells.obs_names
+        else:
+            vectors, index = np.asarray(adata, dtype=np.float32), None
+        width = self.config.n_output + self.config.n_dataset
+        if vectors.ndim != 2 or vectors.shape[1] != width:
+            raise ValueError(f"cell vectors have shape {vectors.shape}; this model makes (n_cells, {width}).")
         rows = self.gene_names.get_indexer(pd.Index(genes))
         if (rows < 0).any():
             raise unknown_name("genes", list(genes)[int(np.argmax(rows < 0))], self.gene_names, "It has no embedding.")
         self.module.eval()
-        x = torch.as_tensor(np.asarray(embedding, dtype=np.float32)).to(self.device)
+        x = torch.from_numpy(vectors).to(self.device)
         cell, dataset = x.split([self.config.n_output, self.config.n_dataset], dim=1)
         depth = torch.full((len(x),), read_depth, device=self.device)
         out = self.module.decode(self.gene_embeddings[rows].to(self.device), cell, dataset, depth)
-        return pd.DataFrame(out.float().cpu().numpy(), columns=list(genes))
+        return pd.DataFrame(out.float().cpu().numpy(), index=index, columns=list(genes))

@@ -27,8 +27,10 @@ logger = logging.getLogger(__name__)
 
 def predict_perturbation(
     adata: AnnData | MuData,
-    perturbation: str | Sequence[str],
+    perturbation: str | Sequence[str] | None = None,
     *,
+    drug: str | None = None,
+    dose: float | None = None,
     context: str | None = None,
     model: PerturbationModel | None = None,
     n_cells: int | None = None,
@@ -52,6 +54,9 @@ def predict_perturbation(
         model's genes and the same columns of `obs`. It is not changed.
     perturbation
         Name of a perturbation, a combination `A+B`, or several names.
+    drug, dose
+        In place of the name, for models whose names hold both, such as "[('Dabrafenib', 0.5, 'uM')]" of Tahoe-100M; see
+        :meth:`virtualcell.models.ST.perturbation_name`.
     context
         Take the control cells of this context, which may be one where the perturbation was never measured; all contexts
         where it is `None`.
@@ -86,13 +91,17 @@ def predict_perturbation(
     ValueError
         If there is no fitted model, or the matrix is not on the stated scale.
     """
-    names = _names(perturbation)
     if context is not None and not isinstance(context, str):
         raise TypeError(f"context={context!r} must be one label, as a string; leave it out for all contexts.")
     data, adata = adata, expression_modality(adata, modality)
     model = _stored_model(adata) if model is None else model
     if not isinstance(model, PerturbationModel):
         raise TypeError(f"model={model!r} is not a fitted model. Load a saved one with `vc.models.ST.load(folder)`.")
+    if drug is not None:
+        if perturbation is not None:
+            raise ValueError(f"perturbation={perturbation!r} and drug={drug!r} were both given: give one of them.")
+        perturbation = model.perturbation_name(drug=drug, dose=dose)
+    names = _names(perturbation)
     for name in names:
         model.check_perturbation(name)
     stated = {"layer": layer, "scale": scale, "library_size_key": library_size_key}
@@ -134,7 +143,7 @@ def predict_perturbation(
     return out
 
 
-def _names(perturbation: str | Sequence[str]) -> list[str]:
+def _names(perturbation: str | Sequence[str] | None) -> list[str]:
     names = [perturbation] if isinstance(perturbation, str) else perturbation
     listed = isinstance(names, Sequence | np.ndarray | pd.Index | pd.Series)
     if not listed or not all(isinstance(n, str) for n in names):
