@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import abstractmethod
+from pathlib import Path
 from typing import Self
 
 import pandas as pd
@@ -81,7 +82,7 @@ class SavedModel(BaseModelClass):
         return model
 
     def save(self, dir_path: str | os.PathLike, *, overwrite: bool = False) -> None:
-        """Write `model.safetensors` and `model.json` into a folder.
+        """Write `model.safetensors` and `model.json` into a folder; an ST writes its SE into the folder `se` in it.
 
         Parameters
         ----------
@@ -96,6 +97,13 @@ class SavedModel(BaseModelClass):
             If the folder holds a model and `overwrite` is not set.
         """
         write_folder(dir_path, self._meta(), self._tensors(), overwrite=overwrite)
+        self._save_parts(Path(dir_path), overwrite=overwrite)
+
+    def _save_parts(self, folder: Path, *, overwrite: bool) -> None:
+        """Write the models that this one holds into folders of their own; none here."""
+
+    def _load_parts(self, folder: Path, *, accelerator: str, device: int | str) -> None:
+        """Read what :meth:`_save_parts` wrote."""
 
     @classmethod
     def load(
@@ -106,7 +114,7 @@ class SavedModel(BaseModelClass):
         accelerator: str = "auto",
         device: int | str = "auto",
     ) -> Self:
-        """Read a model that :meth:`save` wrote. The data is not needed, and nothing is unpickled.
+        """Read a model that :meth:`save` wrote, an ST with its SE; no data is needed, and nothing is unpickled.
 
         Parameters
         ----------
@@ -119,6 +127,7 @@ class SavedModel(BaseModelClass):
         """
         model = cls._from_saved(*read_folder(dir_path))
         model._adata = adata
+        model._load_parts(Path(dir_path), accelerator=accelerator, device=device)
         return model._put_on(accelerator, device)
 
     def _put_on(self, accelerator: str = "auto", device: int | str = "auto") -> Self:

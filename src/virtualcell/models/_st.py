@@ -150,52 +150,16 @@ class ST(PerturbationModel):
     def _tensors(self) -> dict[str, Tensor]:
         return {**super()._tensors(), "perturbations": self.table.vectors}
 
-    def save(self, dir_path: str | os.PathLike, *, overwrite: bool = False) -> None:
-        """Write the model into a folder, and its SE, where it has one, into the folder `se` in it.
-
-        Parameters
-        ----------
-        dir_path
-            The folder, made where it is missing.
-        overwrite
-            Replace a model that is there.
-
-        Raises
-        ------
-        FileExistsError
-            If the folder holds a model and `overwrite` is not set.
-        """
-        super().save(dir_path, overwrite=overwrite)
+    def _save_parts(self, folder: Path, *, overwrite: bool) -> None:
         if self.se is not None:
-            self.se.save(Path(dir_path) / "se", overwrite=overwrite)
+            self.se.save(folder / "se", overwrite=overwrite)
         else:  # that of the model which was here before
             for name in ("model.json", "model.safetensors"):
-                (Path(dir_path) / "se" / name).unlink(missing_ok=True)
+                (folder / "se" / name).unlink(missing_ok=True)
 
-    @classmethod
-    def load(
-        cls,
-        dir_path: str | os.PathLike,
-        adata: AnnData | MuData | None = None,
-        *,
-        accelerator: str = "auto",
-        device: int | str = "auto",
-    ) -> ST:
-        """Read a model that :meth:`save` wrote, with its SE; the data is not needed, and nothing is unpickled.
-
-        Parameters
-        ----------
-        dir_path
-            The folder.
-        adata
-            Data to predict on where a method is given none; `None` leaves the model without data.
-        accelerator, device
-            Where to put the networks, as in scvi-tools.
-        """
-        model = super().load(dir_path, adata, accelerator=accelerator, device=device)
-        if (Path(dir_path) / "se" / "model.json").exists():
-            model.se = SE.load(Path(dir_path) / "se", accelerator=accelerator, device=device)
-        return model
+    def _load_parts(self, folder: Path, *, accelerator: str, device: int | str) -> None:
+        if (folder / "se" / "model.json").exists():
+            self.se = SE.load(folder / "se", accelerator=accelerator, device=device)
 
     @classmethod
     def _from_arguments(cls, arguments: dict, tensors: dict[str, Tensor], registry: dict) -> ST:
