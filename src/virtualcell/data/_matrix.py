@@ -18,6 +18,11 @@ _LOG1P_MAX = 9.3
 _FEW_CELLS = 10
 
 
+def matrix_name(layer: str | None) -> str:
+    """Name the matrix in a message."""
+    return "X" if layer is None else f"layers[{layer!r}]"
+
+
 def raw_matrix(adata: AnnData, layer: str | None = None) -> sparse.csr_matrix:
     """Return `X` or a layer as float32 CSR, sharing memory where it can; values must be finite and not negative."""
     if adata.isbacked:
@@ -25,7 +30,7 @@ def raw_matrix(adata: AnnData, layer: str | None = None) -> sparse.csr_matrix:
     if layer is not None and layer not in adata.layers:
         raise unknown_name("layer", layer, adata.layers, "Leave it out to use X.")
     matrix = adata.X if layer is None else adata.layers[layer]
-    where = "X" if layer is None else f"layers[{layer!r}]"
+    where = matrix_name(layer)
     if matrix is None:
         raise ValueError(f"{where} is empty.")
     matrix = sparse.csr_matrix(matrix)
@@ -97,7 +102,7 @@ def log_expression(
     layer, scale, library_size_key, target_sum
         As in :class:`virtualcell._design.Design`.
     """
-    where = "X" if layer is None else f"layers[{layer!r}]"
+    where = matrix_name(layer)
     matrix = raw_matrix(adata, layer)
     check_matches_scale(matrix, scale, where, target_sum=target_sum)
     if scale == "log1p":

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from virtualcell._design import Design, expression_modality, labels
 from virtualcell._errors import unknown_name
-from virtualcell.data._matrix import check_matches_scale, columns_by_name, raw_matrix
+from virtualcell.data._matrix import check_matches_scale, columns_by_name, matrix_name, raw_matrix
 from virtualcell.models._saved import SavedModel
 
 SPLITS = ("train", "val", "test")
@@ -307,7 +307,7 @@ def _check_design(data: AnnData | MuData, setup: dict) -> None:
 
 def _check_log1p(matrix: sparse.csr_matrix, layer: str | None) -> None:
     """Raise unless the values can be log(1 + counts per 10,000)."""
-    where = "X" if layer is None else f"layers[{layer!r}]"
+    where = matrix_name(layer)
     if matrix.nnz and np.array_equal(matrix.data, np.rint(matrix.data)):
         raise ValueError(
             f"{where} holds whole numbers only: raw counts? This model works on log(1 + counts per 10,000). Let "

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from virtualcell import _keys
 from virtualcell._design import Scale, expression_modality, labels
 from virtualcell._errors import unknown_name
-from virtualcell.data._matrix import check_matches_scale, raw_matrix
+from virtualcell.data._matrix import check_matches_scale, matrix_name, raw_matrix
 from virtualcell.data._sentence_batches import RowBatchSampler, SentenceDataset
 from virtualcell.io._arc_se import read_se, write_se
 from virtualcell.models._saved import SavedModel
@@ -124,7 +124,7 @@ class SE(SavedModel):
             Column of `var` with the names that `gene_embeddings` uses; `var_names` where it is `None`.
         """
         setup_method_args = cls._get_setup_method_args(**locals())
-        check_matches_scale(raw_matrix(adata, layer), scale, "X" if layer is None else f"layers[{layer!r}]")
+        check_matches_scale(raw_matrix(adata, layer), scale, matrix_name(layer))
         if dataset_key is not None:
             labels(adata, dataset_key, argument="dataset_key")
         manager = AnnDataManager(
@@ -161,7 +161,7 @@ class SE(SavedModel):
         """
         setup_method_args = cls._get_setup_method_args(**locals())
         adata = expression_modality(mdata, modality)
-        check_matches_scale(raw_matrix(adata, layer), scale, "X" if layer is None else f"layers[{layer!r}]")
+        check_matches_scale(raw_matrix(adata, layer), scale, matrix_name(layer))
         if dataset_key is not None:
             labels(mdata, dataset_key, argument="dataset_key", modality=modality)
         in_modality = dataset_key is None or dataset_key in adata.obs
@@ -306,7 +306,7 @@ class SE(SavedModel):
         """log(1 + count), cells x genes, and the row of the gene table of each gene."""
         adata = expression_modality(data, modality)
         matrix = raw_matrix(adata, layer)
-        check_matches_scale(matrix, scale, "X" if layer is None else f"layers[{layer!r}]")
+        check_matches_scale(matrix, scale, matrix_name(layer))
         tokens = match_genes(adata, self.gene_names, gene_key=gene_key)
         if scale == "counts":
             matrix = sparse.csr_matrix((np.log1p(matrix.data), matrix.indices, matrix.indptr), shape=matrix.shape)

@@ -12,7 +12,7 @@ from mudata import MuData
 
 from virtualcell import _keys
 from virtualcell._design import Scale, expression_modality
-from virtualcell.data._matrix import check_matches_scale, raw_matrix
+from virtualcell.data._matrix import check_matches_scale, matrix_name, raw_matrix
 from virtualcell.data._sentences import sentences
 from virtualcell.pp._genes import match_genes
 
@@ -77,7 +77,7 @@ def cell_sentences(
         )
     rna = expression_modality(adata, modality)
     matrix = raw_matrix(rna, layer)
-    check_matches_scale(matrix, scale, "X" if layer is None else f"layers[{layer!r}]")
+    check_matches_scale(matrix, scale, matrix_name(layer))
     tokens = match_genes(rna, gene_embeddings.index, gene_key=gene_key, aliases=aliases)
     sentence, expression = sentences(matrix, tokens, length)
     if scale == "counts":

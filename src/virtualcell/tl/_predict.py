@@ -17,7 +17,7 @@ from scipy import sparse
 from virtualcell import _keys
 from virtualcell._design import Design, Scale, expression_modality, labels
 from virtualcell._errors import unknown_name
-from virtualcell.data._matrix import log_expression, raw_matrix
+from virtualcell.data._matrix import log_expression, matrix_name, raw_matrix
 from virtualcell.io._save import unpack
 from virtualcell.models import ST
 from virtualcell.models._base import PerturbationModel
@@ -250,7 +250,7 @@ def _common_genes(here: pd.Index, wanted: Sequence[str], min_coverage: float | N
 
 def _check_log1p(matrix: sparse.csr_matrix, design: Design) -> None:
     """Raise where log1p was stated, but cells do not add up to 10,000 counts or fewer."""
-    where = "X" if design.layer is None else f"layers[{design.layer!r}]"
+    where = matrix_name(design.layer)
     counts = matrix.expm1()
     total = float(np.median(np.asarray(counts.sum(axis=1))))
     if abs(total / design.target_sum - 1) > 0.05 and np.allclose(counts.data, np.rint(counts.data), rtol=0, atol=0.01):
