@@ -195,8 +195,14 @@ class PerturbationModel(SavedModel):
         return 1
 
     @abstractmethod
-    def _predict_cells(self, cells: np.ndarray, batch: np.ndarray | None, perturbation: str) -> np.ndarray:
-        """Predicted expression (n_cells, n_genes) of control cells, rows of :meth:`_cells`, under a perturbation."""
+    def _predict_cells(
+        self, cells: np.ndarray, perturbation: str, *, context: str, base: np.ndarray, batch: np.ndarray | None
+    ) -> np.ndarray:
+        """Predicted expression (n_cells, n_genes) of control cells, rows of :meth:`_cells`, under a perturbation.
+
+        `context` is their context ("" where the model knows none), which may be new; `base` the mean of all its control
+        cells, (n_features,); `batch` the code of each cell's batch.
+        """
 
     @abstractmethod
     def check_perturbation(self, perturbation: str) -> None:
@@ -252,13 +258,15 @@ class PerturbationModel(SavedModel):
         frames = []
         for c, rows in rows_of.items():
             rows = rows[np.argsort(names[rows], kind="stable")]
+            base = np.asarray(cells[rows].mean(axis=0), dtype=np.float32).ravel()
             rng = np.random.default_rng([seed, *c.encode()])
             n = len(rows) if n_cells is None else n_cells
             # a small request still shows the model a full set of control cells
             n_run = max(n, min(len(rows), self._n_seen_together))
             rows = rng.choice(rows, n_run, replace=n_run > len(rows))
             control = cells[rows].toarray() if sparse.issparse(cells) else cells[rows]
-            predicted = self._predict_cells(control, None if batch is None else batch[rows], perturbation)[:n]
+            codes = None if batch is None else batch[rows]
+            predicted = self._predict_cells(control, perturbation, context=c, base=base, batch=codes)[:n]
             rows = rows[:n]
             order = np.argsort(names[rows], kind="stable")
             frames.append(pd.DataFrame(predicted[order], index=names[rows[order]], columns=self.genes))

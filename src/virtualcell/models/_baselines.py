@@ -71,7 +71,9 @@ class ShiftModel(PerturbationModel):
         """Raise a KeyError that names the closest ones if this baseline has no shift for a perturbation."""
         self._shift(perturbation)
 
-    def _predict_cells(self, cells: np.ndarray, batch: np.ndarray | None, perturbation: str) -> np.ndarray:
+    def _predict_cells(
+        self, cells: np.ndarray, perturbation: str, *, context: str, base: np.ndarray, batch: np.ndarray | None
+    ) -> np.ndarray:
         return np.maximum(cells + self._shift(perturbation).cpu().numpy(), 0)
 
 

@@ -428,6 +428,8 @@ class ST(PerturbationModel):
         kept = np.concatenate([kept[: (len(starts) - 1) * s], kept[len(starts) * s - (n - (len(starts) - 1) * s) :]])
         return {k: np.concatenate(v)[kept] for k, v in out.items() if v}
 
-    def _predict_cells(self, cells: np.ndarray, batch: np.ndarray | None, perturbation: str) -> np.ndarray:
+    def _predict_cells(
+        self, cells: np.ndarray, perturbation: str, *, context: str, base: np.ndarray, batch: np.ndarray | None
+    ) -> np.ndarray:
         predicted = self.predict_sets(cells, perturbation, batch)
         return predicted["genes" if self.config.n_genes else "cells"]
