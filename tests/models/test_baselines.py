@@ -1,18 +1,38 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from virtualcell.models import Additive, NoChange, PerturbationMean
+import virtualcell as vc
+from virtualcell.models import (
+    Additive,
+    ContextMean,
+    NearestContext,
+    NearestPerturbations,
+    NoChange,
+    PerturbationMean,
+    Ridge,
+)
 
 CONTROL = "non-targeting"
+FROM_FEATURES = [Ridge, NearestPerturbations]
+LEARNING = [PerturbationMean, ContextMean, Additive, NearestContext, *FROM_FEATURES]
 
 
-def train(kind, data, design, **setup):
+def train(kind, data, design, features=None, **setup):
     kind.setup_anndata(data, **design, **setup)
-    model = kind(data)
+    if kind in FROM_FEATURES and features is None:
+        features = table(set(data.obs["target_gene"]) - {CONTROL})
+    model = kind(data) if kind not in FROM_FEATURES else kind(data, features)
     model.train()
     return model
+
+
+def table(names, n_dims=4) -> pd.DataFrame:
+    """Features drawn for each name."""
+    names = sorted(names)
+    return pd.DataFrame(np.random.default_rng(0).normal(size=(len(names), n_dims)), index=names)
 
 
 def mean(data, context, perturbation) -> np.ndarray:
@@ -89,7 +109,7 @@ def test_additive_copies_the_shift_of_a_combination_that_was_measured(screen, de
     np.testing.assert_allclose(cells, np.maximum(screen[cells.index].X + shift(screen, label, seen), 0), atol=2e-6)
 
 
-@pytest.mark.parametrize("kind", [NoChange, PerturbationMean, Additive])
+@pytest.mark.parametrize("kind", LEARNING)
 def test_test_cells_are_never_used(kind, screen, design, targets, weights):
     model = train(kind, screen, design, split_key="split")
     other = screen.copy()
@@ -99,11 +119,12 @@ def test_test_cells_are_never_used(kind, screen, design, targets, weights):
     assert not np.array_equal(weights(model), weights(everything))
 
 
-def test_order_of_cells_and_genes_changes_nothing(screen, design, targets):
+@pytest.mark.parametrize("kind", [NoChange, *LEARNING])
+def test_order_of_cells_and_genes_changes_nothing(kind, screen, design, targets):
     rng = np.random.default_rng(0)
     permuted = screen[rng.permutation(screen.n_obs), rng.permutation(screen.n_vars)].copy()
-    one = train(Additive, screen, design).predict(screen, targets[0])
-    other = train(Additive, permuted, design).predict(permuted, targets[0])
+    one = train(kind, screen, design).predict(screen, targets[0])
+    other = train(kind, permuted, design).predict(permuted, targets[0])
     assert list(one.index) == list(other.index)
     np.testing.assert_allclose(one, other[one.columns], atol=1e-6)
 
@@ -148,3 +169,170 @@ def test_repr(screen, design):
     assert repr(model) == "Additive baseline, 80 genes. Not trained yet."
     model.train()
     assert repr(model) == "Additive baseline, 80 genes."
+
+
+# -- few-shot: some perturbations were measured in the new context ----------------------------------------------------
+
+
+@pytest.fixture
+def few_shot(screen, targets):
+    """`screen` with two of its six targets in type_5 for training."""
+    is_test = (screen.obs["cell_type"] == "type_5") & screen.obs["target_gene"].isin(targets[2:])
+    screen.obs["split"] = np.where(is_test, "test", "train")
+    return screen
+
+
+def error(model, data, context, perturbations) -> float:
+    """Mean absolute error of the mean shift."""
+    predicted = [model.predict(data, p, context=context).to_numpy().mean(axis=0) for p in perturbations]
+    return np.abs(np.array(predicted) - [mean(data, context, p) for p in perturbations]).mean()
+
+
+def test_context_mean_against_numpy(few_shot, design, targets, seen):
+    model = train(ContextMean, few_shot, design, split_key="split")
+    own = np.mean([shift(few_shot, p, ["type_5"]) for p in targets[:2]], axis=0)
+    cells = model.predict(few_shot, targets[4], context="type_5")
+    np.testing.assert_allclose(cells, np.maximum(few_shot[cells.index].X + own, 0), atol=2e-6)
+    few_shot.obs["split"] = np.where(few_shot.obs["cell_type"] == "type_5", "test", "train")
+    model = train(ContextMean, few_shot, design, split_key="split")
+    overall = np.mean([shift(few_shot, p, seen) for p in targets], axis=0)
+    cells = model.predict(few_shot, targets[4], context="type_5")
+    np.testing.assert_allclose(cells, np.maximum(few_shot[cells.index].X + overall, 0), atol=2e-6)
+
+
+def test_additive_takes_part_of_the_own_deviation_of_the_context(few_shot, design, targets, seen):
+    model = train(Additive, few_shot, design, split_key="split")
+    p = targets[4]
+    cells = model.predict(few_shot, p, context="type_5")
+    own = np.mean([shift(few_shot, q, ["type_5"]) - shift(few_shot, q, seen) for q in targets[:2]], axis=0)
+    extra = cells.to_numpy() - few_shot[cells.index].X - shift(few_shot, p, seen)
+    extra = extra[:, (cells > 0).all(axis=0)].mean(axis=0)
+    own = own[(cells > 0).all(axis=0)]
+    slope = (extra @ own) / (own @ own)
+    assert 0.05 < slope < 1
+    assert np.corrcoef(extra, own)[0, 1] > 0.95
+
+
+def test_baselines_in_order_of_what_they_know(few_shot, design, targets):
+    errors = [
+        error(train(kind, few_shot, design, split_key="split"), few_shot, "type_5", targets[2:])
+        for kind in (NearestContext, Additive, PerturbationMean, NoChange)
+    ]
+    assert errors[0] <= 1.02 * errors[1]
+    assert errors[1] < errors[2] < errors[3]
+
+
+def test_nearest_context_of_a_measured_pair_is_near_its_own_shift(screen, design, targets):
+    model, plain = (train(kind, screen, design) for kind in (NearestContext, Additive))
+    assert error(model, screen, "type_2", targets) < 0.8 * error(plain, screen, "type_2", targets)
+
+
+def test_nearest_context_takes_new_contexts_and_pairs(screen, design, targets, seen):
+    known = screen[screen.obs["cell_type"].isin(seen).to_numpy()].copy()
+    model = train(NearestContext, known, design)
+    a, b = targets[:2]
+    one, other, both = (model.predict(screen, p, context="type_5").to_numpy() for p in (a, b, f"{b}+{a}"))
+    base = controls(screen, "type_5")
+    inside = (np.minimum(one, other) > 0) & (both > 0)
+    np.testing.assert_allclose((both - base)[inside], (one + other - 2 * base)[inside], atol=1e-5)
+    with pytest.raises(KeyError, match="Ridge and NearestPerturbations reach others from features"):
+        model.predict(screen, "nothing")
+
+
+# -- from features ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def many():
+    """A larger screen whose effects follow from the programmes of the targets, a third of which is held out."""
+    adata = vc.datasets.synthetic(
+        n_contexts=2, n_perturbations=60, n_genes=150, n_cells_per_group=20, effect_size=0.5, context_specificity=0.3,
+        n_programmes=4, seed=3,
+    )  # fmt: skip
+    features = adata.varm["programmes"]
+    names = sorted(set(adata.obs["target_gene"]) - {CONTROL})
+    adata.X = np.log1p(adata.X.toarray() / np.asarray(adata.X.sum(axis=1)) * 1e4).astype(np.float32)
+    adata.obs["split"] = np.where(adata.obs["target_gene"].isin(names[::3]), "test", "train")
+    return adata, features, names[::3]
+
+
+@pytest.mark.parametrize("kind", FROM_FEATURES)
+def test_unseen_perturbations_from_features(kind, many, design):
+    adata, features, unseen = many
+    model = train(kind, adata, design, features, split_key="split")
+    mean_only = train(PerturbationMean, adata, design, split_key="split")
+    scores = []
+    for m in (model, mean_only):
+        rs = []
+        for p in unseen:
+            delta = m.predict(adata, p, context="type_1").mean().to_numpy() - mean(adata, "type_1", CONTROL)
+            rs.append(np.corrcoef(delta, shift(adata, p, ["type_1"]))[0, 1])
+        scores.append(np.mean(rs))
+    assert scores[0] > 0.6
+    assert scores[0] > scores[1] + 0.3
+
+
+@pytest.mark.parametrize("kind", FROM_FEATURES)
+def test_features_of_pairs_add_up(kind, many, design):
+    adata, features, unseen = many
+    model = train(kind, adata, design, features, split_key="split")
+    a, b = unseen[:2]
+    base = controls(adata, "type_1")
+    one, other, both = (model.predict(adata, p, context="type_1").to_numpy() for p in (a, b, f"{a}+{b}"))
+    own = model._of_context(model.known_contexts.index("type_1"))  # counts once
+    inside = (np.minimum(one, other) > 0) & (both > 0)
+    expected = one + other - 2 * base - own
+    np.testing.assert_allclose((both - base)[inside], expected[inside], atol=1e-5)
+
+
+def test_ridge_is_a_fit_also_for_measured_perturbations(many, design):
+    adata, features, _ = many
+    model = train(Ridge, adata, design, features, split_key="split")
+    p = model.known[0]
+    predicted = model.predict(adata, p, context="type_1").to_numpy().mean(axis=0) - mean(adata, "type_1", CONTROL)
+    assert np.abs(predicted - shift(adata, p, ["type_1"])).max() > 0.05
+
+
+@pytest.mark.parametrize("kind", FROM_FEATURES)
+def test_features_must_be_there(kind, screen, design, targets):
+    kind.setup_anndata(screen, **design)
+    with pytest.raises(ValueError, match=rf"^perturbation_features=None: {kind.__name__} predicts from features"):
+        kind(screen)
+    with pytest.raises(ValueError, match=rf"no row for 1 perturbations of the data: \['{targets[0]}'\]"):
+        kind(screen, table(targets[1:]))
+    model = train(kind, screen, design, table([*targets, "new"]))
+    assert not model.predict(screen, "new").isna().any(axis=None)
+    with pytest.raises(KeyError, match="no row in the feature table"):
+        model.predict(screen, "nothing")
+
+
+# -- saving -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [NoChange, *LEARNING])
+def test_saved_and_loaded_without_the_data(kind, few_shot, design, targets, tmp_path):
+    model = train(kind, few_shot, design, split_key="split")
+    model.save(tmp_path / "model")
+    loaded = kind.load(tmp_path / "model", accelerator="cpu")
+    for p in (targets[0], targets[4], f"{targets[0]}+{targets[3]}", CONTROL):
+        assert loaded.predict(few_shot, p).equals(model.predict(few_shot, p))
+    if kind not in (NoChange, PerturbationMean, ContextMean):
+        with pytest.raises(KeyError, match="'nothing' is unknown"):
+            loaded.check_perturbation("nothing")
+
+
+@pytest.mark.parametrize("kind", [NoChange, *LEARNING])
+def test_without_contexts(kind, screen, targets):
+    design = {"perturbation_key": "target_gene", "control": CONTROL}
+    model = train(kind, screen, design)
+    cells = model.predict(screen, targets[0])
+    assert cells.shape == (300, 80)
+    assert not cells.isna().any(axis=None)
+
+
+@pytest.mark.parametrize("kind", LEARNING)
+def test_training_again_forgets_what_was_learned(kind, screen, design, weights):
+    model = train(kind, screen, design)
+    before = weights(model)
+    model.train()
+    np.testing.assert_array_equal(weights(model), before)

@@ -1,7 +1,18 @@
 """Models in the style of scvi-tools: set up the data, build, train, predict, save."""
 
-from virtualcell.models._baselines import Additive, NoChange, PerturbationMean
+from virtualcell.models._baselines import Additive, ContextMean, NearestContext, NoChange, PerturbationMean
+from virtualcell.models._feature_baselines import NearestPerturbations, Ridge
 from virtualcell.models._se import SE
 from virtualcell.models._st import ST
 
-__all__ = ["SE", "ST", "Additive", "NoChange", "PerturbationMean"]
+__all__ = [
+    "SE",
+    "ST",
+    "Additive",
+    "ContextMean",
+    "NearestContext",
+    "NearestPerturbations",
+    "NoChange",
+    "PerturbationMean",
+    "Ridge",
+]
