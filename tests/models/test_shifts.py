@@ -6,15 +6,13 @@ import numpy as np
 import pytest
 from scipy import sparse
 
+from virtualcell.models._feature_shifts import PENALTIES, nearest_perturbations, ridge
 from virtualcell.models._shifts import (
-    PENALTIES,
     ShiftTable,
     additive,
     additive_leave_one_out,
     cosine,
     nearest_context,
-    nearest_perturbations,
-    ridge,
     shift_table,
 )
 

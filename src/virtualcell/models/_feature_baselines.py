@@ -11,8 +11,9 @@ from anndata import AnnData
 from mudata import MuData
 
 from virtualcell.models._baselines import ShiftModel
+from virtualcell.models._feature_shifts import nearest_perturbations, ridge
 from virtualcell.models._perturbations import PerturbationTable, parts
-from virtualcell.models._shifts import ShiftTable, additive, nearest_perturbations, ridge
+from virtualcell.models._shifts import ShiftTable, additive
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,91 @@
+"""Shifts of perturbations that were never measured, from features: pure numpy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from virtualcell.models._shifts import cosine
+
+PENALTIES = np.logspace(-3, 4, 29)
+
+
+@dataclass(frozen=True)
+class RidgeFit:
+    """`shift = count * intercept + features @ coefficients`.
+
+    Parameters
+    ----------
+    coefficients, intercept
+        (n_features, n_genes) and (n_genes,).
+    penalty
+        Ridge penalty, in units of the mean squared length of a row of features.
+    leave_one_out
+        Prediction for each row of the training data from the others, (n_rows, n_genes).
+    """
+
+    coefficients: np.ndarray
+    intercept: np.ndarray
+    penalty: float
+    leave_one_out: np.ndarray
+
+    def shift(self, features: np.ndarray, count: float = 1) -> np.ndarray:
+        """Return the shifts, (..., n_genes), of rows of features."""
+        return count * self.intercept + features @ self.coefficients
+
+
+def ridge(
+    features: np.ndarray, shifts: np.ndarray, count: np.ndarray | None = None, *, penalties: np.ndarray = PENALTIES
+) -> RidgeFit:
+    """Regress shifts on features of perturbations, with the mean shift as intercept (Ahlmann-Eltze et al. 2025).
+
+    The penalty of `penalties` with the smallest squared error, each row predicted from the others, is chosen; these
+    predictions are exact, from the leverages (PRESS).
+
+    Parameters
+    ----------
+    features
+        (n_perturbations, n_features).
+    shifts
+        (n_perturbations, n_genes).
+    count
+        How many perturbations each row combines, (n_perturbations,), each adding the intercept once; 1 by default.
+    penalties
+        Penalties to choose from, in units of the mean squared length of a row of features.
+    """
+    x, y = np.asarray(features, dtype=np.float64), np.asarray(shifts, dtype=np.float64)
+    one = np.ones(len(x)) if count is None else np.asarray(count, dtype=np.float64)
+    one = one / np.linalg.norm(one)
+    u, s, vt = np.linalg.svd(x - np.outer(one, one @ x), full_matrices=False)
+    left = y - np.outer(one, one @ y)
+    rotated = u.T @ left
+    unit = float((s**2).sum()) / len(x) or 1.0
+    # squared residuals of all genes need the products of shifts alone, n x n
+    products = left @ left.T
+    corner = rotated @ rotated.T
+    crossed = u * (products @ u)
+    best, error = penalties[-1], np.inf
+    for penalty in penalties:
+        keep = s**2 / (s**2 + penalty * unit)
+        squared = np.diag(products) - 2 * crossed @ keep + (((u * keep) @ corner) * (u * keep)).sum(axis=1)
+        free = 1 - one**2 - u**2 @ keep
+        # a row that nothing but itself determines has no prediction from the others
+        score = float((squared / np.maximum(free, 1e-6) ** 2).sum())
+        if score < error:
+            best, error = penalty, score
+    keep = s**2 / (s**2 + best * unit)
+    coefficients = (vt.T * (s / (s**2 + best * unit))) @ rotated
+    scale = np.linalg.norm(np.ones(len(x)) if count is None else count)
+    intercept = one @ (y - x @ coefficients) / scale
+    residual = left - (u * keep) @ rotated
+    out = y - residual / np.maximum(1 - one**2 - u**2 @ keep, 1e-6)[:, None]
+    return RidgeFit(coefficients.astype(np.float32), intercept.astype(np.float32), float(best), out.astype(np.float32))
+
+
+def nearest_perturbations(features: np.ndarray, shifts: np.ndarray, query: np.ndarray, *, k: int = 10) -> np.ndarray:
+    """Return the mean shift, (n_query, n_genes), of the k perturbations with the most similar features (cosine)."""
+    if k < 1:
+        raise ValueError(f"k={k!r}: at least one neighbour is needed.")
+    order = np.argsort(-cosine(query, features), axis=1, kind="stable")[:, :k]
+    return shifts[order].mean(axis=1)
