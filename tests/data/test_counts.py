@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import sparse
+
+from virtualcell.data._counts import depth_matched_counts
+
+GENES = [f"G{i}" for i in range(40)]
+
+
+@pytest.fixture
+def share() -> np.ndarray:
+    share = np.random.default_rng(1).lognormal(sigma=1.5, size=len(GENES))
+    share[5] = 0
+    return share / share.sum()
+
+
+def repeated(share: np.ndarray, n: int) -> sparse.csr_matrix:
+    return sparse.csr_matrix(np.tile(np.log1p(1e4 * share), (n, 1)).astype(np.float32))
+
+
+@pytest.mark.parametrize("sampling", ["systematic", "multinomial"])
+def test_totals_are_the_depths_and_means_are_kept(share, sampling):
+    depths = np.random.default_rng(0).integers(1, 3000, size=4000)
+    counts = depth_matched_counts(repeated(share, 4000), depths, genes=GENES, sampling=sampling)
+    dense = counts.toarray().astype(np.float64)
+    np.testing.assert_array_equal(dense.sum(axis=1), depths)
+    np.testing.assert_array_equal(dense, np.rint(dense))
+    assert counts.dtype == np.float32
+    assert (counts.data > 0).all()
+    error = np.sqrt(share * (1 - share) / depths.sum())  # of the multinomial, the noisier of the two
+    assert (np.abs(dense.sum(axis=0) / depths.sum() - share) <= 4 * error).all()
+
+
+def test_multinomial_has_the_variance_of_counting(share):
+    counts = depth_matched_counts(repeated(share, 6000), [500] * 6000, genes=GENES, sampling="multinomial").toarray()
+    expected = 500 * share * (1 - share)
+    seen = counts.var(axis=0)
+    kept = expected > 0.05
+    np.testing.assert_allclose(seen[kept], expected[kept], rtol=0.15)
+    # drawn together, counts of two genes are anticorrelated: -N p q
+    first, second = np.argsort(share)[-2:]
+    covariance = np.cov(counts[:, first], counts[:, second])[0, 1]
+    assert covariance == pytest.approx(-500 * share[first] * share[second], rel=0.25)
+
+
+def test_systematic_rounds_up_or_down_with_the_least_variance(share):
+    mean = 500 * share
+    counts = depth_matched_counts(repeated(share, 6000), [500] * 6000, genes=GENES, sampling="systematic").toarray()
+    assert (np.abs(counts - mean) < 1 + 1e-3).all()
+    fraction = mean - np.floor(mean)
+    np.testing.assert_allclose(counts.var(axis=0), fraction * (1 - fraction), atol=0.02)
+
+
+def test_systematic_gives_real_counts_back_and_multinomial_doubles_their_noise(share):
+    rng = np.random.default_rng(3)
+    real = rng.multinomial(800, share, size=3000)
+    log = sparse.csr_matrix(np.log1p(real / real.sum(axis=1, keepdims=True) * 1e4).astype(np.float32))
+    back = depth_matched_counts(log, real.sum(axis=1), genes=GENES).toarray()
+    assert (back == real).all(axis=1).mean() > 0.99
+    again = depth_matched_counts(log, real.sum(axis=1), genes=GENES, sampling="multinomial").toarray()
+    kept = 800 * share > 1
+    assert np.median(again.var(axis=0)[kept] / real.var(axis=0)[kept]) == pytest.approx(2, abs=0.1)
+
+
+@pytest.mark.parametrize("sampling", ["systematic", "multinomial"])
+def test_order_of_genes_does_not_matter_and_the_seed_does(share, sampling):
+    log = repeated(share, 30)
+    order = np.random.default_rng(2).permutation(len(GENES))
+    counts = depth_matched_counts(log, [200] * 30, genes=GENES, sampling=sampling, seed=4)
+    shuffled = depth_matched_counts(log[:, order], [200] * 30, genes=np.array(GENES)[order], sampling=sampling, seed=4)
+    np.testing.assert_array_equal(shuffled.toarray(), counts[:, order].toarray())
+    other = depth_matched_counts(log, [200] * 30, genes=GENES, sampling=sampling, seed=5)
+    assert (other != counts).nnz
+
+
+def test_cells_of_several_blocks_keep_their_order(share, monkeypatch):
+    monkeypatch.setattr("virtualcell.data._counts._ROWS", 4)
+    depths = np.arange(1, 12)
+    counts = depth_matched_counts(repeated(share, 11), depths, genes=GENES)
+    np.testing.assert_array_equal(counts.toarray().sum(axis=1), depths)
+
+
+def test_a_cell_that_expresses_nothing_is_an_error(share):
+    log = repeated(share, 3).tolil()
+    log[1] = 0
+    with pytest.raises(ValueError, match="cell 1 of predicted expresses nothing"):
+        depth_matched_counts(log.tocsr(), [10] * 3, genes=GENES)
