@@ -1,8 +1,10 @@
 """Fit models, embed cells, predict perturbations."""
 
 from virtualcell.tl._embed import embed
+from virtualcell.tl._evaluate import evaluate
 from virtualcell.tl._fit import fit_state
 from virtualcell.tl._predict import predict_perturbation
 from virtualcell.tl._submission import prepare_submission
+from virtualcell.tl._summarize import summarize
 
-__all__ = ["embed", "fit_state", "predict_perturbation", "prepare_submission"]
+__all__ = ["embed", "evaluate", "fit_state", "predict_perturbation", "prepare_submission", "summarize"]

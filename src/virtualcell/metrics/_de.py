@@ -1,0 +1,300 @@
+"""Differential expression, and how well predicted genes match the real ones.
+
+The comparisons take one perturbation: log fold changes and adjusted p-values over the same genes in the same order, as
+:func:`differential_expression` gives them. A gene is significant where its adjusted p-value is below `threshold`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+
+import loguru
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from illico import asymptotic_wilcoxon
+from numpy.typing import ArrayLike
+from scipy import sparse, stats
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+from virtualcell.metrics._profiles import largest
+
+# What scanpy adds to both means, so that a gene that is absent on one side has a finite fold change.
+_PSEUDOCOUNT = 1e-9
+
+
+def differential_expression(
+    cells: sparse.csr_matrix | np.ndarray,
+    perturbations: ArrayLike,
+    *,
+    control: str,
+    genes: ArrayLike | None = None,
+    pseudocount: float = _PSEUDOCOUNT,
+    n_jobs: int = 1,
+) -> pd.DataFrame:
+    """Test every gene of every perturbation against the control cells.
+
+    Wilcoxon's rank-sum test, two-sided, normal approximation with correction for ties and continuity, by `illico`; the
+    p-values of each perturbation are adjusted after Benjamini and Hochberg. A sparse matrix stays sparse.
+
+    Parameters
+    ----------
+    cells
+        log(1 + counts per 10,000), (n_cells, n_genes).
+    perturbations
+        Label of each cell, (n_cells,).
+    control
+        The label of control cells.
+    genes
+        Names of the columns; their numbers by default.
+    pseudocount
+        Added to both means of the fold change log2((expm1(m_p) + c) / (expm1(m_0) + c)), with m the means of `cells`,
+        as in scanpy. With 0, a gene that is absent from one group has an infinite one.
+    n_jobs
+        Threads.
+
+    Returns
+    -------
+    One row per perturbation (sorted) and gene (in the order of `cells`): `perturbation`, `gene`, `log2_fold_change`,
+    `p_value` and `fdr`, the adjusted p-value.
+    """
+    labels = pd.Categorical(np.asarray(perturbations).astype(str))
+    matrix = sparse.csr_matrix(cells) if sparse.issparse(cells) else np.asarray(cells)
+    if len(labels) != matrix.shape[0]:
+        raise ValueError(f"perturbations has {len(labels)} labels for {matrix.shape[0]} cells.")
+    groups = [str(g) for g in labels.categories]
+    if control not in groups or len(groups) < 2:
+        raise ValueError(f"control={control!r} must label some of the cells, and others be perturbed; found {groups}.")
+    tested = [g for g in groups if g != control]
+    genes = np.arange(matrix.shape[1]).astype(str) if genes is None else np.asarray(genes).astype(str)
+    codes = np.array([groups.index(control), *(groups.index(g) for g in tested)]).argsort()[labels.codes]
+    p, fdr = rank_sum_test(matrix, codes, n_jobs=n_jobs)
+    means = group_means(matrix, codes, len(groups))
+    change = log2_fold_change(means[1:], means[0], pseudocount=pseudocount)
+    return pd.DataFrame(
+        {
+            "perturbation": pd.Categorical.from_codes(np.repeat(np.arange(len(tested)), len(genes)), tested),
+            "gene": np.tile(genes, len(tested)),
+            "log2_fold_change": change.ravel(),
+            "p_value": p.ravel(),
+            "fdr": fdr.ravel(),
+        }
+    )
+
+
+def rank_sum_test(
+    matrix: sparse.csr_matrix | np.ndarray, codes: np.ndarray, *, n_jobs: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return p-values and adjusted p-values, (n_groups, n_genes), of groups 1, 2, ... against group 0."""
+    if sparse.issparse(matrix) and not matrix.has_sorted_indices:
+        matrix = matrix.sorted_indices()
+    n_groups = int(codes.max())
+    names = [f"{i:09d}" for i in range(n_groups + 1)]  # sort as numbers do
+    obs = pd.DataFrame({"group": pd.Categorical.from_codes(codes, names)}, index=np.arange(len(codes)).astype(str))
+    loguru.logger.disable("illico")  # it reports every call on stderr, past `logging`, and draws a bar there
+    with contextlib.redirect_stderr(io.StringIO()):
+        result = asymptotic_wilcoxon(
+            AnnData(matrix, obs=obs), is_log1p=True, group_keys="group", reference=names[0], n_threads=n_jobs
+        )
+    n_genes = matrix.shape[1]
+    found = pd.Index(result.index.get_level_values(0)[::n_genes])
+    p = result["p_value"].to_numpy().reshape(-1, n_genes)[found.get_indexer(names[1:])].clip(0, 1)
+    return p, stats.false_discovery_control(p, axis=1)
+
+
+def log2_fold_change(means: np.ndarray, control: np.ndarray, *, pseudocount: float = _PSEUDOCOUNT) -> np.ndarray:
+    """log2 ratio of means of log(1 + x), each put back to the scale of x."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        change = np.log2((np.expm1(means) + pseudocount) / (np.expm1(control) + pseudocount))
+    change[np.isnan(change)] = 0  # absent from both groups
+    return change
+
+
+def group_means(matrix: sparse.csr_matrix | np.ndarray, codes: np.ndarray, n_groups: int) -> np.ndarray:
+    """Mean over the cells of each group in float64, (n_groups, n_genes)."""
+    n_genes = matrix.shape[1]
+    sums = np.zeros(n_groups * n_genes)
+    for start in range(0, matrix.shape[0], 4096):
+        rows = sparse.csr_matrix(matrix[start : start + 4096])
+        place = np.repeat(codes[start : start + 4096].astype(np.int64) * n_genes, np.diff(rows.indptr)) + rows.indices
+        sums += np.bincount(place, weights=rows.data, minlength=len(sums))
+    return sums.reshape(n_groups, n_genes) / np.bincount(codes, minlength=n_groups)[:, None]
+
+
+def de_overlap(
+    predicted_lfc: ArrayLike,
+    observed_lfc: ArrayLike,
+    *,
+    predicted_fdr: ArrayLike,
+    observed_fdr: ArrayLike,
+    k: int | None = None,
+    threshold: float = 0.05,
+) -> float:
+    """Share of the really changed genes that are predicted to change: DE_p of the Virtual Cell Challenge 2025.
+
+    |G_pred ∩ G_true| / n_true with the significant genes of either side; where more are predicted than are true, only
+    the n_true predicted ones with the largest |log fold change| count. `overlap_at_N` of cell-eval.
+
+    Parameters
+    ----------
+    predicted_lfc, observed_lfc
+        Log fold changes, (n_genes,).
+    predicted_fdr, observed_fdr
+        Adjusted p-values, (n_genes,).
+    k
+        Compare only the k significant genes of largest |log fold change| on either side (`overlap_at_k`).
+    threshold
+        Of the adjusted p-value.
+
+    Returns
+    -------
+    The share, 1 is perfect; 0, as in the challenge, where no gene is really significant.
+    """
+    predicted, observed = _ranked(predicted_lfc, predicted_fdr, observed_lfc, observed_fdr, threshold)
+    return _overlap(predicted, observed, len(observed) if k is None else min(k, len(observed)))
+
+
+def de_precision(
+    predicted_lfc: ArrayLike,
+    observed_lfc: ArrayLike,
+    *,
+    predicted_fdr: ArrayLike,
+    observed_fdr: ArrayLike,
+    k: int | None = None,
+    threshold: float = 0.05,
+) -> float:
+    """Share of the genes predicted to change that are among as many of the really changed ones.
+
+    `precision_at_N` of cell-eval: the n_pred significant predicted genes against the n_pred really significant ones
+    with the largest |log fold change|.
+
+    Parameters
+    ----------
+    predicted_lfc, observed_lfc, predicted_fdr, observed_fdr, k, threshold
+        As in :func:`de_overlap`.
+
+    Returns
+    -------
+    The share, 1 is perfect; 0 where no gene is predicted to be significant.
+    """
+    predicted, observed = _ranked(predicted_lfc, predicted_fdr, observed_lfc, observed_fdr, threshold)
+    return _overlap(predicted, observed, len(predicted) if k is None else min(k, len(predicted)))
+
+
+def de_spearman_lfc(
+    predicted_lfc: ArrayLike, observed_lfc: ArrayLike, *, observed_fdr: ArrayLike, threshold: float = 0.05
+) -> float:
+    """Spearman correlation of log fold changes over the really significant genes.
+
+    Parameters
+    ----------
+    predicted_lfc, observed_lfc, observed_fdr, threshold
+        As in :func:`de_overlap`.
+
+    Returns
+    -------
+    The correlation, 1 is perfect; NaN where fewer than two genes are significant or one side is constant over them.
+    """
+    predicted, observed, fdr = _same_genes(predicted_lfc, observed_lfc, observed_fdr)
+    x, y = (stats.rankdata(v[fdr < threshold]) for v in (predicted, observed))
+    if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return float("nan")
+    return float(np.corrcoef(x, y)[0, 1])
+
+
+def de_direction_match(
+    predicted_lfc: ArrayLike, observed_lfc: ArrayLike, *, observed_fdr: ArrayLike, threshold: float = 0.05
+) -> float:
+    """Share of the really significant genes whose predicted change has the right sign.
+
+    Parameters
+    ----------
+    predicted_lfc, observed_lfc, observed_fdr, threshold
+        As in :func:`de_overlap`.
+
+    Returns
+    -------
+    The share, 1 is perfect; NaN where no gene is significant.
+    """
+    predicted, observed, fdr = _same_genes(predicted_lfc, observed_lfc, observed_fdr)
+    true = fdr < threshold
+    return float((np.sign(predicted) == np.sign(observed))[true].mean()) if true.any() else float("nan")
+
+
+def de_recall(predicted_fdr: ArrayLike, observed_fdr: ArrayLike, *, threshold: float = 0.05) -> float:
+    """Share of the really significant genes that are predicted to be, however many are predicted.
+
+    Parameters
+    ----------
+    predicted_fdr, observed_fdr, threshold
+        As in :func:`de_overlap`.
+
+    Returns
+    -------
+    The share, 1 is perfect; NaN where no gene is significant.
+    """
+    predicted, observed = _same_genes(predicted_fdr, observed_fdr)
+    true = observed < threshold
+    return float((predicted < threshold)[true].mean()) if true.any() else float("nan")
+
+
+def pr_auc(
+    predicted_fdr: ArrayLike, observed_fdr: ArrayLike, *, threshold: float = 0.05, floor: float = 1e-10
+) -> float:
+    """Average precision of finding the really significant genes by the predicted adjusted p-value.
+
+    Parameters
+    ----------
+    predicted_fdr, observed_fdr, threshold
+        As in :func:`de_overlap`.
+    floor
+        Adjusted p-values below it tie, as in cell-eval.
+
+    Returns
+    -------
+    The area, 1 is perfect, the share of significant genes chance; NaN where all genes are significant, or none.
+    """
+    true, score = _retrieval(predicted_fdr, observed_fdr, threshold, floor)
+    return float(average_precision_score(true, score)) if 0 < true.sum() < len(true) else float("nan")
+
+
+def roc_auc(
+    predicted_fdr: ArrayLike, observed_fdr: ArrayLike, *, threshold: float = 0.05, floor: float = 1e-10
+) -> float:
+    """Area under the ROC curve of finding the really significant genes by the predicted adjusted p-value.
+
+    Parameters
+    ----------
+    predicted_fdr, observed_fdr, threshold, floor
+        As in :func:`pr_auc`.
+
+    Returns
+    -------
+    The area, 1 is perfect, 0.5 chance; NaN where all genes are significant, or none.
+    """
+    true, score = _retrieval(predicted_fdr, observed_fdr, threshold, floor)
+    return float(roc_auc_score(true, score)) if 0 < true.sum() < len(true) else float("nan")
+
+
+def _retrieval(predicted_fdr, observed_fdr, threshold: float, floor: float) -> tuple[np.ndarray, np.ndarray]:
+    predicted, observed = _same_genes(predicted_fdr, observed_fdr)
+    return observed < threshold, -np.log10(predicted.clip(floor, 1))
+
+
+def _ranked(predicted_lfc, predicted_fdr, observed_lfc, observed_fdr, threshold: float) -> list[np.ndarray]:
+    """Significant genes of either side, by falling |log fold change|."""
+    arrays = _same_genes(predicted_lfc, predicted_fdr, observed_lfc, observed_fdr)
+    significant = [np.flatnonzero(fdr < threshold) for fdr in arrays[1::2]]
+    return [genes[largest(np.abs(lfc[genes]), None)] for lfc, genes in zip(arrays[::2], significant, strict=True)]
+
+
+def _overlap(predicted: np.ndarray, observed: np.ndarray, k: int) -> float:
+    return len(np.intersect1d(predicted[:k], observed[:k])) / k if k else 0.0
+
+
+def _same_genes(*arrays: ArrayLike) -> list[np.ndarray]:
+    out = [np.asarray(a, dtype=np.float64) for a in arrays]
+    if len({a.shape for a in out}) > 1 or out[0].ndim != 1:
+        raise ValueError(f"all must be of one perturbation and the same genes, got shapes {[a.shape for a in out]}.")
+    return out

@@ -1,0 +1,84 @@
+"""Whether the predictions for different perturbations can be told apart."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.spatial.distance import cdist
+
+from virtualcell.metrics._profiles import same_shape
+
+_SCIPY_NAMES = {"l1": "cityblock", "l2": "euclidean", "cosine": "cosine"}
+
+
+def discrimination_score(
+    predicted: ArrayLike,
+    observed: ArrayLike,
+    control: ArrayLike,
+    *,
+    metric: Literal["l1", "l2", "cosine"] = "l1",
+    target_genes: ArrayLike | None = None,
+    ties: Literal["midrank", "rank"] = "midrank",
+) -> np.ndarray:
+    """Tell perturbations apart: share of the other real effects that lie farther from the predicted one than its own.
+
+    `1 - PDisc` of the Virtual Cell Challenge, PDisc_p = r_p / n with r_p the number of perturbations whose real effect
+    is nearer to the prediction for p than the real effect of p.
+
+    Parameters
+    ----------
+    predicted, observed
+        Profiles of the perturbations in the same order, (n_perturbations, n_genes).
+    control
+        Profile of the real control cells, (n_genes,), or one per perturbation, (n_perturbations, n_genes).
+    metric
+        "l1", "l2" or "cosine". The first two reward scaling the effect; cosine does not.
+    target_genes
+        Column of each perturbation's own target, which is left out of its comparison, or -1; (n_perturbations,).
+    ties
+        What a real effect at the same distance as the right one counts in r_p: a half ("midrank"), or nothing ("rank",
+        the letter of the definition, by which a prediction of no effect is perfect in cosine distance).
+
+    Returns
+    -------
+    Score of each perturbation, (n_perturbations,); 1 is perfect, 0.5 chance for many perturbations.
+    """
+    if metric not in _SCIPY_NAMES:
+        raise ValueError(f"metric={metric!r} is unknown; valid are {list(_SCIPY_NAMES)}.")
+    if ties not in ("midrank", "rank"):
+        raise ValueError(f"ties={ties!r} is unknown; valid are ['midrank', 'rank'].")
+    predicted, observed = same_shape(predicted, observed)
+    x, y = predicted - np.asarray(control), observed - np.asarray(control)
+    n = len(x)
+    targets = np.full(n, -1) if target_genes is None else np.asarray(target_genes)
+    scores = np.empty(n)
+    for p, gene in enumerate(targets):
+        if gene >= 0:  # a gene that is zero on both sides adds nothing to any of the distances, and needs no copy
+            kept = y[:, gene].copy()
+            x[p, gene], y[:, gene] = 0, 0
+        # a prediction without effect has no direction: it is equally far from all
+        distance = np.nan_to_num(cdist(x[p : p + 1], y, metric=_SCIPY_NAMES[metric])[0], nan=1.0)
+        if gene >= 0:
+            y[:, gene] = kept
+        nearer = (distance < distance[p]).sum()
+        if ties == "midrank":
+            nearer = nearer + ((distance == distance[p]).sum() - 1) / 2
+        scores[p] = 1 - nearer / n
+    return scores
+
+
+def pdisc_norm(scores: ArrayLike) -> np.ndarray:
+    """Put discrimination scores on the scale of the Virtual Cell Challenge 2025: PDiscNorm = 1 - 2 PDisc.
+
+    Parameters
+    ----------
+    scores
+        Of :func:`discrimination_score`, which are 1 - PDisc.
+
+    Returns
+    -------
+    `2 * scores - 1`; 1 is perfect, 0 chance, and below 0 worse than chance.
+    """
+    return 2 * np.asarray(scores, dtype=np.float64) - 1

@@ -1,0 +1,325 @@
+"""Every metric of :func:`virtualcell.tl.evaluate` by name, and what they share: the cells of one context, compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+
+import numpy as np
+from joblib import Parallel, delayed
+from scipy import sparse, stats
+from scipy.linalg import eigh
+
+from virtualcell import metrics
+from virtualcell.metrics._cells import mean_distance
+from virtualcell.metrics._de import log2_fold_change, rank_sum_test
+
+# Cells of one group beyond these numbers are drawn at random: distances between all pairs grow with the square.
+MAX_CELLS = 2000
+MAX_CELLS_PCA = 500
+_CELLS_OF_PCA = 1000
+_N_COMPONENTS = 50
+
+
+class Cells:
+    """Cells of one side and context, the groups one after another."""
+
+    def __init__(self, matrix: sparse.csr_matrix, rows: dict[str, np.ndarray]) -> None:
+        self.names = list(rows)
+        self.sizes = np.array([len(r) for r in rows.values()])
+        self.matrix = matrix[np.concatenate(list(rows.values()))]
+        self.start = dict(zip(self.names, np.cumsum(self.sizes) - self.sizes, strict=True))
+        self.size = dict(zip(self.names, self.sizes, strict=True))
+
+    def group(self, name: str) -> sparse.csr_matrix:
+        """Cells of one group; shares memory."""
+        rows = slice(self.start[name], self.start[name] + self.size[name] + 1)
+        ends = self.matrix.indptr[rows]
+        kept = slice(ends[0], ends[-1])
+        parts = (self.matrix.data[kept], self.matrix.indices[kept], ends - ends[0])
+        return sparse.csr_matrix(parts, shape=(len(ends) - 1, self.matrix.shape[1]))
+
+    @cached_property
+    def moments(self) -> dict[str, np.ndarray]:
+        """Mean and mean square of each group, (2, n_genes)."""
+        out, n_genes = {}, self.matrix.shape[1]
+        for name in self.names:
+            cells = self.group(name)
+            sums = [np.bincount(cells.indices, x, n_genes) for x in (cells.data, np.square(cells.data))]
+            out[name] = np.stack(sums) / self.size[name]
+        return out
+
+
+@dataclass
+class Comparison:
+    """Predicted against real cells of the same perturbations in one context; everything is computed once, when needed.
+
+    Matrices are log1p CP10k of the same genes. `control` labels control cells, which `observed` has; effects of both
+    sides are taken against them, unless `predicted` has control cells too.
+    """
+
+    predicted: Cells
+    observed: Cells
+    perturbations: list[str]
+    control: str
+    genes: np.ndarray
+    seed: int = 0
+    n_jobs: int = 1
+    # columns in an order that does not depend on the data's, so that ties do not either
+    order: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.order = np.argsort(self.genes, kind="stable")
+
+    @property
+    def own_control(self) -> bool:
+        """Whether predicted effects are taken against predicted control cells."""
+        return self.control in self.predicted.size
+
+    # -- profiles -----------------------------------------------------------------------------------------------------
+
+    def _moment(self, cells: Cells, names: list[str], *, which: int = 0) -> np.ndarray:
+        return np.stack([cells.moments[n][which] for n in names])[:, self.order]
+
+    @cached_property
+    def predicted_means(self) -> np.ndarray:
+        """(n_perturbations, n_genes)."""
+        return self._moment(self.predicted, self.perturbations)
+
+    @cached_property
+    def observed_means(self) -> np.ndarray:
+        """(n_perturbations, n_genes)."""
+        return self._moment(self.observed, self.perturbations)
+
+    @cached_property
+    def control_mean(self) -> np.ndarray:
+        """Mean of the real control cells, (n_genes,)."""
+        return self._moment(self.observed, [self.control])[0]
+
+    @cached_property
+    def shifted_means(self) -> np.ndarray:
+        """Real control mean + predicted effect, (n_perturbations, n_genes)."""
+        if not self.own_control:
+            return self.predicted_means
+        return self.predicted_means - self._moment(self.predicted, [self.control]) + self.control_mean
+
+    def variances(self, cells: Cells) -> np.ndarray:
+        """Of each perturbation over its cells, by n - 1, (n_perturbations, n_genes)."""
+        n = np.array([cells.size[p] for p in self.perturbations])[:, None]
+        variances = self._moment(cells, self.perturbations, which=1) - self._moment(cells, self.perturbations) ** 2
+        return np.maximum(variances, 0) * n / np.maximum(n - 1, 1)
+
+    @cached_property
+    def targets(self) -> np.ndarray:
+        """Column of the gene that each perturbation is named after, or -1."""
+        place = {g: i for i, g in enumerate(self.genes[self.order])}
+        return np.array([place.get(p, -1) for p in self.perturbations])
+
+    # -- differential expression --------------------------------------------------------------------------------------
+
+    def _de(self, cells: Cells, means: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        code_of = {self.control: 0, **{p: i + 1 for i, p in enumerate(self.perturbations)}}
+        codes, matrix = np.repeat([code_of[n] for n in cells.names], cells.sizes), cells.matrix
+        controls = cells if self.control in cells.size else self.observed
+        if controls is not cells:
+            matrix = sparse.vstack([matrix, controls.group(self.control)], format="csr")
+            codes = np.concatenate([codes, np.zeros(controls.size[self.control], dtype=codes.dtype)])
+        p_value, fdr = rank_sum_test(matrix, codes, n_jobs=self.n_jobs)
+        change = log2_fold_change(means, self._moment(controls, [self.control]))
+        return change, p_value[:, self.order], fdr[:, self.order]
+
+    @cached_property
+    def predicted_de(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """log2 fold change, p-value and adjusted p-value, each (n_perturbations, n_genes)."""
+        return self._de(self.predicted, self.predicted_means)
+
+    @cached_property
+    def observed_de(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """log2 fold change, p-value and adjusted p-value, each (n_perturbations, n_genes)."""
+        return self._de(self.observed, self.observed_means)
+
+    # -- cells --------------------------------------------------------------------------------------------------------
+
+    def _drawn(self, cells: sparse.csr_matrix, n: int) -> np.ndarray:
+        # rows come in the order of cell names: the same cells are drawn however the data is sorted
+        if cells.shape[0] > n:
+            cells = cells[np.sort(np.random.default_rng(self.seed).choice(cells.shape[0], n, replace=False))]
+        return cells.toarray()
+
+    def _dense(self, cells: Cells, name: str, n: int) -> np.ndarray:
+        """Cells minus the mean of all control cells: distances stay, and float32 keeps more of their digits."""
+        dense = self._drawn(cells.group(name), n)
+        dense -= self._centre
+        return dense
+
+    @cached_property
+    def _centre(self) -> np.ndarray:
+        return self.observed.moments[self.control][0].astype(np.float32)
+
+    def _for_each(self, function: Callable[[str], object]) -> list:
+        return Parallel(self.n_jobs, prefer="threads")(delayed(function)(p) for p in self.perturbations)
+
+    @cached_property
+    def within(self) -> np.ndarray:
+        """Mean distance between two predicted and between two real cells, and from one to the other, (n, 3)."""
+
+        def distances(p: str) -> tuple[float, float, float]:
+            x, y = self._dense(self.predicted, p, MAX_CELLS), self._dense(self.observed, p, MAX_CELLS)
+            return mean_distance(x, x), mean_distance(y, y), mean_distance(x, y)
+
+        return np.array(self._for_each(distances))
+
+    @cached_property
+    def from_control(self) -> np.ndarray:
+        """Energy distance (of Székely and Rizzo) of predicted and of real cells from control cells, (n, 2)."""
+        real = self._dense(self.observed, self.control, MAX_CELLS)
+        simulated = self._dense(self.predicted, self.control, MAX_CELLS) if self.own_control else real
+        spread = np.array([mean_distance(simulated, simulated), mean_distance(real, real)])
+
+        def distances(p: str) -> tuple[float, float]:
+            x, y = self._dense(self.predicted, p, MAX_CELLS), self._dense(self.observed, p, MAX_CELLS)
+            return mean_distance(x, simulated), mean_distance(y, real)
+
+        return 2 * np.array(self._for_each(distances)) - self.within[:, :2] - spread
+
+    @cached_property
+    def components(self) -> np.ndarray:
+        """Principal axes (n_genes, <= 50) of real cells, from at most 1,000 of them."""
+        dense = self._drawn(self.observed.matrix, _CELLS_OF_PCA)
+        dense -= dense.mean(axis=0)
+        n = min(_N_COMPONENTS, len(dense) - 1)
+        values, vectors = eigh((dense @ dense.T).astype(np.float64), subset_by_index=[len(dense) - n, len(dense) - 1])
+        kept = values > 1e-6 * values[-1]
+        return dense.T @ (vectors[:, kept] / np.sqrt(values[kept])).astype(np.float32)
+
+    @cached_property
+    def in_components(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Predicted and real cells of each perturbation on the principal axes."""
+        axes = self.components
+
+        def project(p: str) -> tuple[np.ndarray, np.ndarray]:
+            return tuple(self._dense(c, p, MAX_CELLS_PCA) @ axes for c in (self.predicted, self.observed))
+
+        return self._for_each(project)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a metric is computed, one value per perturbation or one for all of them, and its best value, if any."""
+
+    compute: Callable[[Comparison], np.ndarray | list[float] | float]
+    best: float | None = None
+
+
+def _errors(function: Callable, c: Comparison) -> list[float]:
+    return [function(p, o) for p, o in zip(c.predicted_means, c.observed_means, strict=True)]
+
+
+def _errors_of_effect(function: Callable, c: Comparison) -> list[float]:
+    return [function(p, o) for p, o in zip(c.shifted_means, c.observed_means, strict=True)]
+
+
+def _effects(function: Callable, c: Comparison) -> list[float]:
+    return [function(p, o, c.control_mean) for p, o in zip(c.shifted_means, c.observed_means, strict=True)]
+
+
+def _effect_of_top_genes(k: int, c: Comparison) -> list[float]:
+    out = []
+    lfc, p_value, _ = c.observed_de
+    for i in range(len(c.perturbations)):
+        top = np.lexsort((-np.abs(lfc[i]), p_value[i]))[:k]
+        out.append(metrics.pearson_delta(c.shifted_means[i, top], c.observed_means[i, top], c.control_mean[top]))
+    return out
+
+
+def _discrimination(metric: str, c: Comparison) -> np.ndarray:
+    return metrics.discrimination_score(
+        c.shifted_means, c.observed_means, c.control_mean, metric=metric, target_genes=c.targets
+    )
+
+
+def _pdisc_norm(metric: str, c: Comparison) -> np.ndarray:
+    return metrics.pdisc_norm(_discrimination(metric, c))
+
+
+def _de_genes(function: Callable, k: int | None, c: Comparison) -> list[float]:
+    (lfc, _, fdr), (real_lfc, _, real_fdr) = c.predicted_de, c.observed_de
+    return [function(lfc[i], real_lfc[i], predicted_fdr=fdr[i], observed_fdr=real_fdr[i], k=k) for i in range(len(lfc))]
+
+
+def _de_changes(function: Callable, c: Comparison) -> list[float]:
+    lfc, (real_lfc, _, real_fdr) = c.predicted_de[0], c.observed_de
+    return [function(lfc[i], real_lfc[i], observed_fdr=real_fdr[i]) for i in range(len(lfc))]
+
+
+def _de_retrieval(function: Callable, c: Comparison) -> list[float]:
+    return [function(p, o) for p, o in zip(c.predicted_de[2], c.observed_de[2], strict=True)]
+
+
+def _n_significant(side: str, c: Comparison) -> np.ndarray:
+    return (getattr(c, side)[2] < 0.05).sum(axis=1).astype(float)
+
+
+def _spearman_of_numbers(c: Comparison) -> float:
+    predicted, real = _n_significant("predicted_de", c), _n_significant("observed_de", c)
+    predicted, real = predicted[real > 0], real[real > 0]
+    constant = len(real) < 2 or np.ptp(predicted) == 0 or np.ptp(real) == 0
+    return float("nan") if constant else float(stats.spearmanr(predicted, real).statistic)
+
+
+def _energy_distance(c: Comparison) -> np.ndarray:
+    return c.within[:, 2] - c.within[:, :2].mean(axis=1)
+
+
+def _pearson_of_distances(c: Comparison) -> float:
+    predicted, real = c.from_control.T
+    constant = len(real) < 2 or np.ptp(predicted) == 0 or np.ptp(real) == 0
+    return float("nan") if constant else float(stats.pearsonr(predicted, real).statistic)
+
+
+def _in_components(function: Callable, c: Comparison) -> list[float]:
+    return [function(x, y) for x, y in c.in_components]
+
+
+def _variance_ratio(c: Comparison) -> list[float]:
+    sides = c.variances(c.predicted), c.variances(c.observed)
+    return [metrics.variance_ratio(p, o) for p, o in zip(*sides, strict=True)]
+
+
+_KS = (50, 100, 200, 500)
+
+METRICS: dict[str, Metric] = {
+    "pearson_delta": Metric(partial(_effects, metrics.pearson_delta), 1),
+    "pearson_delta_top50_de": Metric(partial(_effect_of_top_genes, 50), 1),
+    "pearson_delta_top100_de": Metric(partial(_effect_of_top_genes, 100), 1),
+    "mae": Metric(partial(_errors, metrics.mae), 0),
+    "mse": Metric(partial(_errors, metrics.mse), 0),
+    "mae_delta": Metric(partial(_errors_of_effect, metrics.mae), 0),
+    "mse_delta": Metric(partial(_errors_of_effect, metrics.mse), 0),
+    "top50_overlap": Metric(partial(_effects, partial(metrics.top_overlap, k=50)), 1),
+    **{f"discrimination_{m}": Metric(partial(_discrimination, m), 1) for m in ("l1", "l2", "cosine")},
+    **{f"pdisc_norm_{m}": Metric(partial(_pdisc_norm, m), 1) for m in ("l1", "cosine")},
+    "de_overlap": Metric(partial(_de_genes, metrics.de_overlap, None), 1),
+    **{f"de_overlap_{k}": Metric(partial(_de_genes, metrics.de_overlap, k), 1) for k in _KS},
+    "de_precision": Metric(partial(_de_genes, metrics.de_precision, None), 1),
+    **{f"de_precision_{k}": Metric(partial(_de_genes, metrics.de_precision, k), 1) for k in _KS},
+    "de_recall": Metric(partial(_de_retrieval, metrics.de_recall), 1),
+    "de_spearman_lfc": Metric(partial(_de_changes, metrics.de_spearman_lfc), 1),
+    "de_direction_match": Metric(partial(_de_changes, metrics.de_direction_match), 1),
+    "pr_auc": Metric(partial(_de_retrieval, metrics.pr_auc), 1),
+    "roc_auc": Metric(partial(_de_retrieval, metrics.roc_auc), 1),
+    "de_n_predicted": Metric(partial(_n_significant, "predicted_de")),
+    "de_n_observed": Metric(partial(_n_significant, "observed_de")),
+    "de_spearman_n": Metric(_spearman_of_numbers, 1),
+    "energy_distance": Metric(_energy_distance, 0),
+    "energy_distance_pca": Metric(partial(_in_components, metrics.energy_distance), 0),
+    "mmd": Metric(partial(_in_components, metrics.mmd), 0),
+    "variance_ratio": Metric(_variance_ratio),
+    "pearson_edistance": Metric(_pearson_of_distances, 1),
+}
+
+SUITES: dict[str, list[str]] = {
+    "vcc2025": ["pdisc_norm_l1", "pdisc_norm_cosine", "de_overlap", "mae"],
+    "full": list(METRICS),
+}

@@ -1,0 +1,99 @@
+"""From scores of single perturbations to means and challenge scores."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from virtualcell.tl._evaluate import ALL, COLUMNS
+from virtualcell.tl._scores import METRICS
+
+# What the challenge of 2025 averages; the cosine beside it is ours.
+_MEMBERS_2025 = ["pdisc_norm_l1", "de_overlap", "mae"]
+CHALLENGE = "challenge_score"
+
+
+def summarize(scores: pd.DataFrame) -> pd.DataFrame:
+    """Average scores over perturbations, and measure them against the baseline.
+
+    The score of a metric against the baseline's value b is (x - b) / (1 - b) where 1 is best, and 1 - x / b where 0 is.
+    The Virtual Cell Challenge 2025 sets what is below 0 to 0 (`score`), which makes it free to be far worse than the
+    baseline in one of the metrics: `unclipped` and the raw values beside it show that. For 2026 both columns are
+    (x - b) / (r - b), with r the ceiling, as the official scorer has it; without a ceiling, its score against the
+    baseline alone.
+
+    Parameters
+    ----------
+    scores
+        Of :func:`virtualcell.tl.evaluate`, whose `.attrs` say which suite it was.
+
+    Returns
+    -------
+    One row per `context` and `metric`: `value`, the mean over perturbations where the metric is defined, `n` how many
+    these are, `baseline` and `ceiling` likewise, `score` and `unclipped`. Rows of the context "(all)" are means over
+    contexts, each of the same weight. The challenges add the metric "challenge_score", the mean of their members'
+    scores, where there is a baseline.
+    """
+    if not set(COLUMNS) <= set(scores):
+        raise ValueError(f"scores has the columns {list(scores)}; give what `vc.tl.evaluate` returned: {COLUMNS}.")
+    suite = scores.attrs.get("suite")
+    keys = ["context", "metric"]
+    by = scores.groupby(["source", *keys], sort=False)["value"]
+    mean = by.mean().unstack("source").reindex(columns=["model", "baseline", "ceiling"])
+    out = mean.rename(columns={"model": "value"})
+    # a metric without one row per perturbation holds for all of them
+    out.insert(1, "n", by.count().unstack("source")["model"])
+    out = out[out["value"].notna() | out["n"].notna()]
+    out["unclipped"] = [_score(m, *row, suite) for (_, m), row in zip(out.index, out[_ENDS].to_numpy(), strict=True)]
+    out["score"] = out["unclipped"] if suite == "vcc2026" else out["unclipped"].clip(lower=0)
+    out = out.reset_index()
+    order = list(dict.fromkeys(scores["metric"]))
+
+    members = _members(suite)
+    if members and out.loc[out["metric"].isin(members), "unclipped"].notna().any():
+        total = out[out["metric"].isin(members)].groupby("context")[["score", "unclipped"]].agg(_mean_of_all)
+        out = pd.concat([out, total.reset_index().assign(metric=CHALLENGE)])
+        order.append(CHALLENGE)
+    if out["context"].nunique() > 1:
+        over = out.groupby("metric").agg(dict.fromkeys(_NUMBERS, "mean") | {"n": "sum"}).reset_index()
+        out = pd.concat([out, over.assign(context=ALL)])
+    contexts = [*dict.fromkeys(scores["context"]), ALL]
+    out["context"], out["metric"] = (
+        pd.Categorical(out["context"], list(dict.fromkeys(contexts))),
+        pd.Categorical(out["metric"], order),
+    )
+    out = out.sort_values(keys).astype(dict.fromkeys(keys, object)).reset_index(drop=True)
+    out["n"] = out["n"].fillna(0).astype(int)
+    out = out[[*keys, "value", "n", "baseline", "ceiling", "score", "unclipped"]]
+    out.attrs = dict(scores.attrs)
+    return out
+
+
+_ENDS = ["value", "baseline", "ceiling"]
+_NUMBERS = [*_ENDS, "score", "unclipped"]
+
+
+def _members(suite: object) -> list[str]:
+    if suite == "vcc2026":
+        from virtualcell.tl._vcc2026 import members
+
+        return members()
+    return _MEMBERS_2025 if suite == "vcc2025" else []
+
+
+def _score(metric: str, x: float, b: float, r: float, suite: object) -> float:
+    if np.isnan(b):
+        return float("nan")
+    if suite == "vcc2026":
+        from virtualcell.tl._vcc2026 import challenge_score, members
+
+        return challenge_score(metric, x, b, None if np.isnan(r) else r) if metric in members() else float("nan")
+    best = METRICS[metric].best
+    if best is None or b == best:  # nothing is better than this baseline
+        return float("nan")
+    return (x - b) / (best - b)
+
+
+def _mean_of_all(values: pd.Series) -> float:
+    """NaN where one of them is: a challenge score of fewer metrics would be another quantity."""
+    return values.mean(skipna=False)
