@@ -3,6 +3,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import anndata as ad
+import mudata as md
+import numpy as np
 import pytest
 
 import virtualcell as vc
@@ -78,3 +80,31 @@ def kang(session_kang) -> ad.AnnData:
 @pytest.fixture(scope="session")
 def kang_design() -> dict:
     return {"perturbation_key": "perturbation", "control": "control", "context_key": "cell_type_coarse"}
+
+
+@pytest.fixture(scope="session")
+def papalexi_halves(papalexi_file) -> tuple[ad.AnnData, ad.AnnData]:
+    """Two disjoint halves of real cells, raw counts of 303 genes: seven targets and the controls."""
+    rna = md.read_h5mu(papalexi_file).mod["rna"]
+    rna = rna[rna.obs["guide_confident"].to_numpy()]
+    targets = ["STAT1", "JAK2", "IFNGR1", "IRF1", "CUL3", "ATF2", "SPI1"]
+    most = {"non-targeting": 1200, **dict.fromkeys(targets, 640)}
+    rng = np.random.default_rng(0)
+    halves = ([], [])
+    for name, n in most.items():
+        rows = rng.permutation(np.flatnonzero(rna.obs["target_gene"] == name))[:n]
+        for half, part in zip(halves, np.array_split(rows, 2), strict=True):
+            half.extend(part)
+    obs = rna.obs[["target_gene", "batch", "total_counts"]].astype({"target_gene": str, "batch": str})
+    whole = ad.AnnData(rna.X, obs=obs, var=rna.var[[]])
+    return tuple(whole[half].copy() for half in halves)
+
+
+@pytest.fixture(scope="session")
+def papalexi_log_halves(papalexi_halves) -> tuple[ad.AnnData, ad.AnnData]:
+    """The same on the scale log1p CP10k."""
+    out = []
+    for half in papalexi_halves:
+        matrix = half.X.multiply(1e4 / half.obs["total_counts"].to_numpy()[:, None]).tocsr().log1p()
+        out.append(ad.AnnData(matrix.astype(np.float32), obs=half.obs.copy(), var=half.var.copy()))
+    return tuple(out)

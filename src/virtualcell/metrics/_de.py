@@ -99,7 +99,11 @@ def rank_sum_test(
         )
     n_genes = matrix.shape[1]
     found = pd.Index(result.index.get_level_values(0)[::n_genes])
-    p = result["p_value"].to_numpy().reshape(-1, n_genes)[found.get_indexer(names[1:])].clip(0, 1)
+    order = found.get_indexer(names[1:])
+    p, u = (result[c].to_numpy().reshape(-1, n_genes)[order] for c in ("p_value", "statistic"))
+    counts = np.bincount(codes)
+    p[u == counts[1:, None] * counts[0] / 2] = 1  # the correction for continuity must not overshoot its centre
+    p = p.clip(0, 1)
     return p, stats.false_discovery_control(p, axis=1)
 
 

@@ -20,7 +20,7 @@ def summarize(scores: pd.DataFrame) -> pd.DataFrame:
     The Virtual Cell Challenge 2025 sets what is below 0 to 0 (`score`), which makes it free to be far worse than the
     baseline in one of the metrics: `unclipped` and the raw values beside it show that. For 2026 both columns are
     (x - b) / (r - b), with r the ceiling, as the official scorer has it; without a ceiling, its score against the
-    baseline alone.
+    baseline alone; NaN where the baseline is already as good as that.
 
     Parameters
     ----------

@@ -18,7 +18,7 @@ try:
     from cell_eval2.catalog import CATALOG
     from cell_eval2.competition import competition_members
     from cell_eval2.run import metric_output_names
-    from cell_eval2.scoring import score_one
+    from cell_eval2.scoring import is_degenerate, score_one
 except ImportError as error:
     raise ImportError(
         "suite='vcc2026' is scored by cell-eval2, which is not installed: pip install \"virtualcell[eval]\""
@@ -70,11 +70,14 @@ def score(
 
 
 def challenge_score(metric: str, value: float, baseline: float, replicate: float | None) -> float:
-    """(u - b) / (r - b) under the scorer's own policy for a metric, or its score against the baseline alone."""
+    """(u - b) / (r - b) under the scorer's own policy for a metric, or its score against the baseline alone.
+
+    NaN where the scorer would refuse: the baseline is as good as what it is measured against.
+    """
     policy = CATALOG[metric].scoring
     if replicate is not None:
         policy = dataclasses.replace(policy, anchor=replicate, allow_negative_baseline=False)
-    return score_one(value, baseline, policy)
+    return float("nan") if is_degenerate(baseline, policy) else score_one(value, baseline, policy)
 
 
 def members() -> list[str]:
@@ -86,10 +89,10 @@ def _counts(adata: AnnData, layer: str | None, genes: list[str], rows: dict[str,
     matrix = raw_matrix(adata, layer)
     check_matches_scale(matrix, "counts", matrix_name(layer))
     index = np.concatenate(list(rows.values()))
-    obs = pd.DataFrame(
-        {_KEY: np.repeat(list(rows), [len(r) for r in rows.values()])}, index=adata.obs_names[index].astype(str)
-    )
-    matrix = columns_by_name(matrix, adata.var_names, genes)[index]
+    labels = np.repeat(list(rows), [len(r) for r in rows.values()])
+    order = np.argsort(index)  # the scorer's splits follow the order of the file
+    obs = pd.DataFrame({_KEY: labels[order]}, index=adata.obs_names[index[order]].astype(str))
+    matrix = columns_by_name(matrix, adata.var_names, genes)[index[order]]
     return AnnData(matrix, obs=obs, var=pd.DataFrame(index=genes))
 
 

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import builtins
+import dataclasses
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import virtualcell as vc
+
+cell_eval2 = pytest.importorskip("cell_eval2")
+from cell_eval2 import anchor, baseline, competition, score  # noqa: E402
+
+STRONG = ["STAT1", "JAK2", "IFNGR1", "IRF1", "CUL3"]
+KEYS = {"perturbation_key": "target_gene", "control": "non-targeting"}
+COUNTS = {**KEYS, "scale": "counts", "predicted_scale": "counts", "suite": "vcc2026"}
+
+
+@pytest.fixture(scope="module")
+def halves(papalexi_halves):
+    """Without control cells among the predicted ones; the official scorer needs strong effects for its scale."""
+    strong = [h[h.obs["target_gene"].isin([*STRONG, "non-targeting"]).to_numpy()].copy() for h in papalexi_halves]
+    return strong[0][(strong[0].obs["target_gene"] != "non-targeting").to_numpy()].copy(), *strong
+
+
+@pytest.fixture(scope="module")
+def scores(halves):
+    return vc.tl.evaluate(halves[0], halves[2], **COUNTS, baseline="generic", ceiling=True)
+
+
+@pytest.fixture(scope="module")
+def config():
+    preset = cell_eval2.EvalConfig.from_preset("vcc2026")
+    return dataclasses.replace(preset, pert_col="target_gene", control="non-targeting", num_threads=1)
+
+
+@pytest.fixture(scope="module")
+def direct(halves, config):
+    """cell-eval2 itself, called on the files as they are: the half brings control cells that it does not look at."""
+    return cell_eval2.compute_metrics(*halves[1:], config=config)
+
+
+def test_it_is_what_the_official_scorer_says(scores, direct):
+    expected = pd.DataFrame(direct.to_dict(as_series=False)).set_index(["perturbation", "metric"])["value"]
+    model = scores[scores["source"] == "model"].set_index(["perturbation", "metric"])["value"]
+    np.testing.assert_allclose(model.loc[expected.index], expected, rtol=1e-12)
+    total = dict(zip(*(cell_eval2.aggregate_metrics(direct)[c] for c in ("metric", "mean")), strict=True))
+    extra = model.drop(expected.index)
+    assert list(extra.index) == [("(all)", "expr_mse_unbiased_capped_norm")]
+    assert extra.iloc[0] == pytest.approx(total["expr_mse_unbiased_capped_norm"], rel=1e-12)
+
+
+def test_the_challenge_score_is_the_official_one(scores, halves, direct, config, tmp_path):
+    """(u - b) / (r - b) by way of the files and checks that the official command goes through."""
+    _, predicted, observed = halves
+    generic = cell_eval2.build_generic_baseline(observed, config=config)
+    splits, replicate = anchor.compute_replicate_anchor(observed, config=config)
+    names = anchor.metric_output_names(config)
+    meta = anchor.build_meta(
+        real_ad=observed,
+        cfg=config,
+        names=names,
+        base_seed=0,
+        n_splits=5,
+        seeds=competition.derived_seeds(),
+        metrics=names,
+    )
+    official = cell_eval2.score_metrics(
+        cell_eval2.aggregate_metrics_wide(direct, metrics=names),
+        generic.agg,
+        anchor=anchor.write_anchor(str(tmp_path), splits, replicate, meta=meta) or str(tmp_path),
+        anchor_expect=score.expect_from_run_meta(baseline.build_run_meta(config, observed, predicted)),
+    )
+    expected = dict(zip(official["metric"], official["from_replicate"], strict=True))
+    table = vc.tl.summarize(scores).set_index("metric")
+    for name in competition.competition_members():
+        assert table.loc[name, "score"] == pytest.approx(expected[name], rel=1e-9), name
+    assert table.loc["challenge_score", "score"] == pytest.approx(expected["avg_score"], rel=1e-9)
+
+
+def test_without_a_ceiling_it_is_the_score_against_the_baseline(halves, scores):
+    alone = scores[scores["source"] != "ceiling"].copy()
+    alone.attrs = scores.attrs
+    table = vc.tl.summarize(alone).set_index("metric")
+    u, b = table.loc["pds_cosine", ["value", "baseline"]]
+    assert table.loc["pds_cosine", "score"] == pytest.approx((u - b) / (1 - b))
+
+
+def test_it_needs_counts(halves):
+    for stated in ({"predicted_scale": "log1p"}, {"scale": "log1p"}):
+        with pytest.raises(ValueError, match="suite='vcc2026' needs raw counts on both sides"):
+            vc.tl.evaluate(halves[0], halves[2], **{**COUNTS, **stated})
+    fractions = halves[0].copy()
+    fractions.X = fractions.X * 0.5
+    with pytest.raises(ValueError, match="scale='counts' was stated, but X holds fractions"):
+        vc.tl.evaluate(fractions, halves[2], **COUNTS)
+    with pytest.raises(TypeError, match=r"baseline='generic' must be predicted cells.*with suite='vcc2026'"):
+        vc.tl.evaluate(halves[0], halves[2], **{**COUNTS, "suite": "vcc2025"}, baseline="generic")
+
+
+def test_without_the_scorer_the_message_says_what_to_install(halves, monkeypatch):
+    real_import = builtins.__import__
+
+    def missing(name, *args, **kwargs):
+        if name.split(".")[0] == "cell_eval2":
+            raise ImportError(name)
+        return real_import(name, *args, **kwargs)
+
+    monkeypatch.delitem(sys.modules, "virtualcell.tl._vcc2026", raising=False)
+    monkeypatch.setattr(builtins, "__import__", missing)
+    with pytest.raises(ImportError, match=r'pip install "virtualcell\[eval\]"'):
+        vc.tl.evaluate(halves[0], halves[2], **COUNTS)
