@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 from mudata import MuData
+from scipy import sparse
 
 from virtualcell import _keys
 from virtualcell._design import Design, Scale, expression_modality, labels
@@ -180,12 +181,13 @@ def evaluate(
         for context, perturbations in wanted.items():
             kept = {"control": design.control, "genes": np.asarray(shared), "seed": seed, "n_jobs": n_jobs}
             kept["perturbations"] = perturbations
-            real_cells = Cells(matrix, {p: real[context, p] for p in [*perturbations, design.control]})
+            rows = {p: real[context, p] for p in [*perturbations, design.control]}
+            real_cells = Cells(matrix, rows)
             for source, x in cells.items():
-                simulated = Cells(x, {p: rows for (c, p), rows in groups[source].items() if c == context})
+                simulated = Cells(x, {p: r for (c, p), r in groups[source].items() if c == context})
                 parts.append(_rows(Comparison(simulated, real_cells, **kept), names, source, context))
             if ceiling:
-                parts.append(_ceiling(real_cells, names, context, predicted_control, kept))
+                parts.append(_ceiling(matrix, rows, names, context, predicted_control, kept))
     if isinstance(baseline, pd.DataFrame):
         parts.append(_scored_before(baseline, parts))
     scores = pd.concat(parts, ignore_index=True)[COLUMNS]
@@ -316,21 +318,23 @@ def _rows(comparison: Comparison, names: list[str], source: str, context: str) -
     return pd.concat(frames).assign(source=source, context=context)
 
 
-def _ceiling(real: Cells, names: list[str], context: str, own_control: bool, kept: dict) -> pd.DataFrame:
+def _ceiling(
+    matrix: sparse.csr_matrix, rows: dict, names: list[str], context: str, own_control: bool, kept: dict
+) -> pd.DataFrame:
     """Mean over five splits of each perturbation's cells into halves, the one predicting the other."""
     control, perturbations = kept["control"], kept["perturbations"]
-    split = [p for p in perturbations if len(real.rows[p]) > 1]
+    split = [p for p in perturbations if len(rows[p]) > 1]
     if len(split) < len(perturbations):
         logger.warning("%d perturbations of %s have one cell and no ceiling.", len(perturbations) - len(split), context)
     runs = []
     for i in range(_N_SPLITS if split else 0):
         rng = np.random.default_rng([kept["seed"], i])
-        halves = ({}, {control: real.rows[control]})
+        halves = ({}, {control: rows[control]})
         for p in [*split, control] if own_control else split:
-            rows = rng.permutation(real.rows[p])
-            middle = len(rows) // 2
-            halves[0][p], halves[1][p] = np.sort(rows[:middle]), np.sort(rows[middle : 2 * middle])
-        sides = [Cells(real.matrix, h) for h in halves]
+            shuffled = rng.permutation(rows[p])
+            middle = len(shuffled) // 2
+            halves[0][p], halves[1][p] = shuffled[:middle], shuffled[middle : 2 * middle]
+        sides = [Cells(matrix, h) for h in halves]
         runs.append(_rows(Comparison(*sides, **{**kept, "perturbations": split}), names, "ceiling", context))
     if not runs:
         return pd.DataFrame(columns=COLUMNS)

@@ -1,0 +1,306 @@
+from __future__ import annotations
+
+import anndata as ad
+import mudata as md
+import numpy as np
+import pandas as pd
+import pytest
+
+import virtualcell as vc
+from virtualcell import metrics
+from virtualcell.tl import _scores
+
+CONTROL = "non-targeting"
+KEYS = {"perturbation_key": "target_gene", "control": CONTROL}
+IN_CONTEXTS = {**KEYS, "context_key": "cell_type"}
+# seven digits of distances, of which the energy distance is a difference
+LOOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+def perturbed(adata: ad.AnnData) -> ad.AnnData:
+    return adata[(adata.obs["target_gene"] != CONTROL).to_numpy()].copy()
+
+
+def table(scores: pd.DataFrame) -> pd.Series:
+    return scores.set_index(["source", "context", "perturbation", "metric"])["value"].sort_index()
+
+
+@pytest.fixture(scope="module")
+def halves(papalexi_log_halves):
+    predicted, observed = papalexi_log_halves
+    return perturbed(predicted), observed
+
+
+@pytest.fixture(scope="module")
+def no_effect(papalexi_log_halves):
+    """Control cells of the first half as every perturbation: the floor."""
+    control = papalexi_log_halves[0][(papalexi_log_halves[0].obs["target_gene"] == CONTROL).to_numpy()]
+    names = sorted(set(papalexi_log_halves[1].obs["target_gene"]) - {CONTROL})
+    parts = {n: control.copy() for n in names}
+    for name, part in parts.items():
+        part.obs["target_gene"] = name
+    return ad.concat(parts, index_unique="-")
+
+
+@pytest.fixture(scope="module")
+def full(halves, no_effect):
+    return vc.tl.evaluate(*halves, **KEYS, scale="log1p", suite="full", ceiling=True, baseline=no_effect)
+
+
+# -- values -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_result_is_tidy(full, halves):
+    assert list(full) == ["source", "context", "perturbation", "metric", "value"]
+    assert not full.duplicated(["source", "context", "perturbation", "metric"]).any()
+    model = full[full["source"] == "model"]
+    assert set(model["metric"]) == set(_scores.METRICS)
+    assert len(model) == 7 * (len(_scores.METRICS) - 2) + 2  # two have one value for all
+    assert set(full["context"]) == {"(all)"}
+    assert full.attrs["suite"] == "full"
+    assert full.attrs["control"] == CONTROL
+    assert full.attrs["n_cells"]["predicted"] == halves[0].n_obs
+    assert full.attrs["n_cells"]["control"] == (halves[1].obs["target_gene"] == CONTROL).sum()
+    assert set(full.attrs["versions"]) == {"virtualcell", "illico"}
+
+
+def test_values_are_the_functions_of_metrics_on_dense_means(full, halves):
+    predicted, observed = (
+        {n: h[rows].X.toarray().astype(np.float64) for n, rows in h.obs.groupby("target_gene").indices.items()}
+        for h in halves
+    )
+    control = observed[CONTROL].mean(axis=0)
+    names = sorted(predicted)
+    values = table(full)["model"]["(all)"]
+    for name in names:
+        x, y = predicted[name], observed[name]
+        expected = {
+            "mae": metrics.mae(x.mean(0), y.mean(0)),
+            "mse": metrics.mse(x.mean(0), y.mean(0)),
+            "pearson_delta": metrics.pearson_delta(x.mean(0), y.mean(0), control),
+            "top50_overlap": metrics.top_overlap(x.mean(0), y.mean(0), control),
+            "energy_distance": metrics.energy_distance(x, y),
+            "variance_ratio": x.var(axis=0, ddof=1).sum() / y.var(axis=0, ddof=1).sum(),
+        }
+        for metric, value in expected.items():
+            assert values[name, metric] == pytest.approx(value, rel=1e-4, abs=1e-6), (name, metric)
+    means = [np.stack([side[n].mean(0) for n in names]) for side in (predicted, observed)]
+    genes = list(halves[1].var_names)
+    targets = [genes.index(n) if n in genes else -1 for n in names]
+    assert max(targets) >= 0
+    for metric in ("l1", "l2", "cosine"):
+        scores = metrics.discrimination_score(*means, control, metric=metric, target_genes=targets)
+        np.testing.assert_allclose(values.unstack()[f"discrimination_{metric}"].drop("(all)"), scores)
+    norm = values.unstack()["pdisc_norm_l1"].drop("(all)")
+    np.testing.assert_allclose(norm, 2 * values.unstack()["discrimination_l1"].drop("(all)") - 1)
+
+
+def test_real_controls_are_the_reference_of_both_sides(full, halves):
+    predicted, observed = halves
+    one = "STAT1"
+    stacked = ad.concat(
+        [predicted[predicted.obs["target_gene"] == one], observed[observed.obs["target_gene"] == CONTROL]]
+    )
+    de = metrics.differential_expression(stacked.X, stacked.obs["target_gene"], control=CONTROL)
+    real = metrics.differential_expression(observed.X, observed.obs["target_gene"], control=CONTROL)
+    real = real[real["perturbation"] == one]
+    found = metrics.de_overlap(
+        de["log2_fold_change"], real["log2_fold_change"], predicted_fdr=de["fdr"], observed_fdr=real["fdr"]
+    )
+    assert table(full)["model", "(all)", one, "de_overlap"] == pytest.approx(found)
+
+
+def test_the_truth_is_perfect(halves):
+    observed = halves[1]
+    scores = vc.tl.evaluate(perturbed(observed), observed, **KEYS, scale="log1p", suite="full")
+    mean = scores.groupby("metric")["value"].mean()
+    for name, metric in _scores.METRICS.items():
+        if metric.best is None or name in ("de_overlap", "de_precision") or name.startswith(("de_overlap_", "de_prec")):
+            continue
+        # the estimate of MMD is unbiased, so that identical samples lie below 0
+        assert mean[name] == pytest.approx(metric.best, abs=0.02 if name == "mmd" else 1e-5), name
+    some = scores[(scores["metric"] == "de_n_observed") & (scores["value"] > 0)]["perturbation"]
+    overlap = scores[(scores["metric"] == "de_overlap")].set_index("perturbation")["value"]
+    assert (overlap[some] == 1).all()
+    assert mean["variance_ratio"] == pytest.approx(1)
+
+
+def test_the_ceiling_lies_between_the_floor_and_perfect(full):
+    mean = full.groupby(["source", "metric"])["value"].mean().unstack("source")
+    for name in (
+        "pearson_delta",
+        "discrimination_l1",
+        "discrimination_cosine",
+        "de_overlap",
+        "top50_overlap",
+        "roc_auc",
+    ):
+        assert mean.loc[name, "baseline"] < mean.loc[name, "ceiling"] < 1, name
+    assert mean.loc["energy_distance", "ceiling"] > 0
+    # the prediction is another half of the same cells, with twice as many of them
+    assert mean.loc["pearson_delta", "model"] > mean.loc["pearson_delta", "ceiling"]
+    assert mean.loc["mae", "model"] < mean.loc["mae", "ceiling"]
+
+
+def test_the_ceiling_is_half_against_half_with_the_same_controls(halves):
+    """Again by hand, for one perturbation, whose halves differ in each of five splits."""
+    _, observed = halves
+    one = observed[observed.obs["target_gene"].isin(["STAT1", CONTROL]).to_numpy()].copy()
+    options = {**KEYS, "scale": "log1p", "suite": ["mae"], "ceiling": True}
+    scores = vc.tl.evaluate(perturbed(one), one, **options)
+    ceiling = table(scores)["ceiling", "(all)", "STAT1", "mae"]
+    cells = perturbed(one).X.toarray()
+    rng = np.random.default_rng(0)
+    draws = []
+    for _ in range(200):
+        rows = rng.permutation(len(cells))
+        first, second = rows[: len(rows) // 2], rows[len(rows) // 2 :]
+        draws.append(np.abs(cells[first].mean(0) - cells[second].mean(0)).mean())
+    assert abs(ceiling - np.mean(draws)) < 4 * np.std(draws) / np.sqrt(5)
+    again = vc.tl.evaluate(perturbed(one), one, **options, seed=1)
+    assert table(again)["ceiling", "(all)", "STAT1", "mae"] != ceiling
+    pd.testing.assert_frame_equal(scores, vc.tl.evaluate(perturbed(one), one, **options))
+
+
+def test_perturbations_compete_within_their_context(screen):
+    """Scoring all contexts at once is scoring one after the other."""
+    options = {**IN_CONTEXTS, "scale": "counts", "predicted_scale": "counts", "suite": "full"}
+    rng = np.random.default_rng(0)
+    first = perturbed(screen)
+    first = first[rng.permutation(first.n_obs) < first.n_obs // 2].copy()
+    together = table(vc.tl.evaluate(first, screen, **options))
+    for context in ("type_1", "type_2", "type_3"):
+        here = [a[(a.obs["cell_type"] == context).to_numpy()].copy() for a in (first, screen)]
+        alone = table(vc.tl.evaluate(*here, **options))
+        np.testing.assert_allclose(together["model"][context], alone["model"][context], rtol=1e-9, atol=1e-9)
+
+
+# -- what must not matter ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+def test_the_order_of_cells_and_genes_does_not_matter(halves, drawn, monkeypatch):
+    if drawn:
+        for name, n in (("MAX_CELLS", 50), ("MAX_CELLS_PCA", 30), ("_CELLS_OF_PCA", 300)):
+            monkeypatch.setattr(_scores, name, n)
+    options = {**KEYS, "scale": "log1p", "suite": "full", "ceiling": True}
+    rng = np.random.default_rng(0)
+    mixed = [h[rng.permutation(h.n_obs), rng.permutation(h.n_vars)].copy() for h in halves]
+    scores = [table(vc.tl.evaluate(*pair, **options)) for pair in (halves, mixed)]
+    np.testing.assert_allclose(*scores, **LOOSE)
+
+
+def test_the_number_of_threads_and_the_format_do_not_matter(halves, full):
+    dense = halves[0].copy()
+    dense.X = dense.X.toarray()
+    scores = vc.tl.evaluate(dense, halves[1], **KEYS, scale="log1p", suite="full", n_jobs=2)
+    np.testing.assert_allclose(table(scores), table(full)["model"], **LOOSE)
+
+
+def test_counts_are_what_they_are_normalised_to(papalexi_halves, halves, full):
+    scores = vc.tl.evaluate(
+        halves[0], papalexi_halves[1], **KEYS, scale="counts", library_size_key="total_counts", suite="full"
+    )
+    np.testing.assert_allclose(table(scores)["model"], table(full)["model"], **LOOSE)
+
+
+def test_predictions_of_the_package_are_scored_with_its_own_design(screen, fit, targets):
+    fit(screen)
+    predicted = vc.tl.predict_perturbation(screen, targets, context="type_3")
+    scores = vc.tl.evaluate(predicted, screen, genes=list(predicted.var_names))
+    assert set(scores["context"]) == {"type_3"}
+    assert set(scores["perturbation"]) == set(targets)
+    assert scores["value"].notna().all()
+    assert scores.attrs["scale"] == "counts"
+    assert scores.attrs["n_genes"] == predicted.n_vars
+
+
+def test_mudata_and_another_modality(halves):
+    predicted, observed = halves
+    mdata = md.MuData({"gex": observed})
+    scores = vc.tl.evaluate(md.MuData({"gex": predicted}), mdata, **KEYS, scale="log1p", modality="gex")
+    pd.testing.assert_frame_equal(scores, vc.tl.evaluate(predicted, observed, **KEYS, scale="log1p"))
+
+
+def test_genes_restrict_both_sides_and_library_sizes_stay(screen):
+    options = {**IN_CONTEXTS, "scale": "counts", "predicted_scale": "counts", "suite": ["mae", "pearson_delta"]}
+    predicted, some = perturbed(screen), list(screen.var_names[10:40])
+    scores = vc.tl.evaluate(predicted, screen, **options, genes=some)
+    assert scores.attrs["n_genes"] == 30
+    assert (scores.loc[scores["metric"] == "mae", "value"] == 0).all()
+    # totals over 30 genes would have been smaller, and the error not 0
+    cut = screen[:, some].copy()
+    assert (vc.tl.evaluate(predicted, cut, **options, genes=some)["value"] > 0).any()
+    with pytest.raises(KeyError, match=r"genes='.*' is unknown.*that observed lacks"):
+        vc.tl.evaluate(predicted, cut, **options)
+
+
+def test_a_baseline_may_be_scored_before(halves, no_effect, full):
+    options = {**KEYS, "scale": "log1p", "suite": "full"}
+    before = vc.tl.evaluate(no_effect, halves[1], **options)
+    scores = vc.tl.evaluate(*halves, **options, baseline=before)
+    np.testing.assert_allclose(table(scores)["baseline"], table(full)["baseline"])
+    with pytest.raises(ValueError, match="baseline was scored on other contexts, perturbations or metrics"):
+        vc.tl.evaluate(*halves, **KEYS, scale="log1p", suite="vcc2025", baseline=before)
+    fewer = no_effect[(no_effect.obs["target_gene"] != "STAT1").to_numpy()].copy()
+    with pytest.raises(ValueError, match="baseline has other perturbations or contexts than predicted"):
+        vc.tl.evaluate(*halves, **options, baseline=fewer)
+
+
+def test_perturbations_of_one_cell_have_no_ceiling(halves, caplog):
+    _, observed = halves
+    rows = np.flatnonzero(observed.obs["target_gene"] == "CUL3")[1:]
+    cut = observed[np.setdiff1d(np.arange(observed.n_obs), rows)].copy()
+    scores = vc.tl.evaluate(perturbed(cut), cut, **KEYS, scale="log1p", suite="full", ceiling=True)
+    assert "1 perturbations of (all) have one cell and no ceiling" in caplog.text
+    assert "CUL3" not in set(scores.loc[scores["source"] == "ceiling", "perturbation"])
+    assert np.isnan(table(scores)["model", "(all)", "CUL3", "mmd"])
+
+
+# -- errors -----------------------------------------------------------------------------------------------------------
+
+
+def test_errors_name_the_argument_and_the_remedy(halves, papalexi_log_halves, screen):
+    predicted, observed = halves
+    stated = {**KEYS, "scale": "log1p"}
+    with pytest.raises(ValueError, match="scale must be given"):
+        vc.tl.evaluate(predicted, observed, **KEYS)
+    with pytest.raises(ValueError, match="scale='counts' was stated, but X holds fractions"):
+        vc.tl.evaluate(predicted, observed, **KEYS, scale="counts")
+    with pytest.raises(ValueError, match="perturbation_key must be given"):
+        vc.tl.evaluate(predicted, observed, control=CONTROL, scale="log1p")
+    with pytest.raises(KeyError, match=r"suite='vcc2024' is unknown. Did you mean 'vcc202"):
+        vc.tl.evaluate(predicted, observed, **stated, suite="vcc2024")
+    with pytest.raises(KeyError, match="suite='pearson' is unknown"):
+        vc.tl.evaluate(predicted, observed, **stated, suite=["mae", "pearson"])
+    with pytest.raises(ValueError, match="names no metric"):
+        vc.tl.evaluate(predicted, observed, **stated, suite=[])
+    with pytest.raises(KeyError, match="control='DMSO' is unknown"):
+        vc.tl.evaluate(predicted, observed, **{**stated, "control": "DMSO"})
+    with pytest.raises(KeyError, match="context_key='donor' is unknown"):
+        vc.tl.evaluate(predicted, observed, **stated, context_key="donor")
+    with pytest.raises(ValueError, match=r"predicted has 'non-targeting' cells.*predicted_control=True"):
+        vc.tl.evaluate(papalexi_log_halves[0], observed, **stated)
+    with pytest.raises(ValueError, match="predicted_control=True, but predicted has no 'non-targeting' cells"):
+        vc.tl.evaluate(predicted, observed, **stated, predicted_control=True)
+    only = papalexi_log_halves[0][(papalexi_log_halves[0].obs["target_gene"] == CONTROL).to_numpy()].copy()
+    with pytest.raises(ValueError, match="predicted holds no perturbed cells"):
+        vc.tl.evaluate(only, observed, **stated, predicted_control=True)
+    odd = predicted.copy()
+    odd.obs["target_gene"] = odd.obs["target_gene"].replace("STAT1", "STAT11")
+    with pytest.raises(KeyError, match=r"perturbation of predicted='STAT11' is unknown. Did you mean 'STAT1'"):
+        vc.tl.evaluate(odd, observed, **stated)
+    with pytest.raises(KeyError, match=r"predicted lacks 3 of 303.*genes=observed.var_names.intersection"):
+        vc.tl.evaluate(predicted[:, 3:].copy(), observed, **stated)
+    with pytest.raises(KeyError, match="predicted has 3 that observed lacks"):
+        vc.tl.evaluate(predicted, observed[:, 3:].copy(), **stated)
+    twice = predicted.copy()
+    twice.var_names = [twice.var_names[1], *twice.var_names[1:]]
+    with pytest.raises(ValueError, match=r"var_names of predicted repeats.*var_names_make_unique"):
+        vc.tl.evaluate(twice, observed, **stated)
+    with pytest.raises(TypeError, match="baseline='mean' must be predicted cells"):
+        vc.tl.evaluate(predicted, observed, **stated, baseline="mean")
+    moved = perturbed(screen)
+    moved.obs["cell_type"] = "type_9"
+    with pytest.raises(KeyError, match="in context 'type_9'"):
+        vc.tl.evaluate(moved, screen, **IN_CONTEXTS, scale="counts", predicted_scale="counts")

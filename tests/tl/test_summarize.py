@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import virtualcell as vc
+
+
+def scores(rows: dict, suite="vcc2025") -> pd.DataFrame:
+    """Rows `(source, context, metric): values of the perturbations a, b, ...`."""
+    out = [
+        {"source": s, "context": c, "perturbation": p, "metric": m, "value": v}
+        for (s, c, m), values in rows.items()
+        for p, v in zip("abcd", values, strict=False)
+    ]
+    table = pd.DataFrame(out)
+    table.attrs = {"suite": suite}
+    return table
+
+
+@pytest.fixture
+def two_contexts() -> pd.DataFrame:
+    return scores(
+        {
+            ("model", "x", "pdisc_norm_l1"): [0.8, 0.4],
+            ("model", "x", "de_overlap"): [0.5, 0.1],
+            ("model", "x", "mae"): [0.3, 0.5],
+            ("baseline", "x", "pdisc_norm_l1"): [0.2, 0.0],
+            ("baseline", "x", "de_overlap"): [0.2, 0.2],
+            ("baseline", "x", "mae"): [0.2, 0.2],
+            ("ceiling", "x", "mae"): [0.1, 0.1],
+            ("model", "y", "pdisc_norm_l1"): [1.0],
+            ("model", "y", "de_overlap"): [0.2],
+            ("model", "y", "mae"): [0.1],
+            ("baseline", "y", "pdisc_norm_l1"): [0.0],
+            ("baseline", "y", "de_overlap"): [0.2],
+            ("baseline", "y", "mae"): [0.2],
+        }
+    )
+
+
+def test_challenge_score_by_hand(two_contexts):
+    table = vc.tl.summarize(two_contexts).set_index(["context", "metric"])
+    assert table.loc[("x", "pdisc_norm_l1"), "value"] == pytest.approx(0.6)
+    assert table.loc[("x", "pdisc_norm_l1"), "n"] == 2
+    assert table.loc[("x", "pdisc_norm_l1"), "score"] == pytest.approx((0.6 - 0.1) / (1 - 0.1))
+    assert table.loc[("x", "de_overlap"), "score"] == pytest.approx((0.3 - 0.2) / (1 - 0.2))
+    # twice the baseline's error: minus one, which the challenge of 2025 takes for 0
+    assert table.loc[("x", "mae"), "unclipped"] == pytest.approx(1 - 0.4 / 0.2)
+    assert table.loc[("x", "mae"), "score"] == 0
+    assert table.loc[("x", "mae"), "ceiling"] == pytest.approx(0.1)
+    x = (0.5 / 0.9 + 0.1 / 0.8 + 0) / 3
+    assert table.loc[("x", "challenge_score"), "score"] == pytest.approx(x)
+    assert table.loc[("x", "challenge_score"), "unclipped"] == pytest.approx((0.5 / 0.9 + 0.1 / 0.8 - 1) / 3)
+    y = (1 + 0 + 0.5) / 3
+    assert table.loc[("(all)", "challenge_score"), "score"] == pytest.approx((x + y) / 2)
+    # contexts weigh the same, whatever their number of perturbations
+    assert table.loc[("(all)", "mae"), "value"] == pytest.approx((0.4 + 0.1) / 2)
+    assert table.loc[("(all)", "mae"), "n"] == 3
+
+
+def test_the_scale_of_discrimination_does_not_matter():
+    """cell-eval scores 1 - PDisc, the challenge 1 - 2 PDisc: against a baseline they come out the same."""
+    one = {("model", "x", "pdisc_norm_l1"): [0.6], ("baseline", "x", "pdisc_norm_l1"): [0.1]}
+    other = {("model", "x", "discrimination_l1"): [0.8], ("baseline", "x", "discrimination_l1"): [0.55]}
+    a, b = (vc.tl.summarize(scores(r, "full"))["score"].iloc[0] for r in (one, other))
+    assert a == pytest.approx(b)
+
+
+def test_without_a_baseline_there_are_means_alone():
+    table = vc.tl.summarize(scores({("model", "x", "mae"): [0.3, 0.5]}))
+    assert list(table["metric"]) == ["mae"]
+    assert table["score"].isna().all()
+    assert list(table) == ["context", "metric", "value", "n", "baseline", "ceiling", "score", "unclipped"]
+
+
+def test_what_is_not_defined_is_left_out_of_means_and_counts():
+    table = vc.tl.summarize(scores({("model", "x", "de_recall"): [0.5, np.nan, 1.0]}, "full"))
+    assert table["value"].tolist() == [0.75]
+    assert table["n"].tolist() == [2]
+
+
+def test_a_perfect_baseline_leaves_no_score():
+    rows = {("model", "x", "mae"): [0.3], ("baseline", "x", "mae"): [0.0]}
+    assert np.isnan(vc.tl.summarize(scores(rows, "full"))["score"]).all()
+
+
+def test_other_tables_are_refused():
+    with pytest.raises(ValueError, match=r"scores has the columns \['a'\]"):
+        vc.tl.summarize(pd.DataFrame({"a": [1]}))
