@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from virtualcell.pl._agreement import de_agreement
+from virtualcell.pl._benchmark import benchmark
 from virtualcell.pl._history import training_history
 from virtualcell.pl._shift import perturbation_shift
 from virtualcell.pl._split import split
 from virtualcell.pl._target import target_expression
 from virtualcell.pl._volcano import de_volcano
 
-__all__ = ["de_agreement", "de_volcano", "perturbation_shift", "split", "target_expression", "training_history"]
+__all__ = [
+    "benchmark",
+    "de_agreement",
+    "de_volcano",
+    "perturbation_shift",
+    "split",
+    "target_expression",
+    "training_history",
+]

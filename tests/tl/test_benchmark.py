@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import sparse
+
+import virtualcell as vc
+from virtualcell.models import Additive
+from virtualcell.tl import benchmark
+
+SUITE = ["pearson_delta", "mae"]
+TINY_ST = {"max_steps": 5, "model_kwargs": {"n_hidden": 32, "n_feedforward": 64, "n_layers": 1, "set_size": 16}}
+
+
+@pytest.fixture
+def run(screen, design):
+    def run(models, data=None, **options) -> pd.DataFrame:
+        if "splits" not in options:
+            options["split_key"] = "split"
+        options = {"suite": SUITE, "n_top_genes": 60, **options}
+        return benchmark(screen if data is None else data, models, **design, **options)
+
+    return run
+
+
+def values(scores, model, metric="mae") -> np.ndarray:
+    chosen = scores[(scores["model"] == model) & (scores["metric"] == metric)]
+    return chosen.sort_values(["split", "seed", "context", "perturbation"])["value"].to_numpy()
+
+
+def test_rows(run, targets):
+    scores = run(["Additive"])
+    assert list(scores) == ["split", "seed", "source", "model", "context", "perturbation", "metric", "value"]
+    assert set(scores["split"]) == {"split"}
+    assert set(scores["context"]) == {"type_3"}
+    assert set(scores["perturbation"]) == set(targets)
+    n = scores.groupby(["source", "model", "seed"]).size().to_dict()
+    per_run = len(SUITE) * len(targets)
+    assert n == {
+        ("model", "Additive", 0): per_run,
+        ("floor", "NoChange", 0): per_run,
+        ("floor", "PerturbationMean", 0): per_run,
+        **{("ceiling", "ceiling", seed): per_run for seed in (0, 1, 2)},
+    }
+    assert scores["value"].notna().all()
+    assert scores.attrs["models"] == ["Additive"]
+    assert 60 <= scores.attrs["n_genes"]["split"] <= 65
+    assert (values(scores, "NoChange", "pearson_delta") == 0).all()
+
+
+def test_the_numbers_are_those_of_evaluate(run, screen, design, targets):
+    scores = run(["Additive"], n_top_genes=None, ceiling=False, floor=())
+    logs = screen.copy()
+    logs.X = logs.X.toarray()
+    logs.X = np.log1p(1e4 * logs.X / logs.X.sum(axis=1, keepdims=True))
+    Additive.setup_anndata(logs, **design, split_key="split")
+    model = Additive(logs)
+    model.train()
+    predicted = vc.tl.predict_perturbation(logs, targets, context="type_3", model=model)
+    test = (logs.obs["split"] == "test") | (logs.obs["target_gene"] == "non-targeting")
+    expected = vc.tl.evaluate(predicted, logs[test.to_numpy()], **design, suite=SUITE, scale="log1p")
+    both = scores.merge(expected, on=["context", "perturbation", "metric"])
+    assert len(both) == len(scores) == len(expected)
+    np.testing.assert_allclose(both["value_x"], both["value_y"], atol=1e-5)
+
+
+def test_several_splits_by_name_and_by_what_is_held_out(run, screen, targets):
+    screen.obs["mine"] = np.where(screen.obs["target_gene"] == targets[0], "test", "train")
+    splits = {"type_1 unseen": {"contexts": ["type_1"]}, "by column": "mine"}
+    scores = run(["ContextMean"], splits=splits, ceiling=False)
+    found = scores.groupby("split")[["context", "perturbation"]].agg(lambda names: sorted(set(names)))
+    assert found.loc["type_1 unseen"].tolist() == [["type_1"], targets]
+    assert found.loc["by column"].tolist() == [["type_1", "type_2", "type_3"], [targets[0]]]
+
+
+def test_what_test_cells_hold_changes_no_prediction(run, screen, monkeypatch):
+    kept = []
+    real_score = vc.tl._benchmark._score
+    monkeypatch.setattr(
+        vc.tl._benchmark, "_score", lambda p, *args, **kw: kept.append(p[0]) or real_score(p, *args, **kw)
+    )
+    models = ["Additive", "NearestContext", "ContextMean"]
+    before = run(models, ceiling=False)
+    x = screen.X.toarray()
+    test = (screen.obs["split"] == "test").to_numpy()
+    x[test] = np.random.default_rng(0).permuted(x[test], axis=1)
+    screen.X = sparse.csr_matrix(x)
+    after = run(models, ceiling=False)
+    assert before.attrs["n_genes"] == after.attrs["n_genes"]
+    for one, other in zip(kept[:5], kept[5:], strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert not np.allclose(values(before, "Additive"), values(after, "Additive"))
+
+
+def test_st_once_with_each_seed_and_baselines_once(run, targets):
+    scores = run({"ST": ("ST", TINY_ST), "mine": Additive}, seeds=(3, 4), floor=["NoChange"])
+    assert scores.groupby("model")["seed"].agg(lambda s: sorted(set(s))).to_dict() == {
+        "ST": [3, 4],
+        "mine": [3],
+        "NoChange": [3],
+        "ceiling": [3, 4],
+    }
+    one, other = (values(scores[scores["seed"] == s], "ST") for s in (3, 4))
+    assert not np.allclose(one, other)
+
+
+def test_data_is_left_as_it_was(run, screen):
+    before = screen.copy()
+    run({"ST": ("ST", TINY_ST)}, seeds=(0,), splits={"a": {"contexts": ["type_1"]}})
+    assert list(screen.obs) == list(before.obs)
+    assert set(screen.uns) == set(before.uns)
+    assert (screen.X != before.X).nnz == 0
+
+
+def test_order_of_cells_and_genes_changes_nothing(run, screen):
+    rng = np.random.default_rng(0)
+    permuted = screen[rng.permutation(screen.n_obs), rng.permutation(screen.n_vars)].copy()
+    one, other = (run(["NearestContext"], data) for data in (screen, permuted))
+    keys = ["seed", "source", "model", "context", "perturbation", "metric"]
+    one, other = (s.sort_values(keys).reset_index(drop=True) for s in (one, other))
+    assert one[keys].equals(other[keys])
+    np.testing.assert_allclose(one["value"], other["value"], atol=1e-5)
+
+
+def test_a_model_that_cannot_predict_is_left_out_with_a_warning(run, screen, targets, caplog):
+    names = sorted(screen.var_names)
+    features = pd.DataFrame(np.random.default_rng(0).normal(size=(len(names), 3)), index=names)
+    with caplog.at_level(logging.WARNING):
+        scores = run(
+            ["Additive", "Ridge"],
+            splits={"unseen": {"perturbations": [targets[0]]}},
+            perturbation_features=features,
+            min_cells=1,
+        )
+    assert set(scores["model"]) == {"Ridge", "NoChange", "PerturbationMean", "ceiling"}
+    assert f"Additive is left out of split 'unseen': perturbation='{targets[0]}' is unknown" in caplog.text
+
+
+def test_errors(run, screen, design):
+    with pytest.raises(KeyError, match=r"models='Aditive' is unknown\. Did you mean 'Additive'"):
+        run(["Aditive"])
+    with pytest.raises(TypeError, match=r"models='Additive' must be a list of names, \['Additive'\]"):
+        run("Additive")
+    with pytest.raises(ValueError, match=r"either split_key=, .* or splits="):
+        benchmark(screen, ["Additive"], **design)
+    with pytest.raises(ValueError, match=r"seeds=\(\) is empty"):
+        run(["Additive"], seeds=())
+    with pytest.raises(ValueError, match="'vcc2026' scores raw counts"):
+        run(["Additive"], suite="vcc2026")
+    with pytest.raises(ValueError, match="names no model"):
+        run([], floor=())
+    screen.obs["split"] = "train"
+    with pytest.raises(ValueError, match="split 'split' has no test cells"):
+        run(["Additive"])
