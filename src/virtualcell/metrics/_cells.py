@@ -25,8 +25,8 @@ def energy_distance(predicted: ArrayLike, observed: ArrayLike) -> float:
     -------
     The distance, in the unit of expression; 0 for the same set.
     """
-    x, y = _two_sets(predicted, observed)
-    return mean_distance(x, y) - mean_distance(x, x) / 2 - mean_distance(y, y) / 2
+    within_x, within_y, between = mean_distances(*_two_sets(predicted, observed))
+    return between - within_x / 2 - within_y / 2
 
 
 def mmd(predicted: ArrayLike, observed: ArrayLike, *, bandwidths: ArrayLike = (0.5, 1.0, 2.0)) -> float:
@@ -79,6 +79,17 @@ def variance_ratio(predicted_variance: ArrayLike, observed_variance: ArrayLike) 
     return float(predicted.sum() / observed.sum()) if observed.any() else float("nan")
 
 
+def mean_distances(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
+    """Mean distance within x, within y, and from one to the other."""
+    n, m = len(x), len(y)
+    if n + m > 4 * _CHUNK:
+        return mean_distance(x, x), mean_distance(y, y), mean_distance(x, y)
+    both = np.concatenate([x, y])
+    distances = np.sqrt(_squared_distances(both, both))  # one product of a matrix with itself costs half
+    parts = distances[:n, :n], distances[n:, n:], distances[:n, n:]
+    return tuple(float(d.mean(dtype=np.float64)) for d in parts)
+
+
 def mean_distance(x: np.ndarray, y: np.ndarray) -> float:
     """Mean Euclidean distance over all pairs of rows of two matrices, both float32 or float64."""
     chunks = (_squared_distances(x[i : i + _CHUNK], y) for i in range(0, len(x), _CHUNK))
@@ -88,12 +99,18 @@ def mean_distance(x: np.ndarray, y: np.ndarray) -> float:
 
 def _squared_distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """|x-y|² of all pairs through one matrix product, many times faster than pair by pair."""
-    xx, yy = np.einsum("ij,ij->i", x, x), np.einsum("ij,ij->i", y, y)
     squared = x @ y.T
+    if x is y:
+        xx = yy = squared.diagonal().copy()
+    else:
+        xx, yy = np.einsum("ij,ij->i", x, x), np.einsum("ij,ij->i", y, y)
     squared *= -2
     squared += xx[:, None]
     squared += yy
     close = squared <= _CANCELLED[str(x.dtype)] * np.minimum.outer(xx, yy)
+    if x is y:
+        np.fill_diagonal(squared, 0)
+        np.fill_diagonal(close, False)
     for i, j in zip(*np.nonzero(close), strict=True):
         squared[i, j] = np.square(x[i] - y[j]).sum()
     return squared

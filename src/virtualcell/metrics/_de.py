@@ -16,7 +16,6 @@ from anndata import AnnData
 from illico import asymptotic_wilcoxon
 from numpy.typing import ArrayLike
 from scipy import sparse, stats
-from sklearn.metrics import average_precision_score, roc_auc_score
 
 from virtualcell.metrics._profiles import largest
 
@@ -260,7 +259,13 @@ def pr_auc(
     The area, 1 is perfect, the share of significant genes chance; NaN where all genes are significant, or none.
     """
     true, score = _retrieval(predicted_fdr, observed_fdr, threshold, floor)
-    return float(average_precision_score(true, score)) if 0 < true.sum() < len(true) else float("nan")
+    if not 0 < true.sum() < len(true):
+        return float("nan")
+    order = np.argsort(-score, kind="stable")
+    found, score = np.cumsum(true[order]), score[order]
+    last = np.flatnonzero(np.append(np.diff(score) != 0, True))  # of the genes that tie
+    precision = found[last] / (last + 1)
+    return float(precision @ np.diff(found[last], prepend=0) / found[-1])
 
 
 def roc_auc(
@@ -278,7 +283,10 @@ def roc_auc(
     The area, 1 is perfect, 0.5 chance; NaN where all genes are significant, or none.
     """
     true, score = _retrieval(predicted_fdr, observed_fdr, threshold, floor)
-    return float(roc_auc_score(true, score)) if 0 < true.sum() < len(true) else float("nan")
+    n = int(true.sum())
+    if not 0 < n < len(true):
+        return float("nan")
+    return float((stats.rankdata(score)[true].sum() - n * (n + 1) / 2) / (n * (len(true) - n)))
 
 
 def _retrieval(predicted_fdr, observed_fdr, threshold: float, floor: float) -> tuple[np.ndarray, np.ndarray]:

@@ -16,7 +16,7 @@ from scipy import sparse
 from virtualcell import _keys
 from virtualcell._design import Design, Scale, expression_modality, labels
 from virtualcell._errors import unknown_name
-from virtualcell.data._matrix import log_expression
+from virtualcell.data._matrix import check_matches_scale, columns_by_name, log_expression, matrix_name, raw_matrix
 from virtualcell.tl._scores import METRICS, SUITES, Cells, Comparison
 
 logger = logging.getLogger(__name__)
@@ -166,17 +166,9 @@ def evaluate(
             **arguments,
         )
     else:
-        cells = {
-            s: log_expression(expression_modality(d, modality), genes=shared, scale=predicted_scale)
-            for s, d in sides.items()
-        }
-        matrix = log_expression(
-            expression_modality(observed, modality),
-            genes=shared,
-            layer=design.layer,
-            scale=design.scale,
-            library_size_key=design.library_size_key,
-        )
+        cells = {s: _log1p(expression_modality(d, modality), shared, predicted_scale) for s, d in sides.items()}
+        where = {"layer": design.layer, "library_size_key": design.library_size_key}
+        matrix = _log1p(expression_modality(observed, modality), shared, design.scale, **where)
         parts = []
         for context, perturbations in wanted.items():
             kept = {"control": design.control, "genes": np.asarray(shared), "seed": seed, "n_jobs": n_jobs}
@@ -303,6 +295,17 @@ def _shared_genes(
         if genes is None and len(extra):
             raise unknown_name("genes", extra[0], real, f"{name} has {len(extra)} that observed lacks. {remedy}")
     return list(real) if genes is None else list(real[real.isin(genes)])
+
+
+def _log1p(
+    adata: AnnData, genes: list[str], scale: Scale, *, layer: str | None = None, library_size_key: str | None = None
+) -> sparse.csr_matrix:
+    """log1p CP10k of some genes; shares memory with `adata` where it can, and is only read."""
+    if scale == "counts":
+        return log_expression(adata, genes=genes, layer=layer, scale=scale, library_size_key=library_size_key)
+    matrix = raw_matrix(adata, layer)
+    check_matches_scale(matrix, scale, matrix_name(layer), target_sum=1e4)
+    return columns_by_name(matrix, adata.var_names, genes)
 
 
 # -- rows of the result -----------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from scipy import sparse, stats
 from scipy.linalg import eigh
 
 from virtualcell import metrics
-from virtualcell.metrics._cells import mean_distance
+from virtualcell.metrics._cells import mean_distance, mean_distances
 from virtualcell.metrics._de import log2_fold_change, rank_sum_test
 
 # Cells of one group beyond these numbers are drawn at random: distances between all pairs grow with the square.
@@ -165,8 +165,7 @@ class Comparison:
         """Mean distance between two predicted and between two real cells, and from one to the other, (n, 3)."""
 
         def distances(p: str) -> tuple[float, float, float]:
-            x, y = self._dense(self.predicted, p, MAX_CELLS), self._dense(self.observed, p, MAX_CELLS)
-            return mean_distance(x, x), mean_distance(y, y), mean_distance(x, y)
+            return mean_distances(self._dense(self.predicted, p, MAX_CELLS), self._dense(self.observed, p, MAX_CELLS))
 
         return np.array(self._for_each(distances))
 
