@@ -155,3 +155,11 @@ def test_errors(run, screen, design):
     screen.obs["split"] = "train"
     with pytest.raises(ValueError, match="split 'split' has no test cells"):
         run(["Additive"])
+
+
+def test_predictions_beyond_all_counts_of_a_cell_are_cut_with_a_warning(run, monkeypatch, caplog):
+    monkeypatch.setattr(Additive, "_predict_cells", lambda self, cells, *args, **kwargs: cells + 8)
+    with caplog.at_level(logging.WARNING):
+        scores = run(["Additive"], ceiling=False)
+    assert "predicts more than all counts of a cell" in caplog.text
+    assert np.isfinite(values(scores, "Additive")).all()

@@ -26,9 +26,11 @@ from virtualcell.models._shifts import (
 
 logger = logging.getLogger(__name__)
 
+_MOST = np.float32(np.log1p(1e4))
+
 
 class ShiftModel(PerturbationModel):
-    """Control cells plus a shift of the mean; expression below zero is cut.
+    """Control cells plus a shift of the mean, cut at 0 and at log(1 + 10,000), the most that a cell can hold.
 
     Shifts are differences of mean log1p CP10k between perturbed and control cells, in each context by itself. Cells
     marked `test` take no part.
@@ -113,7 +115,7 @@ class ShiftModel(PerturbationModel):
         if perturbation == self.control:
             return cells
         row = self.known_contexts.index(context) if context in self.known_contexts else -1
-        return np.maximum(cells + self._shift(perturbation, row, base).astype(np.float32), 0)
+        return np.clip(cells + self._shift(perturbation, row, base).astype(np.float32), 0, _MOST)
 
 
 class NoChange(ShiftModel):

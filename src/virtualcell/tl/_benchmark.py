@@ -30,6 +30,7 @@ Spec = str | type[PerturbationModel] | tuple[str | type[PerturbationModel], dict
 COLUMNS = ["split", "seed", "source", "model", "context", "perturbation", "metric", "value"]
 CEILING = "ceiling"
 _SPLIT = "_split"
+_MOST = np.float32(np.log1p(1e4))  # `evaluate` refuses a matrix above as being on another scale
 
 
 def benchmark(
@@ -59,7 +60,8 @@ def benchmark(
     """Fit models on splits of the data and score what they predict for the test cells.
 
     All models of a split work on the same normalised matrix, and on the same genes, which are chosen on its training
-    cells. Test cells are scored and nothing else. `adata` is not changed.
+    cells. Test cells are scored and nothing else. Predictions above log(1 + 10,000), the most that a gene can have in
+    a cell, are cut there, with a warning. `adata` is not changed.
 
     Parameters
     ----------
@@ -284,7 +286,10 @@ def _predict(
         predicted = model.predict(controls, pair[0], context=context, n_cells=n_cells, seed=seed)
         cells.append(predicted[list(real.var_names)].to_numpy(np.float32))
         labels.append(pd.DataFrame([pair] * len(predicted), columns=keys))
-    return np.concatenate(cells), pd.concat(labels, ignore_index=True)
+    expression = np.concatenate(cells)
+    if (beyond := int((expression > _MOST).sum())) > 0:
+        logger.warning("%r predicts more than all counts of a cell in %d entries; cut to that.", model, beyond)
+    return np.minimum(expression, _MOST), pd.concat(labels, ignore_index=True)
 
 
 def _score(
