@@ -49,9 +49,9 @@ def benchmark(
     """Draw the scores of models: a dot per split and seed, the floor and the ceiling as bands.
 
     A dot is the mean over the test perturbations of each context, then over contexts; NaN, where a metric is not
-    defined, is left out. The bar is the mean over splits, each of which counts the same whatever its number of seeds. A
-    band reaches from the least to the most over splits and seeds, with the mean as a line in it; that of the floor is
-    of the best floor model for the metric.
+    defined, is left out. The bar is the mean over splits, each of which counts the same whatever its number of seeds.
+    The bands start at such means too: what is no better than the floor (its best model for the metric), and what is
+    beyond the ceiling. How far each split lies from its own floor and ceiling is in the table.
 
     Parameters
     ----------
@@ -148,11 +148,6 @@ def _axes(axes: Axes | Sequence[Axes] | None, n: int, n_models: int) -> list[Axe
 
 
 def _panel(ax: Axes, runs: pd.DataFrame, metric: str, models: Sequence[str]) -> None:
-    floors = runs[(runs["source"] == "floor") & ~runs["model"].isin(models)]
-    if len(floors):
-        best = _best_first(floors, floors["model"].unique(), metric)[0]
-        _band(ax, floors[floors["model"] == best], _FLOOR, "best of the floor", (0, (1, 1.5)))
-    _band(ax, runs[runs["source"] == "ceiling"], _CEILING, "ceiling", (0, (5, 2)))
     splits = list(dict.fromkeys(runs["split"]))
     which = "mean over splits" if len(splits) > 1 else "mean over seeds"
     means = _mean_of(runs)
@@ -171,14 +166,24 @@ def _panel(ax: Axes, runs: pd.DataFrame, metric: str, models: Sequence[str]) -> 
     ax.set_yticklabels(models)
     name = _NAMES.get(metric, metric)
     ax.set_xlabel(name if metric in _NEUTRAL else f"{name} ({'←' if metric in _LOSSES else '→'} better)")
-    ax.margins(x=0.08)
+    floors = runs[(runs["source"] == "floor") & ~runs["model"].isin(models)]
+    if len(floors):
+        floors = floors[floors["model"] == _best_first(floors, floors["model"].unique(), metric)[0]]
+    ceilings, shown = runs[runs["source"] == "ceiling"], runs[runs["model"].isin(models)]["value"].dropna()
+    ends = np.array([*shown, *_mean_of(floors), *_mean_of(ceilings)])
+    if ends.size:
+        margin = 0.08 * np.ptp(ends) or 0.05
+        ax.set_xlim(ends.min() - margin, ends.max() + margin)
+    _band(ax, floors, _FLOOR, "best of the floor", (0, (1, 1.5)), upwards=metric in _LOSSES)
+    _band(ax, ceilings, _CEILING, "ceiling", (0, (5, 2)), upwards=metric not in _LOSSES)
     ax.tick_params(axis="y", length=0)
     ax.locator_params(axis="x", nbins=5)
     style.despine(ax)
 
 
-def _band(ax: Axes, runs: pd.DataFrame, colour: str, label: str, dashes: tuple) -> None:
-    values = runs["value"].dropna()
-    if len(values):
-        ax.axvspan(values.min(), values.max(), color=colour, alpha=0.18, lw=0, zorder=0)
-        ax.axvline(_mean_of(runs).mean(), color=colour, lw=1.4, ls=dashes, zorder=1, label=label)
+def _band(ax: Axes, runs: pd.DataFrame, colour: str, label: str, dashes: tuple, *, upwards: bool) -> None:
+    """Shade from the mean to the end of the axis."""
+    if runs["value"].notna().any():
+        at = _mean_of(runs).mean()
+        ax.axvline(at, color=colour, lw=1.4, ls=dashes, zorder=1, label=label)
+        ax.axvspan(at, ax.get_xlim()[upwards], color=colour, alpha=0.18, lw=0, zorder=0)
