@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +34,7 @@ class CellSet:
     """One training example: S control rows and S perturbed rows."""
 
     perturbation: str
+    context: str
     batch: int
     control: np.ndarray
     perturbed: np.ndarray
@@ -164,7 +165,7 @@ class CellSetSampler(Sampler[list[CellSet]]):
             rows = np.concatenate([rows, rng.choice(g.perturbed, short, replace=short > len(g.perturbed))])
             for i in range(0, len(rows), s):
                 control = rng.choice(g.control, s, replace=len(g.control) < s)
-                sets.append(CellSet(g.perturbation, g.batch, control, rows[i : i + s]))
+                sets.append(CellSet(g.perturbation, g.context, g.batch, control, rows[i : i + s]))
         return [sets[i] for i in rng.permutation(len(sets))]
 
 
@@ -192,11 +193,18 @@ class CellSetDataset(Dataset):
     """A list of B cell sets becomes tensors.
 
     "control" (B, S, n_input), "perturbed" (B, S, n_output), "perturbation" (B, n_perturbation), "batch" (B,), and
-    "genes" (B, S, n_genes) where the model decodes genes from an embedding.
+    "genes" (B, S, n_genes) where the model decodes genes from an embedding. With a `prior`, a function of perturbation
+    and context, "prior_scale" and "prior_shift" (B, n_output).
     """
 
-    def __init__(self, cells: Rows, encode: callable, genes: Rows | None = None) -> None:
-        self.cells, self.encode, self.genes = cells, encode, genes
+    def __init__(
+        self,
+        cells: Rows,
+        encode: Callable[[Sequence[str]], Tensor],
+        genes: Rows | None = None,
+        prior: Callable[[str, str], tuple[np.ndarray, np.ndarray]] | None = None,
+    ) -> None:
+        self.cells, self.encode, self.genes, self.prior = cells, encode, genes, prior
 
     def __getitem__(self, sets: list[CellSet]) -> dict[str, Tensor]:
         perturbed = np.stack([s.perturbed for s in sets])
@@ -208,4 +216,8 @@ class CellSetDataset(Dataset):
         }
         if self.genes is not None:
             batch["genes"] = self.genes[perturbed]
+        if self.prior is not None:
+            known = [self.prior(s.perturbation, s.context) for s in sets]
+            scale, shift = (torch.from_numpy(np.stack(x)) for x in zip(*known, strict=True))
+            batch |= {"prior_scale": scale, "prior_shift": shift}
         return batch

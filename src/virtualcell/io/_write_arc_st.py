@@ -55,10 +55,13 @@ def write_st(
         Replace a run that is there.
     """
     c = network.config
-    if c.residual == "expression":
+    if c.residual in ("both", "expression") or c.prior is not None:
         raise ValueError(
-            "residual='expression' has no counterpart in Arc's format. Train with residual='hidden' to share a model."
+            f"residual={c.residual!r} with prior={c.prior!r} has no counterpart in Arc's format. Train with "
+            "residual='hidden' and prior=None to share a model."
         )
+    if not isinstance(network, STNetwork):
+        raise ValueError("n_members: Arc's format holds one network. Train with n_members=1 to share a model.")
     in_genes = setup["use_rep"] is None
     if c.relu != (in_genes or not c.n_genes):
         raise ValueError(f"relu={c.relu} has no counterpart in Arc's format, where genes are never negative.")

@@ -18,6 +18,7 @@ from virtualcell._errors import unknown_name
 from virtualcell.data._matrix import check_matches_scale, columns_by_name, matrix_name, raw_matrix
 from virtualcell.models._saved import SavedModel
 
+MOST_EXPRESSION = np.float32(np.log1p(1e4))  # log1p CP10k of a cell that holds one gene only
 SPLITS = ("train", "val", "test")
 
 
@@ -203,6 +204,13 @@ class PerturbationModel(SavedModel):
         `context` is their context ("" where the model knows none), which may be new; `base` the mean of all its control
         cells, (n_features,); `batch` the code of each cell's batch.
         """
+
+    def _predict_means(
+        self, cells: np.ndarray, perturbation: str, *, context: str, base: np.ndarray, batch: np.ndarray | None
+    ) -> np.ndarray:
+        """Mean predicted profiles (n_opinions, n_genes): one for each part of the model that has a say of its own."""
+        predicted = self._predict_cells(cells, perturbation, context=context, base=base, batch=batch)
+        return predicted.mean(axis=0, keepdims=True)
 
     @abstractmethod
     def check_perturbation(self, perturbation: str) -> None:

@@ -13,7 +13,7 @@ from mudata import MuData
 from torch import Tensor, nn
 
 from virtualcell._errors import unknown_name
-from virtualcell.models._base import PerturbationModel
+from virtualcell.models._base import MOST_EXPRESSION, PerturbationModel
 from virtualcell.models._perturbations import parts
 from virtualcell.models._shifts import (
     AdditiveFit,
@@ -25,8 +25,6 @@ from virtualcell.models._shifts import (
 )
 
 logger = logging.getLogger(__name__)
-
-_MOST = np.float32(np.log1p(1e4))
 
 
 class ShiftModel(PerturbationModel):
@@ -115,7 +113,7 @@ class ShiftModel(PerturbationModel):
         if perturbation == self.control:
             return cells
         row = self.known_contexts.index(context) if context in self.known_contexts else -1
-        return np.clip(cells + self._shift(perturbation, row, base).astype(np.float32), 0, _MOST)
+        return np.clip(cells + self._shift(perturbation, row, base).astype(np.float32), 0, MOST_EXPRESSION)
 
 
 class NoChange(ShiftModel):

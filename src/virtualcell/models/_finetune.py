@@ -17,7 +17,7 @@ from virtualcell._errors import unknown_name
 from virtualcell.models._perturbations import PerturbationTable, parts
 from virtualcell.models._se import SE
 from virtualcell.models._st import ST
-from virtualcell.modules import STNetwork
+from virtualcell.modules import Ensemble, STNetwork
 
 logger = logging.getLogger(__name__)
 
@@ -48,20 +48,28 @@ def continue_st(
     labels = adata.obs[setup["perturbation_key"]].astype(str)[cells]
     table = extend_table(old.table, labels, setup["control"], perturbation_features)
     sizes = {k: v for k, v in theirs.items() if k not in _FROM_DATA}
-    new = ST(adata, set_size=set_size or old.set_size, table=table, **{**sizes, **network})
+    sizes |= {"set_size": set_size or old.set_size, "n_members": old.n_members}
+    new = ST(adata, table=table, **{**sizes, **network})
+    if new.n_members != old.n_members:
+        raise ValueError(f"model_kwargs: n_members={new.n_members}, but init_from has {old.n_members}: leave it out.")
     if new.setup["use_rep"] is not None and new.config.n_input != old.config.n_input:
         raise ValueError(
             f"obsm[{new.setup['use_rep']!r}] has {new.config.n_input} columns, init_from was trained on "
             f"{old.config.n_input}: they come from different SE models."
         )
-    transfer(
-        old.module,
-        new.module,
-        genes=(old.genes, new.genes),
-        batches=(old.batches, new.batches),
-        perturbations=(old.table, table),
-    )
+    for theirs, ours in zip(_networks(old.module), _networks(new.module), strict=True):
+        transfer(
+            theirs,
+            ours,
+            genes=(old.genes, new.genes),
+            batches=(old.batches, new.batches),
+            perturbations=(old.table, table),
+        )
     return new
+
+
+def _networks(module: nn.Module) -> list[STNetwork]:
+    return list(module.members) if isinstance(module, Ensemble) else [module]
 
 
 def continue_se(adata: AnnData, old: SE) -> SE:
@@ -186,7 +194,7 @@ def transfer(
             _carry(layer, its, rows=shared)
         elif name == "control":
             _carry(layer, its, columns=shared if in_genes else None)
-        elif name == "out":
+        elif name in ("out", "level"):
             _carry(layer, its, rows=shared if in_genes else None)
         elif name in ("down", "up"):  # a bottleneck, narrower where there are fewer genes
             narrow = torch.arange(min(new.config.n_output // 8, old.config.n_output // 8))
@@ -220,6 +228,8 @@ def _named_layers(network: STNetwork) -> dict[str, nn.Linear]:
         "control": basal[0] if c.control_projection else basal,
         "out": network.project_out[-1],
     }
+    if c.residual == "both":
+        layers["level"] = network.project_level[-1]
     if c.residual == "all":
         layers |= {"down": network.final_down_then_up[0], "up": network.final_down_then_up[-1]}
     if c.n_genes:
@@ -274,9 +284,11 @@ def partly_trained(
     network: nn.Module, *, freeze: Sequence[str] = (), lora: dict | None = None, seed: int = 0
 ) -> Iterator[None]:
     """Train only some parameters inside the block; with `lora`, adapters of the backbone, merged at its end."""
+    if isinstance(network, Ensemble) and (freeze or lora is not None):
+        raise ValueError("freeze= and lora= are for a model of one network; init_from has several members.")
     parameters = dict(network.named_parameters())
     frozen = _frozen(network, parameters, [freeze] if isinstance(freeze, str) else freeze)
-    backbone = next(name for name in BACKBONES if hasattr(network, name))
+    backbone = next((name for name in BACKBONES if hasattr(network, name)), None)
     if lora is not None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -23,10 +23,12 @@ from virtualcell._design import expression_modality
 from virtualcell.data._cell_sets import CellSetDataset, CellSetSampler, Rows, cell_groups
 from virtualcell.io._arc_st import read_st
 from virtualcell.io._write_arc_st import write_st
-from virtualcell.models._base import PerturbationModel
+from virtualcell.models._base import MOST_EXPRESSION, PerturbationModel
 from virtualcell.models._perturbations import PerturbationTable, find_drug
+from virtualcell.models._prior import ShiftPrior
 from virtualcell.models._se import SE
-from virtualcell.modules import STConfig, STNetwork, st_loss
+from virtualcell.models._shifts import shift_table
+from virtualcell.modules import Ensemble, Prior, STConfig, STNetwork, STOutput, st_loss
 from virtualcell.train import run_training
 
 logger = logging.getLogger(__name__)
@@ -65,8 +67,16 @@ class ST(PerturbationModel):
     set_size
         Cells in a set; by default that of `size`.
     residual
-        "expression" (default): predicted = ReLU(control + learned shift), the shift starting at zero. "hidden": the
-        published form. See :class:`virtualcell.modules.STConfig`.
+        "both" (default): the average of two heads, of which one predicts a shift of the control cells that starts at
+        zero, the other the level itself from the hidden layer; "expression" and "hidden" (the published form) are these
+        alone. See :class:`virtualcell.modules.STConfig`.
+    prior
+        "similar": what the training cells say without learning, the shift that the perturbation had in contexts with
+        similar control cells, is averaged with the heads. "additive": ST learns what the additive baseline leaves over.
+        `None`: neither. "auto" is "similar" for residual="both" in gene space, and `None` otherwise; in embedding space
+        nothing else is possible.
+    n_members
+        Networks that are trained side by side from different first weights, and averaged.
     network
         Any other field of :class:`virtualcell.modules.STConfig`.
 
@@ -85,7 +95,9 @@ class ST(PerturbationModel):
         *,
         size: Literal["small", "medium", "large"] = "small",
         set_size: int | None = None,
-        residual: Literal["expression", "hidden", "all", "none"] = "expression",
+        residual: Literal["both", "expression", "hidden", "all", "none"] = "both",
+        prior: Literal["auto", "similar", "additive"] | None = "auto",
+        n_members: int = 1,
         registry: dict | None = None,
         **network: object,
     ) -> None:
@@ -113,13 +125,22 @@ class ST(PerturbationModel):
         options = {**SIZES[size], **network}
         self.set_size = set_size or options["set_size"]
         options.pop("set_size")
-        n_genes = len(self.genes)
+        n_genes, in_genes = len(self.genes), self.setup["use_rep"] is None
+        if prior == "auto":
+            prior = "similar" if in_genes and residual == "both" else None
+        if not in_genes and prior is not None:
+            raise ValueError(
+                f"prior={prior!r} is a shift of genes, and this model works on embeddings: say prior=None."
+            )
+        if n_members < 1:
+            raise ValueError(f"n_members={n_members!r}: at least one network is needed.")
         n_space = n_genes if self.setup["use_rep"] is None else self._n_rep()
         given = {
             "n_input": n_space,
             "n_output": n_space,
             "n_perturbation": self.table.n_dims,
             "residual": residual,
+            "prior": prior,
             "relu": self.setup["use_rep"] is None,
             "n_batches": len(self.batches),
             "n_genes": 0 if self.setup["use_rep"] is None else n_genes,
@@ -130,14 +151,18 @@ class ST(PerturbationModel):
         if "decoder_hidden" in options:  # a list after JSON
             options["decoder_hidden"] = tuple(options["decoder_hidden"])
         self.config = STConfig(**{**given, **options})
-        self.module = STNetwork(self.config)
+        self.n_members = n_members
+        self.module = STNetwork(self.config) if n_members == 1 else Ensemble(self.config, n_members)
+        self.prior: ShiftPrior | None = None  # comes with training
         n = sum(p.numel() for p in self.module.parameters())
         space = "genes" if self.setup["use_rep"] is None else f"obsm[{self.setup['use_rep']!r}]"
         self.se: SE | None = None  # what made the embeddings, where fit_state did
         self._model_summary_string = (
             f"ST model: {len(self.table.seen)} perturbations ({'features' if self.table.has_features else 'one-hot'}), "
             f"{max(len(self.contexts), 1)} contexts, {n_space} dimensions of {space}, sets of {self.set_size} cells, "
-            f"residual={residual!r}, {n / 1e6:.1f} M parameters."
+            f"residual={residual!r}, prior={self.config.prior!r}, "
+            + (f"{n_members} members, " if n_members > 1 else "")
+            + f"{n / 1e6:.1f} M parameters."
         )
 
     # -- saving -------------------------------------------------------------------------------------------------------
@@ -145,10 +170,15 @@ class ST(PerturbationModel):
     def _arguments(self) -> dict:
         config = dataclasses.asdict(self.config)
         table = {"names": self.table.names, "seen": self.table.seen, "has_features": self.table.has_features}
-        return {"set_size": self.set_size, "config": config, "table": table}
+        own = {"set_size": self.set_size, "n_members": self.n_members, "config": config, "table": table}
+        if self.prior is not None:
+            own["prior"] = {k: v for k, v in vars(self.prior).items() if not isinstance(v, np.ndarray)}
+        return own
 
     def _tensors(self) -> dict[str, Tensor]:
-        return {**super()._tensors(), "perturbations": self.table.vectors}
+        arrays = {} if self.prior is None else {k: v for k, v in vars(self.prior).items() if isinstance(v, np.ndarray)}
+        prior = {f"prior.{k}": torch.from_numpy(np.ascontiguousarray(v)) for k, v in arrays.items()}
+        return {**super()._tensors(), "perturbations": self.table.vectors, **prior}
 
     def _save_parts(self, folder: Path, *, overwrite: bool) -> None:
         if self.se is not None:
@@ -166,7 +196,12 @@ class ST(PerturbationModel):
         table = PerturbationTable(
             vectors=tensors["perturbations"], control=registry["setup_args"]["control"], **arguments["table"]
         )
-        return cls(registry=registry, set_size=arguments["set_size"], table=table, **arguments["config"])
+        sizes = {k: arguments[k] for k in ("set_size", "n_members") if k in arguments}
+        model = cls(registry=registry, table=table, **sizes, **{"prior": None, **arguments["config"]})
+        if "prior" in arguments:
+            arrays = {k.removeprefix("prior."): v.numpy() for k, v in tensors.items() if k.startswith("prior.")}
+            model.prior = ShiftPrior(**arguments["prior"], **arrays)
+        return model
 
     @classmethod
     def from_arc(
@@ -223,7 +258,8 @@ class ST(PerturbationModel):
         Raises
         ------
         ValueError
-            For `residual="expression"`, our default, which that format cannot express.
+            For `residual="both"`, our default, or "expression", for a prior, or for several members, which that format
+            cannot express.
         """
         table = dict(zip(self.table.names, self.table.vectors, strict=True))
         batch = self.registry["field_registries"]["batch"]["state_registry"]
@@ -295,6 +331,7 @@ class ST(PerturbationModel):
         batch_size: int = 8,
         loss: Literal["energy", "sinkhorn", "energy+sinkhorn"] = "energy",
         mean_weight: float = 1.0,
+        contrast_weight: float = 0.0,
         val_fraction: float = 0.1,
         early_stopping: bool = False,
         early_stopping_patience: int = 10,
@@ -321,6 +358,9 @@ class ST(PerturbationModel):
             the former plus 0.01 of the latter.
         mean_weight
             Weight of the distance between the means of the two sets, which the published loss leaves out.
+        contrast_weight
+            Weight of a term that tells the perturbations of a batch apart, see
+            :func:`virtualcell.modules._losses.contrast`.
         val_fraction
             Share of cells of each group kept for validation, where the data has no split of its own.
         early_stopping, early_stopping_patience
@@ -338,12 +378,18 @@ class ST(PerturbationModel):
         data = self._training_data()
         validation = self._validation_cells(data, val_fraction, seed) & self._training_rows(data)
         genes = None if self.setup["use_rep"] is None else Rows(self._expression(data))
-        cells = CellSetDataset(Rows(self._cells(data)), self.table.encode, genes)
-        sampler = {"sets_per_batch": batch_size, "seed": seed}
         learned = self._training_rows(data) & ~validation
+        prior = None
+        if self.config.prior is not None:
+            self.prior = self._fit_prior(data, learned)
+            if self.config.prior == "additive":
+                base = dict(zip(self.prior.contexts, self.prior.controls, strict=True))
+                prior = cache(lambda perturbation, context: self._prior_of(perturbation, context, base[context]))
+        cells = CellSetDataset(Rows(self._cells(data)), self.table.encode, genes, prior)
+        sampler = {"sets_per_batch": batch_size, "seed": seed}
         train = self._loader(data, learned, cells, fixed=False, min_batches=50, **sampler)
         held = self._loader(data, validation, cells, fixed=True, **sampler) if validation.any() else None
-        options = {"kind": loss, "mean_weight": mean_weight}
+        options = {"kind": loss, "mean_weight": mean_weight, "contrast_weight": contrast_weight}
         run_training(
             self,
             partial(st_loss, **options),
@@ -364,6 +410,21 @@ class ST(PerturbationModel):
             enable_progress_bar=enable_progress_bar,
             **trainer_kwargs,
         )
+
+    def _fit_prior(self, data: AnnData | MuData, learned: np.ndarray) -> ShiftPrior:
+        labels = self._labels(data, "perturbation")
+        # control cells of every context take part: they are what similarity is told by
+        mask = learned | ((labels == self.control) & self._training_rows(data))
+        table = shift_table(
+            self._expression(data), labels, self._labels(data, "context"), control=self.control, mask=mask
+        )
+        return ShiftPrior.fit(table, self.config.prior, self.table if self.table.has_features else None)
+
+    def _prior_of(self, perturbation: str, context: str, base: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+        if self.prior is None:
+            return None
+        features = self.table if self.table.has_features else None
+        return self.prior(perturbation, control=self.control, context=context, base=base, features=features)
 
     # -- prediction ---------------------------------------------------------------------------------------------------
 
@@ -393,8 +454,38 @@ class ST(PerturbationModel):
         return find_drug(self.table.names, drug, dose)
 
     @torch.inference_mode()
+    def _run(
+        self,
+        cells: np.ndarray,
+        perturbation: str,
+        batch: np.ndarray | None,
+        prior: tuple[np.ndarray, np.ndarray] | None,
+    ) -> Iterator[STOutput]:
+        """Run the network over control cells in the order given, `set_size` at a time, some sets at once."""
+        self.module.eval()
+        s = min(self.set_size, len(cells))
+        starts = self._starts(len(cells))
+        vector = self.table.encode([perturbation]).to(self.device)
+        if prior is not None:
+            known = Prior(*(torch.from_numpy(x).to(self.device).unsqueeze(0) for x in prior))
+        for at in range(0, len(starts), _SETS_AT_ONCE):
+            rows = np.stack([np.arange(i, i + s) for i in starts[at : at + _SETS_AT_ONCE]])
+            control = torch.from_numpy(cells[rows]).to(self.device)
+            codes = None if batch is None else torch.from_numpy(batch[rows]).to(self.device)
+            yield self.module(control, vector.expand(len(rows), -1), codes, None if prior is None else known)
+
+    def _starts(self, n: int) -> list[int]:
+        """Where the sets begin; every one is full: the last one reaches back."""
+        s = min(self.set_size, n)
+        return [min(i, n - s) for i in range(0, n, s)]
+
     def predict_sets(
-        self, cells: np.ndarray, perturbation: str, batch: np.ndarray | None = None
+        self,
+        cells: np.ndarray,
+        perturbation: str,
+        batch: np.ndarray | None = None,
+        *,
+        prior: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> dict[str, np.ndarray]:
         """Run the network over control cells in the order given, `set_size` at a time.
 
@@ -406,30 +497,39 @@ class ST(PerturbationModel):
             Its name.
         batch
             Batch code of each cell, (n,), for a model with batches.
+        prior
+            Scale and shift of the prior, (n_output,) each, for a model with one; left out of the average by default.
 
         Returns
         -------
         "cells" (n, n_output), and "genes" (n, n_genes) for a model in embedding space.
         """
-        self.module.eval()
         n, s = len(cells), min(self.set_size, len(cells))
-        # every set is full: the last one reaches back, and only its new cells are kept
-        starts = [min(i, n - s) for i in range(0, n, s)]
-        vector = self.table.encode([perturbation]).to(self.device)
         out: dict[str, list[np.ndarray]] = {"cells": [], "genes": []}
-        for at in range(0, len(starts), _SETS_AT_ONCE):
-            rows = np.stack([np.arange(i, i + s) for i in starts[at : at + _SETS_AT_ONCE]])
-            control = torch.from_numpy(cells[rows]).to(self.device)
-            codes = None if batch is None else torch.from_numpy(batch[rows]).to(self.device)
-            predicted = self.module(control, vector.expand(len(rows), -1), codes)
+        for predicted in self._run(cells, perturbation, batch, prior):
             for name in [k for k in out if getattr(predicted, k) is not None]:
                 out[name].append(getattr(predicted, name).float().cpu().flatten(0, 1).numpy())
-        kept = np.arange(len(starts) * s)
-        kept = np.concatenate([kept[: (len(starts) - 1) * s], kept[len(starts) * s - (n - (len(starts) - 1) * s) :]])
+        n_sets = len(self._starts(n))
+        kept = np.arange(n_sets * s)  # of the last set only what is new
+        kept = np.concatenate([kept[: (n_sets - 1) * s], kept[n_sets * s - (n - (n_sets - 1) * s) :]])
         return {k: np.concatenate(v)[kept] for k, v in out.items() if v}
 
     def _predict_cells(
         self, cells: np.ndarray, perturbation: str, *, context: str, base: np.ndarray, batch: np.ndarray | None
     ) -> np.ndarray:
-        predicted = self.predict_sets(cells, perturbation, batch)
-        return predicted["genes" if self.config.n_genes else "cells"]
+        prior = self._prior_of(perturbation, context, base)
+        predicted = self.predict_sets(cells, perturbation, batch, prior=prior)
+        return np.minimum(predicted["genes" if self.config.n_genes else "cells"], MOST_EXPRESSION)
+
+    def _predict_means(
+        self, cells: np.ndarray, perturbation: str, *, context: str, base: np.ndarray, batch: np.ndarray | None
+    ) -> np.ndarray:
+        """Mean profiles (n_opinions, n_genes): of every head of every member, and of the prior."""
+        if self.config.n_genes:
+            return super()._predict_means(cells, perturbation, context=context, base=base, batch=batch)
+        prior = self._prior_of(perturbation, context, base)
+        means = []
+        for out in self._run(cells, perturbation, batch, prior):
+            opinions = [*out.learned, *([] if out.baseline is None else [out.baseline])]
+            means.append(torch.stack([x.mean(dim=1) for x in opinions]).float().cpu().numpy())
+        return np.concatenate(means, axis=1).mean(axis=1)

@@ -2,9 +2,11 @@
 
 from virtualcell.modules._losses import energy_distance, mean_distance, se_loss, set_loss, sinkhorn_divergence, st_loss
 from virtualcell.modules._se import SEConfig, SENetwork
-from virtualcell.modules._st import STConfig, STNetwork, STOutput
+from virtualcell.modules._st import Ensemble, Prior, STConfig, STNetwork, STOutput
 
 __all__ = [
+    "Ensemble",
+    "Prior",
     "SEConfig",
     "SENetwork",
     "STConfig",

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from virtualcell.modules._se import SENetwork
-from virtualcell.modules._st import STNetwork
+from virtualcell.modules._st import Ensemble, Prior, STNetwork
 
 
 def _distances(x: Tensor, y: Tensor) -> Tensor:
@@ -91,11 +91,45 @@ def set_loss(predicted: Tensor, target: Tensor, *, kind: str = "energy", mean_we
     return loss + mean_weight * mean_distance(predicted, target) if mean_weight else loss
 
 
-def st_loss(network: STNetwork, batch: dict[str, Tensor], *, kind: str, mean_weight: float) -> dict[str, Tensor]:
-    """Mean set loss, plus that of the decoded genes (weight 1) and that of the confidence token where there are any."""
-    out = network(batch["control"], batch["perturbation"], batch["batch"])
-    per_set = set_loss(out.cells, batch["perturbed"], kind=kind, mean_weight=mean_weight)
+def contrast(predicted: Tensor, batch: dict[str, Tensor], temperature: float = 0.1) -> Tensor:
+    """Tell the sets of a batch apart: cross-entropy of the cosines between predicted and observed effects of the mean.
+
+    Every prediction has to lie nearer to the effect of its own set than to those of other perturbations (InfoNCE, van
+    den Oord et al. 2018); sets of the same perturbation do not count against each other.
+    """
+    base = batch["control"].float().mean(dim=1)
+    effect, target = (F.normalize(x.float().mean(dim=1) - base, dim=-1) for x in (predicted, batch["perturbed"]))
+    vectors = batch["perturbation"]
+    same = (vectors.unsqueeze(0) == vectors.unsqueeze(1)).all(dim=-1)
+    itself = torch.eye(len(vectors), dtype=torch.bool, device=vectors.device)
+    scores = (effect @ target.T / temperature).masked_fill(same & ~itself, -torch.inf)
+    losses = F.cross_entropy(scores, torch.arange(len(vectors), device=vectors.device), reduction="none")
+    perturbed = vectors.any(dim=-1)  # the control has no effect and so no direction
+    return (losses * perturbed).sum() / perturbed.sum().clamp_min(1)
+
+
+def st_loss(
+    network: STNetwork, batch: dict[str, Tensor], *, kind: str, mean_weight: float, contrast_weight: float = 0.0
+) -> dict[str, Tensor]:
+    """Mean set loss over the heads, plus that of decoded genes (weight 1) and of the confidence token, where any are.
+
+    Heads are trained each by itself: pooled, one would learn to make up for the other's errors on cells it has seen.
+    """
+    if isinstance(network, Ensemble):
+        members = [
+            st_loss(m, batch, kind=kind, mean_weight=mean_weight, contrast_weight=contrast_weight)
+            for m in network.members
+        ]
+        return {name: torch.stack([losses[name] for losses in members]).mean() for name in members[0]}
+    prior = Prior(batch["prior_scale"], batch["prior_shift"]) if "prior_scale" in batch else None
+    out = network(batch["control"], batch["perturbation"], batch["batch"], prior)
+    per_set = torch.stack(
+        [set_loss(cells, batch["perturbed"], kind=kind, mean_weight=mean_weight) for cells in out.learned]
+    ).mean(dim=0)
     losses = {"loss": per_set.mean()}
+    if contrast_weight:
+        losses["loss_contrast"] = torch.stack([contrast(cells, batch) for cells in out.learned]).mean()
+        losses["loss"] = losses["loss"] + contrast_weight * losses["loss_contrast"]
     if out.genes is not None:
         losses["loss_genes"] = set_loss(out.genes, batch["genes"], kind=kind, mean_weight=mean_weight).mean()
         losses["loss"] = losses["loss"] + losses["loss_genes"]

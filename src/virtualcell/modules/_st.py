@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, NamedTuple
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 
 from virtualcell.modules._transformer import Llama, mlp
 
-Residual = Literal["expression", "hidden", "all", "none"]
+Residual = Literal["both", "expression", "hidden", "all", "none"]
+_RESIDUALS = ("both", "expression", "hidden", "all", "none")
 
 
 @dataclass(frozen=True)
@@ -30,9 +32,13 @@ class STConfig:
         The MLPs before and behind it.
     residual
         Where the control cells come in again, with b = backbone output and c = control encoding:
-        "expression": control + W(b), last layer of W starting at zero (our default: the untrained model predicts no
-        change); "hidden": W(b + c), as published; "all": U(W(b) + control) with a bottleneck U, as published for
-        all genes; "none": W(b).
+        "expression": control + W(b), last layer of W starting at zero (the untrained model predicts no change);
+        "hidden": V(b + c), as published; "both" (our default): the two as separate heads on one backbone, see
+        :func:`pool`; "all": U(W(b) + control) with a bottleneck U, as published for all genes; "none": W(b).
+    prior
+        What a baseline knows is given to the network as a :class:`Prior`. "similar" (our default): its prediction is
+        pooled with that of the heads, and takes no part in training; "additive": the learned shift comes on top of it,
+        control + prior + W(b).
     relu
         Expression is not negative: apply ReLU to the prediction.
     control_projection
@@ -55,6 +61,7 @@ class STConfig:
     n_decoder_layers: int = 2
     dropout: float = 0.1
     residual: Residual = "expression"
+    prior: Literal["similar", "additive"] | None = None
     relu: bool = True
     control_projection: bool = True
     n_batches: int = 0
@@ -66,9 +73,13 @@ class STConfig:
     decoder_dropout: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.residual not in ("expression", "hidden", "all", "none"):
-            raise ValueError(f"residual={self.residual!r} is unknown; valid are 'expression', 'hidden', 'all', 'none'.")
-        if self.residual in ("expression", "all") and self.n_input != self.n_output:
+        if self.residual not in _RESIDUALS:
+            raise ValueError(f"residual={self.residual!r} is unknown; valid are {list(_RESIDUALS)}.")
+        if self.prior not in (None, "similar", "additive"):
+            raise ValueError(f"prior={self.prior!r} is unknown; valid are 'similar', 'additive' and None.")
+        if self.prior == "additive" and self.residual not in ("both", "expression"):
+            raise ValueError(f"prior='additive' is added to the control cells, which residual={self.residual!r} drops.")
+        if self.residual in ("both", "expression", "all") and self.n_input != self.n_output:
             raise ValueError(
                 f"residual={self.residual!r} adds the control cells to the prediction and needs n_input == n_output, "
                 f"got {self.n_input} and {self.n_output}. Use residual='hidden'."
@@ -76,11 +87,42 @@ class STConfig:
 
 
 class STOutput(NamedTuple):
-    """Predicted cells (B, S, n_output); genes (B, S, n_genes) and confidence (B,), the predicted loss, where asked."""
+    """Predicted cells (B, S, n_output), and the single predictions that they were pooled from, each of that shape.
+
+    Genes (B, S, n_genes) and confidence (B,), the predicted loss, where the network has them.
+    """
 
     cells: Tensor
     genes: Tensor | None
     confidence: Tensor | None
+    learned: tuple[Tensor, ...] = ()  # what is trained, one for each head
+    baseline: Tensor | None = None  # of the prior
+
+
+class Prior(NamedTuple):
+    """What a baseline predicts: control * scale + shift, both (B, n_output)."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __call__(self, control: Tensor) -> Tensor:
+        return control * self.scale.unsqueeze(1) + self.shift.unsqueeze(1)
+
+
+def pool(predictions: Sequence[Tensor], *, nonnegative: bool = True) -> Tensor:
+    """Give the first set of cells the mean that several predictions have on average; (B, S, G) each.
+
+    A single head errs in its own way (a shift keeps the sampling noise of the control cells, a level predicted from the
+    encoding loses their scatter), so the average of the means is better than any, while the scatter of the cells
+    is that of the first. Expression (`nonnegative`) is lowered by a factor, which leaves zeros zero, and raised by a
+    sum; embeddings are moved.
+    """
+    cells = predictions[0]
+    mean = cells.mean(dim=1, keepdim=True)
+    wanted = torch.stack([p.mean(dim=1, keepdim=True) for p in predictions]).mean(dim=0)
+    if not nonnegative:
+        return cells + wanted - mean
+    return cells * (wanted / mean.clamp_min(1e-8)).clamp_max(1) + (wanted - mean).clamp_min(0)
 
 
 class ConfidenceToken(nn.Module):
@@ -136,6 +178,8 @@ class STNetwork(nn.Module):
         )
         self.transformer_backbone = Llama(c.n_layers, h, c.n_heads, c.head_dim, c.n_feedforward)
         self.project_out = mlp(h, h, c.n_output, c.n_decoder_layers, c.dropout)
+        if c.residual == "both":
+            self.project_level = mlp(h, h, c.n_output, c.n_decoder_layers, c.dropout)
         if c.n_batches:
             self.batch_encoder = nn.Embedding(c.n_batches, h)
         if c.batch_token:
@@ -153,11 +197,13 @@ class STNetwork(nn.Module):
             )
         # a one-hot vector has length 1, not the sqrt(n) of unit-variance inputs that the default start reckons with
         nn.init.uniform_(self.pert_encoder[0].weight, -1, 1)
-        if c.residual == "expression":
+        if c.residual in ("both", "expression"):
             nn.init.zeros_(self.project_out[-1].weight)
             nn.init.zeros_(self.project_out[-1].bias)
 
-    def forward(self, control: Tensor, perturbation: Tensor, batch: Tensor | None = None) -> STOutput:
+    def forward(
+        self, control: Tensor, perturbation: Tensor, batch: Tensor | None = None, prior: Prior | None = None
+    ) -> STOutput:
         """Predict from controls (B, S, n_input), perturbations (B, n_perturbation) and batch codes (B,) or (B, S)."""
         c = self.config
         control_code = self.basal_encoder(control)  # (B, S, H)
@@ -175,16 +221,48 @@ class STNetwork(nn.Module):
         confidence = self.confidence_token(x[:, -1]) if c.confidence_token else None
         x = x[:, n_front : n_front + control.shape[1]]
 
-        if c.residual == "hidden":
-            cells = self.project_out(x + control_code)
-        elif c.residual == "expression":
-            cells = control + self.project_out(x)
+        if c.residual in ("both", "expression"):
+            start = prior(control) if c.prior == "additive" and prior is not None else control
+            heads = [start + self.project_out(x)]
+            if c.residual == "both":
+                heads.append(self.project_level(x + control_code))
+        elif c.residual == "hidden":
+            heads = [self.project_out(x + control_code)]
         elif c.residual == "all":
-            cells = self.final_down_then_up(self.project_out(x) + control)
+            heads = [self.final_down_then_up(self.project_out(x) + control)]
         else:
-            cells = self.project_out(x)
+            heads = [self.project_out(x)]
+        baseline = prior(control) if c.prior == "similar" and prior is not None else None
         if c.relu:
             # clamp, not relu: its gradient at exactly 0 is 1, so that a gene silent in the controls can be switched on
             # by a network that starts at "no change"
-            cells = cells.clamp_min(0)
-        return STOutput(cells, self.gene_decoder(cells) if c.n_genes else None, confidence)
+            heads = [cells.clamp_min(0) for cells in heads]
+            baseline = None if baseline is None else baseline.clamp_min(0)
+        predictions = heads if baseline is None else [*heads, baseline]
+        cells = pool(predictions, nonnegative=c.relu) if len(predictions) > 1 else heads[0]
+        genes = self.gene_decoder(cells) if c.n_genes else None
+        return STOutput(cells, genes, confidence, tuple(heads), baseline)
+
+
+class Ensemble(nn.Module):
+    """Networks of one configuration and different first weights; each head is the average over the members."""
+
+    def __init__(self, config: STConfig, n_members: int) -> None:
+        super().__init__()
+        self.config = config
+        self.members = nn.ModuleList(STNetwork(config) for _ in range(n_members))
+
+    def forward(
+        self, control: Tensor, perturbation: Tensor, batch: Tensor | None = None, prior: Prior | None = None
+    ) -> STOutput:
+        """Predict as :class:`STNetwork` does."""
+        outs = [member(control, perturbation, batch, prior) for member in self.members]
+        heads = [torch.stack(cells).mean(dim=0) for cells in zip(*(out.learned for out in outs), strict=True)]
+        baseline = outs[0].baseline
+        predictions = heads if baseline is None else [*heads, baseline]
+        cells = pool(predictions, nonnegative=self.config.relu) if len(predictions) > 1 else heads[0]
+        genes, confidence = (
+            None if getattr(outs[0], name) is None else torch.stack([getattr(out, name) for out in outs]).mean(dim=0)
+            for name in ("genes", "confidence")
+        )
+        return STOutput(cells, genes, confidence, tuple(h for out in outs for h in out.learned), baseline)
