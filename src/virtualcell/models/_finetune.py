@@ -17,7 +17,7 @@ from virtualcell._errors import unknown_name
 from virtualcell.models._perturbations import PerturbationTable, parts
 from virtualcell.models._se import SE
 from virtualcell.models._st import ST
-from virtualcell.modules import Ensemble, STNetwork
+from virtualcell.modules import Ensemble, STNetwork, networks
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def continue_st(
             f"obsm[{new.setup['use_rep']!r}] has {new.config.n_input} columns, init_from was trained on "
             f"{old.config.n_input}: they come from different SE models."
         )
-    for theirs, ours in zip(_networks(old.module), _networks(new.module), strict=True):
+    for theirs, ours in zip(networks(old.module), networks(new.module), strict=True):
         transfer(
             theirs,
             ours,
@@ -66,10 +66,6 @@ def continue_st(
             perturbations=(old.table, table),
         )
     return new
-
-
-def _networks(module: nn.Module) -> list[STNetwork]:
-    return list(module.members) if isinstance(module, Ensemble) else [module]
 
 
 def continue_se(adata: AnnData, old: SE) -> SE:

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -28,7 +29,7 @@ from virtualcell.models._perturbations import PerturbationTable, find_drug
 from virtualcell.models._prior import ShiftPrior
 from virtualcell.models._se import SE
 from virtualcell.models._shifts import shift_table
-from virtualcell.modules import Ensemble, Prior, STConfig, STNetwork, STOutput, st_loss
+from virtualcell.modules import Ensemble, Prior, STConfig, STNetwork, STOutput, networks, st_loss
 from virtualcell.train import run_training
 
 logger = logging.getLogger(__name__)
@@ -154,6 +155,8 @@ class ST(PerturbationModel):
         self.n_members = n_members
         self.module = STNetwork(self.config) if n_members == 1 else Ensemble(self.config, n_members)
         self.prior: ShiftPrior | None = None  # comes with training
+        if residual == "both" and self.adata is not None:
+            self._start_at_mean()
         n = sum(p.numel() for p in self.module.parameters())
         space = "genes" if self.setup["use_rep"] is None else f"obsm[{self.setup['use_rep']!r}]"
         self.se: SE | None = None  # what made the embeddings, where fit_state did
@@ -164,6 +167,14 @@ class ST(PerturbationModel):
             + (f"{n_members} members, " if n_members > 1 else "")
             + f"{n / 1e6:.1f} M parameters."
         )
+
+    @torch.no_grad()
+    def _start_at_mean(self) -> None:
+        """Let the level head start at the mean training cell; from zero, getting there takes most of the training."""
+        cells = self._cells(self.adata)[np.flatnonzero(self._training_rows(self.adata))]
+        mean = torch.from_numpy(np.asarray(cells.mean(axis=0), dtype=np.float32).ravel())
+        for network in networks(self.module):
+            network.project_level[-1].bias.copy_(mean)
 
     # -- saving -------------------------------------------------------------------------------------------------------
 
@@ -331,7 +342,7 @@ class ST(PerturbationModel):
         batch_size: int = 8,
         loss: Literal["energy", "sinkhorn", "energy+sinkhorn"] = "energy",
         mean_weight: float = 1.0,
-        contrast_weight: float = 0.0,
+        contrast_weight: float = 0.1,
         val_fraction: float = 0.1,
         early_stopping: bool = False,
         early_stopping_patience: int = 10,
@@ -347,7 +358,7 @@ class ST(PerturbationModel):
         Parameters
         ----------
         max_epochs, max_steps
-            Length, whichever ends first; where neither is given, 40 passes over the training cells, but at least 500
+            Length, whichever ends first; where neither is given, 20 passes over the training cells, but at least 400
             and at most 20,000 steps. An epoch is a pass, or 50 steps where that is more.
         lr, weight_decay
             Of AdamW; the rate warms up over 3 % of the steps and then falls along a cosine.
@@ -397,7 +408,7 @@ class ST(PerturbationModel):
             held,
             max_epochs=max_epochs,
             max_steps=max_steps,
-            default_steps=min(max(40 * len(train) // train.sampler.n_passes, 500), 20_000),
+            default_steps=min(max(20 * len(train) // train.sampler.n_passes, 400), 20_000),
             lr=lr,
             weight_decay=weight_decay,
             gradient_clip=10.0,
@@ -409,6 +420,36 @@ class ST(PerturbationModel):
             seed=seed,
             enable_progress_bar=enable_progress_bar,
             **trainer_kwargs,
+        )
+        if self.config.residual == "both":
+            self._weigh_heads(data, learned, seed)
+
+    @torch.inference_mode()
+    def _weigh_heads(self, data: AnnData | MuData, learned: np.ndarray, seed: int) -> None:
+        """Weigh the two heads by the inverse squared error of their means on sets of the training cells.
+
+        Which of them is better differs between data sets by much, and shows on the cells that both have learned from.
+        """
+        sets = self._loader(
+            data,
+            learned,
+            CellSetDataset(Rows(self._cells(data)), self.table.encode),
+            fixed=True,
+            sets_per_batch=16,
+            seed=seed,
+        )
+        errors = torch.zeros(2)
+        self.module.eval()
+        for batch in islice(sets, 50):
+            batch = {k: v.to(self.device) for k, v in batch.items()}
+            for network in networks(self.module):
+                out = network(batch["control"], batch["perturbation"], batch["batch"])
+                wanted = batch["perturbed"].mean(dim=1)
+                errors += torch.stack([(x.mean(dim=1) - wanted).square().mean() for x in out.learned]).cpu()
+        for network in networks(self.module):
+            network.head_weights.copy_((1 / errors) / (1 / errors).sum())
+        logger.info(
+            "Heads are weighed %s (shift of the control cells, level).", (1 / errors / (1 / errors).sum()).tolist()
         )
 
     def _fit_prior(self, data: AnnData | MuData, learned: np.ndarray) -> ShiftPrior:

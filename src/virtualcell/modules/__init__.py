@@ -2,7 +2,7 @@
 
 from virtualcell.modules._losses import energy_distance, mean_distance, se_loss, set_loss, sinkhorn_divergence, st_loss
 from virtualcell.modules._se import SEConfig, SENetwork
-from virtualcell.modules._st import Ensemble, Prior, STConfig, STNetwork, STOutput
+from virtualcell.modules._st import Ensemble, Prior, STConfig, STNetwork, STOutput, networks
 
 __all__ = [
     "Ensemble",
@@ -14,6 +14,7 @@ __all__ = [
     "STOutput",
     "energy_distance",
     "mean_distance",
+    "networks",
     "se_loss",
     "set_loss",
     "sinkhorn_divergence",

@@ -109,20 +109,35 @@ class Prior(NamedTuple):
         return control * self.scale.unsqueeze(1) + self.shift.unsqueeze(1)
 
 
-def pool(predictions: Sequence[Tensor], *, nonnegative: bool = True) -> Tensor:
-    """Give the first set of cells the mean that several predictions have on average; (B, S, G) each.
+PRIOR_WEIGHT = 1 / 3  # of a "similar" prior beside the heads
+_MOST_RAISE = 2.0  # factor by which expressed genes are raised before anything is added to silent ones
+
+
+def pool(predictions: Sequence[Tensor], weights: Tensor, *, nonnegative: bool = True) -> Tensor:
+    """Give the first set of cells the weighted mean of several predictions' means; (B, S, G) each, weights sum to 1.
 
     A single head errs in its own way (a shift keeps the sampling noise of the control cells, a level predicted from the
     encoding loses their scatter), so the average of the means is better than any, while the scatter of the cells
-    is that of the first. Expression (`nonnegative`) is lowered by a factor, which leaves zeros zero, and raised by a
-    sum; embeddings are moved.
+    is that of the first. Expression (`nonnegative`) is moved by a factor, which leaves zeros zero, and what a factor of
+    2 cannot raise is added; embeddings are shifted.
     """
     cells = predictions[0]
     mean = cells.mean(dim=1, keepdim=True)
-    wanted = torch.stack([p.mean(dim=1, keepdim=True) for p in predictions]).mean(dim=0)
+    wanted = sum(w * p.mean(dim=1, keepdim=True) for w, p in zip(weights, predictions, strict=True))
     if not nonnegative:
         return cells + wanted - mean
-    return cells * (wanted / mean.clamp_min(1e-8)).clamp_max(1) + (wanted - mean).clamp_min(0)
+    factor = (wanted / mean.clamp_min(1e-8)).clamp_max(_MOST_RAISE)
+    return cells * factor + (wanted - mean * factor).clamp_min(0)
+
+
+def _combine(heads: list[Tensor], head_weights: Tensor, baseline: Tensor | None, *, nonnegative: bool) -> Tensor:
+    """Pool the heads, and a prior with its share where there is one."""
+    if len(heads) == 1 and baseline is None:
+        return heads[0]
+    if baseline is None:
+        return pool(heads, head_weights, nonnegative=nonnegative)
+    weights = torch.cat([head_weights * (1 - PRIOR_WEIGHT), head_weights.new_tensor([PRIOR_WEIGHT])])
+    return pool([*heads, baseline], weights, nonnegative=nonnegative)
 
 
 class ConfidenceToken(nn.Module):
@@ -180,6 +195,7 @@ class STNetwork(nn.Module):
         self.project_out = mlp(h, h, c.n_output, c.n_decoder_layers, c.dropout)
         if c.residual == "both":
             self.project_level = mlp(h, h, c.n_output, c.n_decoder_layers, c.dropout)
+            self.register_buffer("head_weights", torch.full((2,), 0.5))  # in the average; set after training
         if c.n_batches:
             self.batch_encoder = nn.Embedding(c.n_batches, h)
         if c.batch_token:
@@ -238,8 +254,9 @@ class STNetwork(nn.Module):
             # by a network that starts at "no change"
             heads = [cells.clamp_min(0) for cells in heads]
             baseline = None if baseline is None else baseline.clamp_min(0)
-        predictions = heads if baseline is None else [*heads, baseline]
-        cells = pool(predictions, nonnegative=c.relu) if len(predictions) > 1 else heads[0]
+        cells = _combine(
+            heads, self.head_weights if len(heads) > 1 else control.new_ones(1), baseline, nonnegative=c.relu
+        )
         genes = self.gene_decoder(cells) if c.n_genes else None
         return STOutput(cells, genes, confidence, tuple(heads), baseline)
 
@@ -259,10 +276,17 @@ class Ensemble(nn.Module):
         outs = [member(control, perturbation, batch, prior) for member in self.members]
         heads = [torch.stack(cells).mean(dim=0) for cells in zip(*(out.learned for out in outs), strict=True)]
         baseline = outs[0].baseline
-        predictions = heads if baseline is None else [*heads, baseline]
-        cells = pool(predictions, nonnegative=self.config.relu) if len(predictions) > 1 else heads[0]
+        weights = (
+            torch.stack([m.head_weights for m in self.members]).mean(dim=0) if len(heads) > 1 else control.new_ones(1)
+        )
+        cells = _combine(heads, weights, baseline, nonnegative=self.config.relu)
         genes, confidence = (
             None if getattr(outs[0], name) is None else torch.stack([getattr(out, name) for out in outs]).mean(dim=0)
             for name in ("genes", "confidence")
         )
         return STOutput(cells, genes, confidence, tuple(h for out in outs for h in out.learned), baseline)
+
+
+def networks(module: STNetwork | Ensemble) -> list[STNetwork]:
+    """List the members of an ensemble, or the one network."""
+    return list(module.members) if isinstance(module, Ensemble) else [module]
