@@ -1,0 +1,187 @@
+"""Choices inside ST, compared by nested validation: the test cells of `st.py` take no part, not even their controls.
+
+    export OMP_NUM_THREADS=1
+    python benchmarks/ablation.py --data ../shared/data --jobs 2 --json benchmarks/results/ablation.json
+    ... --rows default "no prior"   # only these rows
+    ... --seeds 1 --max-steps 5     # to try the script out
+
+* kang: without monocytes; B, CD8T and NK cells in turn are the type in which IFN-beta was never seen.
+* papalexi: without replicate 3; replicate 2 is the new context, 12 of 25 targets (drawn with seed 1) held out there.
+* synthetic: three contexts, 20 perturbations, another screen (seed 7) than in `st.py`; type_3 zero-shot.
+
+Every row is `vc.tl.fit_state` with the arguments shown, and its other defaults. Numbers are means over test groups and
+seeds. "mean rank": of a row among the rows of ST, mean over all columns; 1 is best. Baselines and the ceiling, one half
+of the real cells against the other, are shown beside, without a rank.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from _splits import (
+    CEILING,
+    KANG,
+    PAPALEXI,
+    PUBLISHED,
+    SMALLER_IS_BETTER,
+    SYNTHETIC,
+    arguments,
+    collect,
+    fit_and_score,
+    kang,
+    papalexi,
+    pool,
+    score_baselines,
+    summarise,
+    synthetic,
+    targets,
+    versions,
+    write,
+)
+from lightning.pytorch.callbacks import EMAWeightAveraging
+
+METRICS = ["pearson_delta", "mae", "energy_distance", "discrimination_cosine"]
+BASELINES = ["NoChange", "PerturbationMean", "Additive", "NearestContext"]
+KANG_DROPPED, KANG_VALIDATION = "Mono", ["B", "CD8T", "NK"]
+SCREEN_SEED = 7
+
+# arguments of `fit_state`
+ROWS: dict[str, dict] = {
+    "default": {},
+    "no prior": {"model_kwargs": {"prior": None}},
+    "additive prior": {"model_kwargs": {"prior": "additive"}},
+    "expression head": {"model_kwargs": {"residual": "expression"}},
+    "expression head, additive prior": {"model_kwargs": {"residual": "expression", "prior": "additive"}},
+    "expression head, similar prior": {"model_kwargs": {"residual": "expression", "prior": "similar"}},
+    "hidden head": {"model_kwargs": {"residual": "hidden"}},
+    "hidden head, similar prior": {"model_kwargs": {"residual": "hidden", "prior": "similar"}},
+    "mean_weight 0": {"train_kwargs": {"mean_weight": 0.0}},
+    "mean_weight 0.3": {"train_kwargs": {"mean_weight": 0.3}},
+    "mean_weight 3": {"train_kwargs": {"mean_weight": 3.0}},
+    "contrast_weight 0.1": {"train_kwargs": {"contrast_weight": 0.1}},
+    "3 members": {"model_kwargs": {"n_members": 3}},
+    "EMA of weights": {"train_kwargs": {"callbacks": ["ema"]}},  # a new one for each fit, see `run`
+    "early stopping": {"train_kwargs": {"early_stopping": True}},
+    "as published": PUBLISHED,
+}
+EMA_DECAY = 0.99  # fits take some 500 steps, and the rate falls to zero at their end
+
+
+# -- the data sets: arguments of `vc.tl.benchmark` by split -----------------------------------------------------------
+
+
+def kang_case(folder: Path, split: str) -> dict:
+    adata = kang(folder)
+    adata = adata[(adata.obs["cell_type_coarse"] != KANG_DROPPED).to_numpy()].copy()
+    return {"adata": adata, **KANG, "splits": {split: {"contexts": [split]}}}
+
+
+def papalexi_held_out(folder: Path) -> list[str]:
+    return sorted(np.random.default_rng(1).permutation(targets(papalexi(folder)))[:12].tolist())
+
+
+def papalexi_case(folder: Path, split: str) -> dict:
+    adata = papalexi(folder)
+    held_out = {"contexts": ["rep_2"], "perturbations": papalexi_held_out(folder)}
+    adata = adata[(adata.obs["batch"] != "rep_3").to_numpy()].copy()
+    return {"adata": adata, **PAPALEXI, "splits": {split: held_out}}
+
+
+def synthetic_case(folder: Path, split: str) -> dict:
+    return {"adata": synthetic(3, 20, SCREEN_SEED), **SYNTHETIC, "splits": {split: {"contexts": [split]}}}
+
+
+SETS = {
+    "kang": (kang_case, KANG_VALIDATION),
+    "papalexi": (papalexi_case, ["rep_2"]),
+    "synthetic": (synthetic_case, ["type_3"]),
+}
+
+
+# -- running ----------------------------------------------------------------------------------------------------------
+
+
+def metrics_of(name: str) -> list[str]:
+    """Discrimination needs several perturbations."""
+    return [m for m in METRICS if name != "kang" or m != "discrimination_cosine"]
+
+
+def run(name: str, split: str, row: str, seed: int, folder: Path, max_steps: int | None) -> tuple:
+    """One task: a row with one seed on one split, or the baselines and the ceiling."""
+    case = SETS[name][0](folder, split) | {"suite": metrics_of(name)}
+    if row == "baselines":
+        return score_baselines(case | {"baselines": BASELINES})
+    how = ROWS[row]
+    if max_steps is not None and row == "early stopping":
+        max_steps = max(max_steps, 60)  # the first look at validation cells comes after an epoch, of 50 steps or more
+    if "callbacks" in how.get("train_kwargs", {}):
+        how = {"train_kwargs": {"callbacks": [EMAWeightAveraging(decay=EMA_DECAY)]}}
+    return fit_and_score(case, row, how, seed, max_steps)
+
+
+def tasks(name: str, rows: list[str], args) -> list[tuple]:
+    splits = SETS[name][1]
+    fits = [
+        (name, s, row, seed, args.data, args.max_steps) for row in rows for s in splits for seed in range(args.seeds)
+    ]
+    return [*fits, *((name, s, "baselines", 0, args.data, args.max_steps) for s in splits)]
+
+
+def ranks(mean: pd.DataFrame, rows: list[str]) -> pd.Series:
+    """Mean rank of the rows over columns (data set, metric)."""
+    here = mean.loc[[r for r in rows if r in mean.index]]
+    sign = np.array([-1 if column[1] in SMALLER_IS_BETTER else 1 for column in here])
+    return (-sign * here).rank().mean(axis=1)
+
+
+def main() -> None:
+    parser = arguments(__doc__, list(SETS))
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
+    args = parser.parse_args()
+    means, spreads = {}, {}
+    with pool(args.jobs) as run_tasks:
+        for name in args.only:
+            todo = tasks(name, args.rows, args)
+            scores, seconds = collect(run_tasks(run, todo), name, len(todo))
+            means[name], spreads[name] = summarise(scores, metrics_of(name))
+            by = scores.pivot_table(index="split", columns=["metric", "model"], values="value")
+            settings = {
+                "seeds": range(args.seeds),
+                "max_steps": args.max_steps,
+                "rows": {row: ROWS[row] for row in args.rows},
+                "ema_decay": EMA_DECAY,
+                "jobs": args.jobs,
+            }
+            settings |= {"papalexi": {"held_out": papalexi_held_out(args.data)}, "kang": {"dropped": KANG_DROPPED}}.get(
+                name, {"screen_seed": SCREEN_SEED}
+            )
+            result = {
+                "mean": means[name],
+                "spread": spreads[name],
+                "by_split": {m: by[m] for m in metrics_of(name)},
+                "seconds_per_fit": {row: np.mean(times) for row, times in seconds.items()},
+                "settings": settings,
+                "versions": versions(),
+            }
+            write(args.json, name, result)
+    mean, spread = pd.concat(means, axis=1), pd.concat(spreads, axis=1)
+    rank = ranks(mean, args.rows)
+    order = [*rank.sort_values().index, *(b for b in [*BASELINES, CEILING] if b in mean.index)]
+    for name in args.only:
+        print(f"\n== {name}; in brackets the standard deviation over {args.seeds} seeds")
+        table = mean[name].map("{:.4f}".format) + spread[name].map(lambda x: "" if np.isnan(x) else f" ({x:.4f})")
+        print(table.loc[order].to_string())
+    print("\n== All; rank 1 is best")
+    short = {"pearson_delta": "r", "mae": "MAE", "energy_distance": "E", "discrimination_cosine": "discr."}
+    table = mean.loc[order].round(4)
+    table.columns = [f"{name} {short[metric]}" for name, metric in table]
+    table["mean rank"] = rank.round(2).reindex(order)
+    print(table.to_string(na_rep=""))
+    if args.only == list(SETS) and args.rows == list(ROWS):
+        write(args.json, "mean_rank", rank.to_dict())
+
+
+if __name__ == "__main__":
+    main()
