@@ -25,7 +25,8 @@ def energy_distance(predicted: ArrayLike, observed: ArrayLike) -> float:
     -------
     The distance, in the unit of expression; 0 for the same set.
     """
-    within_x, within_y, between = mean_distances(*_two_sets(predicted, observed))
+    x, y = _two_sets(predicted, observed)
+    within_x, within_y, between = mean_distances(np.concatenate([x, y]), len(x))
     return between - within_x / 2 - within_y / 2
 
 
@@ -49,7 +50,7 @@ def mmd(predicted: ArrayLike, observed: ArrayLike, *, bandwidths: ArrayLike = (0
     x, y = _two_sets(predicted, observed)
     n, m = len(x), len(y)
     yy = _squared_distances(y, y)
-    scale = np.median(yy[np.triu_indices(m, 1)]) if min(n, m) > 1 else 0.0
+    scale = np.median(yy[np.tri(m, k=-1, dtype=bool)]) if min(n, m) > 1 else 0.0
     if scale == 0:
         return float("nan")
 
@@ -79,12 +80,11 @@ def variance_ratio(predicted_variance: ArrayLike, observed_variance: ArrayLike) 
     return float(predicted.sum() / observed.sum()) if observed.any() else float("nan")
 
 
-def mean_distances(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
-    """Mean distance within x, within y, and from one to the other."""
-    n, m = len(x), len(y)
-    if n + m > 4 * _CHUNK:
+def mean_distances(both: np.ndarray, n: int) -> tuple[float, float, float]:
+    """Mean distance within the first n rows, within the others, and from one to the other."""
+    if len(both) > 4 * _CHUNK:
+        x, y = both[:n], both[n:]
         return mean_distance(x, x), mean_distance(y, y), mean_distance(x, y)
-    both = np.concatenate([x, y])
     distances = np.sqrt(_squared_distances(both, both))  # one product of a matrix with itself costs half
     parts = distances[:n, :n], distances[n:, n:], distances[:n, n:]
     return tuple(float(d.mean(dtype=np.float64)) for d in parts)
@@ -107,12 +107,14 @@ def _squared_distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     squared *= -2
     squared += xx[:, None]
     squared += yy
-    close = squared <= _CANCELLED[str(x.dtype)] * np.minimum.outer(xx, yy)
+    if x is y:
+        np.fill_diagonal(squared, np.inf)
+    least = _CANCELLED[str(x.dtype)]
+    if squared.min(initial=np.inf) <= least * min(xx.max(initial=0), yy.max(initial=0)):  # seldom
+        for i, j in zip(*np.nonzero(squared <= least * np.minimum.outer(xx, yy)), strict=True):
+            squared[i, j] = np.square(x[i] - y[j]).sum()
     if x is y:
         np.fill_diagonal(squared, 0)
-        np.fill_diagonal(close, False)
-    for i, j in zip(*np.nonzero(close), strict=True):
-        squared[i, j] = np.square(x[i] - y[j]).sum()
     return squared
 
 

@@ -94,7 +94,12 @@ def rank_sum_test(
     loguru.logger.disable("illico")  # it reports every call on stderr, past `logging`, and draws a bar there
     with contextlib.redirect_stderr(io.StringIO()):
         result = asymptotic_wilcoxon(
-            AnnData(matrix, obs=obs), is_log1p=True, group_keys="group", reference=names[0], n_threads=n_jobs
+            AnnData(matrix, obs=obs),
+            is_log1p=False,  # its fold changes are not used
+            group_keys="group",
+            reference=names[0],
+            n_threads=n_jobs,
+            batch_size=max(256, min(1024, -(-matrix.shape[1] // n_jobs))),
         )
     n_genes = matrix.shape[1]
     found = pd.Index(result.index.get_level_values(0)[::n_genes])

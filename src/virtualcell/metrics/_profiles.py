@@ -90,7 +90,11 @@ def top_overlap(predicted: ArrayLike, observed: ArrayLike, control: ArrayLike, *
 
 def largest(values: np.ndarray, k: int | None) -> np.ndarray:
     """Return the indices of the k largest values, ties in the order they stand in."""
-    return np.argsort(-values, kind="stable")[:k]
+    keys = -values
+    if k is None or not 0 < k < len(keys):
+        return np.argsort(keys, kind="stable")[:k]
+    candidates = np.flatnonzero(~(keys > np.partition(keys, k - 1)[k - 1]))  # few to sort
+    return candidates[np.argsort(keys[candidates], kind="stable")[:k]]
 
 
 def same_shape(a: ArrayLike, b: ArrayLike) -> tuple[np.ndarray, np.ndarray]:

@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 from anndata import AnnData
+from joblib import Parallel, delayed
 from mudata import MuData
 from scipy import sparse
 
@@ -166,20 +167,25 @@ def evaluate(
             **arguments,
         )
     else:
-        cells = {s: _log1p(expression_modality(d, modality), shared, predicted_scale) for s, d in sides.items()}
+        in_threads = Parallel(n_jobs, prefer="threads")
         where = {"layer": design.layer, "library_size_key": design.library_size_key}
-        matrix = _log1p(expression_modality(observed, modality), shared, design.scale, **where)
+        data = [(observed, design.scale, where), *((d, predicted_scale, {}) for d in sides.values())]
+        matrix, *matrices = in_threads(
+            delayed(_log1p)(expression_modality(d, modality), shared, scale, **w) for d, scale, w in data
+        )
         parts = []
         for context, perturbations in wanted.items():
             kept = {"control": design.control, "genes": np.asarray(shared), "seed": seed, "n_jobs": n_jobs}
-            kept["perturbations"] = perturbations
+            kept |= {"perturbations": perturbations, "metrics": names}
             rows = {p: real[context, p] for p in [*perturbations, design.control]}
-            real_cells = Cells(matrix, rows)
-            for source, x in cells.items():
-                simulated = Cells(x, {p: r for (c, p), r in groups[source].items() if c == context})
-                parts.append(_rows(Comparison(simulated, real_cells, **kept), names, source, context))
+            found = [{p: r for (c, p), r in groups[s].items() if c == context} for s in sides]
+            real_cells, *cells = in_threads(
+                delayed(Cells)(m, r) for m, r in zip([matrix, *matrices], [rows, *found], strict=True)
+            )
+            for source, simulated in zip(sides, cells, strict=True):
+                parts.append(_rows(Comparison(simulated, real_cells, **kept), source, context))
             if ceiling:
-                parts.append(_ceiling(matrix, rows, names, context, predicted_control, kept))
+                parts.append(_ceiling(matrix, rows, context, predicted_control, kept))
     if isinstance(baseline, pd.DataFrame):
         parts.append(_scored_before(baseline, parts))
     scores = pd.concat(parts, ignore_index=True)[COLUMNS]
@@ -311,19 +317,18 @@ def _log1p(
 # -- rows of the result -----------------------------------------------------------------------------------------------
 
 
-def _rows(comparison: Comparison, names: list[str], source: str, context: str) -> pd.DataFrame:
+def _rows(comparison: Comparison, source: str, context: str) -> pd.DataFrame:
     frames = []
-    for name in names:
+    for name in comparison.metrics:
         value = METRICS[name].compute(comparison)
         of = [ALL] if np.ndim(value) == 0 else comparison.perturbations
         frames.append(pd.DataFrame({"perturbation": of, "metric": name, "value": np.ravel(value).astype(float)}))
-    logger.info("%s, %s: %d metrics of %d perturbations.", source, context, len(names), len(comparison.perturbations))
+    sizes = len(comparison.metrics), len(comparison.perturbations)
+    logger.info("%s, %s: %d metrics of %d perturbations.", source, context, *sizes)
     return pd.concat(frames).assign(source=source, context=context)
 
 
-def _ceiling(
-    matrix: sparse.csr_matrix, rows: dict, names: list[str], context: str, own_control: bool, kept: dict
-) -> pd.DataFrame:
+def _ceiling(matrix: sparse.csr_matrix, rows: dict, context: str, own_control: bool, kept: dict) -> pd.DataFrame:
     """Mean over five splits of each perturbation's cells into halves, the one predicting the other."""
     control, perturbations = kept["control"], kept["perturbations"]
     split = [p for p in perturbations if len(rows[p]) > 1]
@@ -338,7 +343,7 @@ def _ceiling(
             middle = len(shuffled) // 2
             halves[0][p], halves[1][p] = shuffled[:middle], shuffled[middle : 2 * middle]
         sides = [Cells(matrix, h) for h in halves]
-        runs.append(_rows(Comparison(*sides, **{**kept, "perturbations": split}), names, "ceiling", context))
+        runs.append(_rows(Comparison(*sides, **{**kept, "perturbations": split}), "ceiling", context))
     if not runs:
         return pd.DataFrame(columns=COLUMNS)
     mean = sum(run["value"].to_numpy() for run in runs) / _N_SPLITS

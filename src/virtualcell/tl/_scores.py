@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 
@@ -19,6 +21,10 @@ from virtualcell.metrics._de import log2_fold_change, rank_sum_test
 MAX_CELLS = 2000
 MAX_CELLS_PCA = 500
 _CELLS_OF_PCA = 1000
+# Metrics that need distances between cells over all genes, from control cells too, and on principal components.
+_FULL = {"energy_distance", "pearson_edistance"}
+_FROM_CONTROL = {"pearson_edistance"}
+_IN_COMPONENTS = {"energy_distance_pca", "mmd"}
 _N_COMPONENTS = 50
 
 
@@ -37,8 +43,10 @@ class Cells:
         rows = slice(self.start[name], self.start[name] + self.size[name] + 1)
         ends = self.matrix.indptr[rows]
         kept = slice(ends[0], ends[-1])
-        parts = (self.matrix.data[kept], self.matrix.indices[kept], ends - ends[0])
-        return sparse.csr_matrix(parts, shape=(len(ends) - 1, self.matrix.shape[1]))
+        cells = sparse.csr_matrix((len(ends) - 1, self.matrix.shape[1]), dtype=self.matrix.dtype)
+        # one by one, because the constructor copies what is a small part of a larger array
+        cells.data, cells.indices, cells.indptr = self.matrix.data[kept], self.matrix.indices[kept], ends - ends[0]
+        return cells
 
     @cached_property
     def moments(self) -> dict[str, np.ndarray]:
@@ -46,7 +54,8 @@ class Cells:
         out, n_genes = {}, self.matrix.shape[1]
         for name in self.names:
             cells = self.group(name)
-            sums = [np.bincount(cells.indices, x, n_genes) for x in (cells.data, np.square(cells.data))]
+            genes, values = cells.indices.astype(np.intp), cells.data.astype(np.float64)
+            sums = [np.bincount(genes, x, n_genes) for x in (values, np.square(values))]
             out[name] = np.stack(sums) / self.size[name]
         return out
 
@@ -64,13 +73,23 @@ class Comparison:
     perturbations: list[str]
     control: str
     genes: np.ndarray
+    metrics: Sequence[str]
     seed: int = 0
     n_jobs: int = 1
     # columns in an order that does not depend on the data's, so that ties do not either
     order: np.ndarray = field(init=False)
+    # scores by the distance they were taken with
+    discrimination: dict[str, np.ndarray] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.order = np.argsort(self.genes, kind="stable")
+        tasks = [(self.observed, "moments"), (self.predicted, "moments")]
+        if _IN_COMPONENTS.intersection(self.metrics):
+            tasks.append((self, "components"))
+        self._in_threads(getattr, tasks)
+
+    def _in_threads(self, function: Callable, arguments: Iterable[tuple]) -> list:
+        return Parallel(self.n_jobs, prefer="threads")(delayed(function)(*a) for a in arguments)
 
     @property
     def own_control(self) -> bool:
@@ -125,82 +144,92 @@ class Comparison:
         if controls is not cells:
             matrix = sparse.vstack([matrix, controls.group(self.control)], format="csr")
             codes = np.concatenate([codes, np.zeros(controls.size[self.control], dtype=codes.dtype)])
-        p_value, fdr = rank_sum_test(matrix, codes, n_jobs=self.n_jobs)
+        p_value, fdr = rank_sum_test(matrix, codes, n_jobs=max(1, self.n_jobs // 2))
         change = log2_fold_change(means, self._moment(controls, [self.control]))
         return change, p_value[:, self.order], fdr[:, self.order]
 
     @cached_property
+    def _both_de(self) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        sides = [(self.predicted, self.predicted_means), (self.observed, self.observed_means)]
+        with contextlib.redirect_stderr(sys.stderr):  # `rank_sum_test` in two threads would not put it back
+            return self._in_threads(self._de, sides)
+
+    @property
     def predicted_de(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """log2 fold change, p-value and adjusted p-value, each (n_perturbations, n_genes)."""
-        return self._de(self.predicted, self.predicted_means)
+        return self._both_de[0]
 
-    @cached_property
+    @property
     def observed_de(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """log2 fold change, p-value and adjusted p-value, each (n_perturbations, n_genes)."""
-        return self._de(self.observed, self.observed_means)
+        return self._both_de[1]
 
     # -- cells --------------------------------------------------------------------------------------------------------
 
-    def _drawn(self, cells: sparse.csr_matrix, n: int) -> np.ndarray:
+    def _drawn(self, cells: sparse.csr_matrix, n: int) -> sparse.csr_matrix:
         # rows come in the order of cell names: the same cells are drawn however the data is sorted
         if cells.shape[0] > n:
             cells = cells[np.sort(np.random.default_rng(self.seed).choice(cells.shape[0], n, replace=False))]
-        return cells.toarray()
+        return cells
 
-    def _dense(self, cells: Cells, name: str, n: int) -> np.ndarray:
-        """Cells minus the mean of all control cells: distances stay, and float32 keeps more of their digits."""
-        dense = self._drawn(cells.group(name), n)
-        dense -= self._centre
-        return dense
+    def _dense(self, sides: list[Cells], name: str, n: int) -> tuple[np.ndarray, int]:
+        """Cells of one or two sides, one after another, and how many the first has.
 
-    @cached_property
-    def _centre(self) -> np.ndarray:
-        return self.observed.moments[self.control][0].astype(np.float32)
-
-    def _for_each(self, function: Callable[[str], object]) -> list:
-        return Parallel(self.n_jobs, prefer="threads")(delayed(function)(p) for p in self.perturbations)
-
-    @cached_property
-    def within(self) -> np.ndarray:
-        """Mean distance between two predicted and between two real cells, and from one to the other, (n, 3)."""
-
-        def distances(p: str) -> tuple[float, float, float]:
-            return mean_distances(self._dense(self.predicted, p, MAX_CELLS), self._dense(self.observed, p, MAX_CELLS))
-
-        return np.array(self._for_each(distances))
+        The mean of all control cells is taken off: distances stay, and float32 keeps more of their digits.
+        """
+        drawn = [self._drawn(s.group(name), n) for s in sides]
+        first = drawn[0].shape[0]
+        dense = np.empty((sum(d.shape[0] for d in drawn), len(self.genes)), dtype=np.float32)
+        for cells, part in zip(drawn, (dense[:first], dense[first:]), strict=False):
+            cells.toarray(out=part)
+        dense -= self.observed.moments[self.control][0].astype(np.float32)
+        return dense, first
 
     @cached_property
-    def from_control(self) -> np.ndarray:
-        """Energy distance (of Székely and Rizzo) of predicted and of real cells from control cells, (n, 2)."""
-        real = self._dense(self.observed, self.control, MAX_CELLS)
-        simulated = self._dense(self.predicted, self.control, MAX_CELLS) if self.own_control else real
-        spread = np.array([mean_distance(simulated, simulated), mean_distance(real, real)])
+    def between_cells(self) -> dict[str, np.ndarray]:
+        """The wanted ones of the metrics of cells; of "pearson_edistance" what it correlates, (n_perturbations, 2).
 
-        def distances(p: str) -> tuple[float, float]:
-            x, y = self._dense(self.predicted, p, MAX_CELLS), self._dense(self.observed, p, MAX_CELLS)
-            return mean_distance(x, simulated), mean_distance(y, real)
+        In one pass, because each perturbation's cells have to be made dense.
+        """
+        sides = [self.predicted, self.observed]
+        full, reduced, from_control = (not m.isdisjoint(self.metrics) for m in (_FULL, _IN_COMPONENTS, _FROM_CONTROL))
+        if from_control:
+            controls = [
+                self._dense([s if self.own_control else self.observed], self.control, MAX_CELLS)[0] for s in sides
+            ]
+            spread = [mean_distance(c, c) for c in controls]
 
-        return 2 * np.array(self._for_each(distances)) - self.within[:, :2] - spread
+        def measure(p: str) -> dict[str, object]:
+            out = {}
+            few = max(s.size[p] for s in sides) <= min(MAX_CELLS, MAX_CELLS_PCA)
+            if full or few:
+                cells, n = self._dense(sides, p, MAX_CELLS)
+            if full:
+                *within, between = mean_distances(cells, n)
+                out["energy_distance"] = between - sum(within) / 2
+            if from_control:  # the energy distance of Székely and Rizzo
+                to = [mean_distance(c, x) for c, x in zip(controls, (cells[:n], cells[n:]), strict=True)]
+                out["pearson_edistance"] = [2 * t - w - s for t, w, s in zip(to, within, spread, strict=True)]
+            if reduced:
+                if not few:
+                    cells, n = self._dense(sides, p, MAX_CELLS_PCA)
+                cells = cells @ self.components
+                out["energy_distance_pca"] = metrics.energy_distance(cells[:n], cells[n:])
+                out["mmd"] = metrics.mmd(cells[:n], cells[n:])
+            return out
+
+        rows = self._in_threads(measure, [(p,) for p in self.perturbations])
+        return {name: np.array([r[name] for r in rows]) for name in rows[0]}
 
     @cached_property
     def components(self) -> np.ndarray:
         """Principal axes (n_genes, <= 50) of real cells, from at most 1,000 of them."""
-        dense = self._drawn(self.observed.matrix, _CELLS_OF_PCA)
+        dense = self._drawn(self.observed.matrix, _CELLS_OF_PCA).toarray()
         dense -= dense.mean(axis=0)
         n = min(_N_COMPONENTS, len(dense) - 1)
         values, vectors = eigh((dense @ dense.T).astype(np.float64), subset_by_index=[len(dense) - n, len(dense) - 1])
         kept = values > 1e-6 * values[-1]
         return dense.T @ (vectors[:, kept] / np.sqrt(values[kept])).astype(np.float32)
-
-    @cached_property
-    def in_components(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Predicted and real cells of each perturbation on the principal axes."""
-        axes = self.components
-
-        def project(p: str) -> tuple[np.ndarray, np.ndarray]:
-            return tuple(self._dense(c, p, MAX_CELLS_PCA) @ axes for c in (self.predicted, self.observed))
-
-        return self._for_each(project)
 
 
 @dataclass(frozen=True)
@@ -226,16 +255,19 @@ def _effects(function: Callable, c: Comparison) -> list[float]:
 def _effect_of_top_genes(k: int, c: Comparison) -> list[float]:
     out = []
     lfc, p_value, _ = c.observed_de
+    last = min(k, lfc.shape[1]) - 1
     for i in range(len(c.perturbations)):
-        top = np.lexsort((-np.abs(lfc[i]), p_value[i]))[:k]
+        top = np.flatnonzero(p_value[i] <= np.partition(p_value[i], last)[last])  # and those that tie with it
+        top = top[np.lexsort((-np.abs(lfc[i, top]), p_value[i, top]))[:k]]
         out.append(metrics.pearson_delta(c.shifted_means[i, top], c.observed_means[i, top], c.control_mean[top]))
     return out
 
 
 def _discrimination(metric: str, c: Comparison) -> np.ndarray:
-    return metrics.discrimination_score(
-        c.shifted_means, c.observed_means, c.control_mean, metric=metric, target_genes=c.targets
-    )
+    if metric not in c.discrimination:
+        profiles = c.shifted_means, c.observed_means, c.control_mean
+        c.discrimination[metric] = metrics.discrimination_score(*profiles, metric=metric, target_genes=c.targets)
+    return c.discrimination[metric]
 
 
 def _pdisc_norm(metric: str, c: Comparison) -> np.ndarray:
@@ -267,18 +299,14 @@ def _spearman_of_numbers(c: Comparison) -> float:
     return float("nan") if constant else float(stats.spearmanr(predicted, real).statistic)
 
 
-def _energy_distance(c: Comparison) -> np.ndarray:
-    return c.within[:, 2] - c.within[:, :2].mean(axis=1)
+def _between_cells(name: str, c: Comparison) -> np.ndarray:
+    return c.between_cells[name]
 
 
 def _pearson_of_distances(c: Comparison) -> float:
-    predicted, real = c.from_control.T
+    predicted, real = c.between_cells["pearson_edistance"].T
     constant = len(real) < 2 or np.ptp(predicted) == 0 or np.ptp(real) == 0
     return float("nan") if constant else float(stats.pearsonr(predicted, real).statistic)
-
-
-def _in_components(function: Callable, c: Comparison) -> list[float]:
-    return [function(x, y) for x, y in c.in_components]
 
 
 def _variance_ratio(c: Comparison) -> list[float]:
@@ -311,9 +339,7 @@ METRICS: dict[str, Metric] = {
     "de_n_predicted": Metric(partial(_n_significant, "predicted_de")),
     "de_n_observed": Metric(partial(_n_significant, "observed_de")),
     "de_spearman_n": Metric(_spearman_of_numbers, 1),
-    "energy_distance": Metric(_energy_distance, 0),
-    "energy_distance_pca": Metric(partial(_in_components, metrics.energy_distance), 0),
-    "mmd": Metric(partial(_in_components, metrics.mmd), 0),
+    **{m: Metric(partial(_between_cells, m), 0) for m in ("energy_distance", "energy_distance_pca", "mmd")},
     "variance_ratio": Metric(_variance_ratio),
     "pearson_edistance": Metric(_pearson_of_distances, 1),
 }
