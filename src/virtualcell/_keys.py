@@ -6,6 +6,7 @@ from __future__ import annotations
 SPLIT = "split"
 KNOCKDOWN = "knockdown"  # residual expression of the cell's own target
 RESPONDED = "knockdown_responded"
+EXPECTED_ERROR = "expected_error"  # of a prediction: mean absolute error of the mean that its standard errors suggest
 CONTROL_BARCODE = "control_barcode"  # of a predicted cell: the control cell it started from
 
 # obsm
@@ -18,6 +19,7 @@ GENE_TOKEN = "gene_token"
 
 # layers of a prediction
 CONTROL_LAYER = "control"
+STANDARD_ERROR = "standard_error"  # of the predicted mean of each gene, the same for all cells of a group
 
 # uns
 UNS = "virtualcell"

@@ -325,7 +325,7 @@ def test_messages_for_missing_files_and_models_that_do_not_fit_the_format(
         ST.from_arc(run)
     adata = ad.AnnData(np.random.default_rng(0).random((40, 6)).astype(np.float32), obs={"p": ["c", "x"] * 20})
     ST.setup_anndata(adata, perturbation_key="p", control="c")
-    with pytest.raises(ValueError, match="residual='expression' has no counterpart"):
+    with pytest.raises(ValueError, match="residual='both' with prior='similar' has no counterpart"):
         ST(adata).to_arc(tmp_path / "no")
     st = ST(adata, residual="hidden")
     st.is_trained_ = True

@@ -115,6 +115,7 @@ def test_batches_are_found_by_name(screen, shuffled, targets, start, continued):
     # without batches: as the old model with the mean of its batches, which is linear in front of the transformer
     none = continued(shuffled, old, **STAY)
     old.module.batch_encoder.weight.data[:] = table.mean(dim=0)
+    none.module.head_weights.copy_(old.module.head_weights)  # they were weighed anew, on the new cells
     expected = old.predict_sets(np.ones((16, len(genes)), np.float32), targets[0], np.zeros(16, int))["cells"]
     np.testing.assert_allclose(
         none.predict_sets(np.ones((16, len(genes)), np.float32), targets[0])["cells"], expected, atol=2e-6
@@ -264,10 +265,11 @@ def test_learns_new_perturbations_faster_than_from_scratch(design):
     is_new = counts.obs["target_gene"].isin(new)
     options = {**design, **QUICK, "split_key": "split"}
     options["train_kwargs"] = {"lr": 3e-3}
-    old = vc.tl.fit_state(counts[~is_new].copy(), **options, max_steps=300, model_kwargs=TINY)
+    network = {**TINY, "prior": None}  # which would know the new perturbations without learning
+    old = vc.tl.fit_state(counts[~is_new].copy(), **options, max_steps=300, model_kwargs=network)
     few = counts[is_new | (counts.obs["target_gene"] == CONTROL)]
     tuned = vc.tl.fit_state(few.copy(), **options, max_steps=40, init_from=old)
-    scratch = vc.tl.fit_state(few.copy(), **options, max_steps=40, model_kwargs=TINY)
+    scratch = vc.tl.fit_state(few.copy(), **options, max_steps=40, model_kwargs=network)
 
     unseen = counts[counts.obs["cell_type"] == "type_5"].copy()
     control = unseen[unseen.obs["target_gene"] == CONTROL].X.mean(axis=0)
@@ -293,7 +295,7 @@ def test_frozen_parts_do_not_move(screen, shuffled, targets, start, continued):
     new = continued(shuffled, old, freeze=["transformer_backbone", "project_out.0", "basal_encoder.0.bias"], **learning)
     moved = {k for k, v in state(new).items() if v.shape != before[k].shape or not torch.equal(v, before[k])}
     parts = {k.split(".")[0] for k in moved}
-    assert parts == {"pert_encoder", "basal_encoder", "project_out"}
+    assert parts == {"pert_encoder", "basal_encoder", "project_out", "project_level", "head_weights"}
     assert not moved & {"project_out.0.weight", "project_out.0.bias", "basal_encoder.0.bias"}
     assert {"project_out.3.weight", "basal_encoder.0.weight"} <= moved
     assert all(p.requires_grad for p in new.module.parameters())

@@ -68,7 +68,8 @@ def test_control_as_perturbation_changes_little(learned, screen, targets):
 
 def test_an_untrained_model_predicts_no_change_unless_published_form(screen, build, targets):
     cells = cells_of(screen, "type_1", CONTROL)
-    np.testing.assert_array_equal(build(screen).predict_sets(cells, targets[0])["cells"], cells)
+    shift = build(screen, residual="expression")
+    np.testing.assert_array_equal(shift.predict_sets(cells, targets[0])["cells"], cells)
     hidden = build(screen, residual="hidden").predict_sets(cells, targets[0])["cells"]
     assert np.abs(hidden - cells).mean() > 0.3
     assert (hidden >= 0).all()
@@ -123,7 +124,7 @@ def test_embedding_of_another_width_is_refused(embedded, fit, targets):
 
 
 def test_batches(screen, fit, targets):
-    st = fit(screen, setup={"batch_key": "batch"}, train={"max_steps": 30, "lr": 3e-3})
+    st = fit(screen, setup={"batch_key": "batch"}, train={"max_steps": 30, "lr": 3e-3}, residual="expression")
     assert st.batches == ["batch_1", "batch_2"]
     cells = st.predict(screen, targets[0], context="type_1")
     moved = screen.copy()
@@ -154,7 +155,7 @@ def test_features_reach_unseen_perturbations_and_one_hot_refuses_them(screen, fi
     rng = np.random.default_rng(0)
     features = pd.DataFrame(rng.normal(size=(8, 5)), index=[*targets, "TWIN", "OTHER"])
     features.loc["TWIN"] = features.loc[targets[0]]
-    st = fit(screen, features)
+    st = fit(screen, features, prior=None)  # a prior tells what was measured from what only has features
     assert "(features)" in repr(st)
     assert st.predict(screen, "TWIN").equals(st.predict(screen, targets[0]))
     assert not st.predict(screen, "OTHER").equals(st.predict(screen, targets[0]))

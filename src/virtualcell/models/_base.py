@@ -280,6 +280,58 @@ class PerturbationModel(SavedModel):
             frames.append(pd.DataFrame(predicted[order], index=names[rows[order]], columns=self.genes))
         return pd.concat(frames)
 
+    def uncertainty(
+        self,
+        adata: AnnData | MuData | None = None,
+        perturbation: str | None = None,
+        *,
+        context: str | None = None,
+        n_samples: int = 20,
+        seed: int = 0,
+    ) -> pd.DataFrame:
+        """Estimate the standard error of the predicted mean of each gene: from draws of cells and disagreement.
+
+        Control cells are drawn with replacement `n_samples` times, and each part of the model that has a say of its own
+        (heads and members of an ST, and its prior) predicts from each draw. The error is that of their average: the
+        variance between draws, plus the variance between parts divided by their number. What all parts have
+        wrong together it does not see.
+
+        Parameters
+        ----------
+        adata, perturbation, context, seed
+            As in :meth:`predict`.
+        n_samples
+            Draws, at least 2.
+
+        Returns
+        -------
+        Contexts x genes, log(1 + counts per 10,000).
+        """
+        if n_samples < 2:
+            raise ValueError(f"n_samples={n_samples!r}: at least 2 draws are needed for a standard error.")
+        self._check_if_trained(warn=False)
+        self.check_perturbation(perturbation)
+        data = self._data(adata)
+        names = expression_modality(data, self._modality).obs_names
+        cells, batch = self._cells(data), self._batch_codes(data)
+        errors = {}
+        for c, rows in self._control_rows(data, context).items():
+            rows = rows[np.argsort(names[rows], kind="stable")]
+            rng = np.random.default_rng([seed, *c.encode()])
+            means = []
+            for _ in range(n_samples):
+                drawn = rng.choice(rows, len(rows))
+                control = cells[drawn].toarray() if sparse.issparse(cells) else cells[drawn]
+                codes = None if batch is None else batch[drawn]
+                base = control.mean(axis=0)
+                means.append(self._predict_means(control, perturbation, context=c, base=base, batch=codes))
+            means = np.stack(means)  # (n_samples, n_opinions, n_genes)
+            variance = means.mean(axis=1).var(axis=0, ddof=1)
+            if means.shape[1] > 1:
+                variance = variance + means.mean(axis=0).var(axis=0, ddof=1) / means.shape[1]
+            errors[c] = np.sqrt(variance)
+        return pd.DataFrame.from_dict(errors, orient="index", columns=self.genes)
+
     def _control_rows(self, data: AnnData | MuData, context: str | None) -> dict[str, np.ndarray]:
         contexts, is_control = self._labels(data, "context"), self._labels(data, "perturbation") == self.control
         if not is_control.any():

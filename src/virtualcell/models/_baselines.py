@@ -55,7 +55,7 @@ class ShiftModel(PerturbationModel):
         self._remember({k.removeprefix("network."): v for k, v in tensors.items()})
 
     def _remember(self, arrays: dict[str, np.ndarray | Tensor]) -> None:
-        for name, values in arrays.items():
+        for name, values in sorted(arrays.items()):  # a file gives them in any order
             self.module.register_buffer(name, torch.as_tensor(values))
 
     def _array(self, name: str) -> np.ndarray:

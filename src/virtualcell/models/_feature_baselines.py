@@ -9,8 +9,9 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 from mudata import MuData
+from torch import Tensor
 
-from virtualcell.models._baselines import ShiftModel
+from virtualcell.models._baselines import Additive, ContextMean, NearestContext, NoChange, PerturbationMean, ShiftModel
 from virtualcell.models._feature_shifts import nearest_perturbations, ridge
 from virtualcell.models._perturbations import PerturbationTable, parts
 from virtualcell.models._shifts import ShiftTable, additive
@@ -115,3 +116,9 @@ class NearestPerturbations(FeatureShiftModel):
         query = self._encode(parts(perturbation, self.control, self.names))[0]
         shifts = nearest_perturbations(measured, self._array("perturbations"), query, k=self.k)
         return shifts.sum(axis=0) + self._of_context(context)
+
+
+def load_baseline(meta: dict, tensors: dict[str, Tensor]) -> ShiftModel:
+    """Build the saved baseline, of whatever class it is."""
+    kinds = (NoChange, ContextMean, PerturbationMean, Additive, NearestContext, Ridge, NearestPerturbations)
+    return {kind.__name__: kind for kind in kinds}[meta["class"]]._from_saved(meta, tensors)

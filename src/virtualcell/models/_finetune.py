@@ -245,6 +245,8 @@ def _copy_all(old: nn.Module, new: nn.Module, *, but: Sequence[nn.Module]) -> No
     for name, parameter in new.named_parameters():
         if id(parameter) not in left_out:
             parameter.copy_(theirs[name])
+    for name, buffer in old.named_buffers():
+        new.get_buffer(name).copy_(buffer)
 
 
 def _carry(new: nn.Linear, old: nn.Linear, *, rows: Places | None = None, columns: Places | None = None) -> None:

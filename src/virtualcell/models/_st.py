@@ -23,8 +23,11 @@ from torch.utils.data import DataLoader
 from virtualcell._design import expression_modality
 from virtualcell.data._cell_sets import CellSetDataset, CellSetSampler, Rows, cell_groups
 from virtualcell.io._arc_st import read_st
+from virtualcell.io._save import read_folder
 from virtualcell.io._write_arc_st import write_st
 from virtualcell.models._base import MOST_EXPRESSION, PerturbationModel
+from virtualcell.models._baselines import ShiftModel
+from virtualcell.models._feature_baselines import load_baseline
 from virtualcell.models._perturbations import PerturbationTable, find_drug
 from virtualcell.models._prior import ShiftPrior
 from virtualcell.models._se import SE
@@ -160,6 +163,8 @@ class ST(PerturbationModel):
         n = sum(p.numel() for p in self.module.parameters())
         space = "genes" if self.setup["use_rep"] is None else f"obsm[{self.setup['use_rep']!r}]"
         self.se: SE | None = None  # what made the embeddings, where fit_state did
+        self.validation: pd.DataFrame | None = None  # scores beside the baselines, where fit_state validated
+        self.fallback: ShiftModel | None = None  # the baseline that was better there, if one was
         self._model_summary_string = (
             f"ST model: {len(self.table.seen)} perturbations ({'features' if self.table.has_features else 'one-hot'}), "
             f"{max(len(self.contexts), 1)} contexts, {n_space} dimensions of {space}, sets of {self.set_size} cells, "
@@ -171,7 +176,8 @@ class ST(PerturbationModel):
     @torch.no_grad()
     def _start_at_mean(self) -> None:
         """Let the level head start at the mean training cell; from zero, getting there takes most of the training."""
-        cells = self._cells(self.adata)[np.flatnonzero(self._training_rows(self.adata))]
+        rows = self._by_name(self.adata)
+        cells = self._cells(self.adata)[rows[self._training_rows(self.adata)[rows]]]
         mean = torch.from_numpy(np.asarray(cells.mean(axis=0), dtype=np.float32).ravel())
         for network in networks(self.module):
             network.project_level[-1].bias.copy_(mean)
@@ -192,15 +198,30 @@ class ST(PerturbationModel):
         return {**super()._tensors(), "perturbations": self.table.vectors, **prior}
 
     def _save_parts(self, folder: Path, *, overwrite: bool) -> None:
-        if self.se is not None:
-            self.se.save(folder / "se", overwrite=overwrite)
-        else:  # that of the model which was here before
-            for name in ("model.json", "model.safetensors"):
-                (folder / "se" / name).unlink(missing_ok=True)
+        for part, model in (("se", self.se), ("fallback", self.fallback)):
+            if model is not None:
+                model.save(folder / part, overwrite=overwrite)
+                continue
+            for name in ("model.json", "model.safetensors"):  # those of the model which was here before
+                (folder / part / name).unlink(missing_ok=True)
 
     def _load_parts(self, folder: Path, *, accelerator: str, device: int | str) -> None:
         if (folder / "se" / "model.json").exists():
             self.se = SE.load(folder / "se", accelerator=accelerator, device=device)
+        if (folder / "fallback" / "model.json").exists():
+            self.fallback = load_baseline(*read_folder(folder / "fallback"))
+
+    def _meta(self) -> dict:
+        validation = None if self.validation is None else self.validation.to_dict(orient="split")
+        return {**super()._meta(), "validation": validation}
+
+    @classmethod
+    def _from_saved(cls, meta: dict, tensors: dict[str, Tensor]) -> ST:
+        model = super()._from_saved(meta, tensors)
+        if (known := meta.get("validation")) is not None:
+            index = pd.Index(known["index"], name="model")
+            model.validation = pd.DataFrame(known["data"], index=index, columns=known["columns"])
+        return model
 
     @classmethod
     def _from_arguments(cls, arguments: dict, tensors: dict[str, Tensor], registry: dict) -> ST:
@@ -287,6 +308,10 @@ class ST(PerturbationModel):
             overwrite=overwrite,
         )
 
+    def _by_name(self, data: AnnData | MuData) -> np.ndarray:
+        """Rows in the order of the cells' names: sums of float32 depend on the order in the last digit."""
+        return np.argsort(expression_modality(data, self._modality).obs_names.to_numpy(), kind="stable")
+
     # -- data ---------------------------------------------------------------------------------------------------------
 
     def _n_rep(self) -> int:
@@ -317,10 +342,20 @@ class ST(PerturbationModel):
         sets = CellSetSampler(groups, set_size=self.set_size, fixed=fixed, **sampler)
         return DataLoader(cells, sampler=sets, batch_size=None)
 
-    def _validation_cells(self, data, fraction: float, seed: int) -> np.ndarray:
-        """Mask: the split's "val", or a share of the cells of each perturbation and context drawn by name."""
+    def validation_cells(self, data: AnnData | MuData, fraction: float | None = None, seed: int = 0) -> np.ndarray:
+        """Mask of the cells that training validates on.
+
+        Parameters
+        ----------
+        data
+            The training data.
+        fraction, seed
+            Of :meth:`train` (`val_fraction`, 0.1 by default): where the data has no split of its own, that share of the
+            cells of each perturbation and context is drawn, by name.
+        """
         if self.setup["split_key"] is not None:
-            return self._labels(data, "split") == "val"
+            return (self._labels(data, "split") == "val") & self._training_rows(data)
+        fraction = 0.1 if fraction is None else fraction
         names = expression_modality(data, self._modality).obs_names.to_numpy()
         group = pd.Series(self._labels(data, "perturbation")) + "\0" + pd.Series(self._labels(data, "context"))
         rng = np.random.default_rng(seed)
@@ -387,19 +422,18 @@ class ST(PerturbationModel):
             Anything else for :class:`scvi.train.Trainer`.
         """
         data = self._training_data()
-        validation = self._validation_cells(data, val_fraction, seed) & self._training_rows(data)
+        validation = self.validation_cells(data, val_fraction, seed)
         genes = None if self.setup["use_rep"] is None else Rows(self._expression(data))
+        cells = CellSetDataset(Rows(self._cells(data)), self.table.encode, genes)
+        sampler = {"sets_per_batch": batch_size, "seed": seed}
         learned = self._training_rows(data) & ~validation
-        prior = None
+        train = self._loader(data, learned, cells, fixed=False, min_batches=50, **sampler)
+        held = self._loader(data, validation, cells, fixed=True, **sampler) if validation.any() else None
         if self.config.prior is not None:
             self.prior = self._fit_prior(data, learned)
             if self.config.prior == "additive":
                 base = dict(zip(self.prior.contexts, self.prior.controls, strict=True))
-                prior = cache(lambda perturbation, context: self._prior_of(perturbation, context, base[context]))
-        cells = CellSetDataset(Rows(self._cells(data)), self.table.encode, genes, prior)
-        sampler = {"sets_per_batch": batch_size, "seed": seed}
-        train = self._loader(data, learned, cells, fixed=False, min_batches=50, **sampler)
-        held = self._loader(data, validation, cells, fixed=True, **sampler) if validation.any() else None
+                cells.prior = cache(lambda perturbation, context: self._prior_of(perturbation, context, base[context]))
         options = {"kind": loss, "mean_weight": mean_weight, "contrast_weight": contrast_weight}
         run_training(
             self,
@@ -422,43 +456,34 @@ class ST(PerturbationModel):
             **trainer_kwargs,
         )
         if self.config.residual == "both":
-            self._weigh_heads(data, learned, seed)
+            self._weigh_heads(train)
 
     @torch.inference_mode()
-    def _weigh_heads(self, data: AnnData | MuData, learned: np.ndarray, seed: int) -> None:
-        """Weigh the two heads by the inverse squared error of their means on sets of the training cells.
+    def _weigh_heads(self, loader: DataLoader) -> None:
+        """Weigh the two heads by the inverse squared error of their means on training sets.
 
         Which of them is better differs between data sets by much, and shows on the cells that both have learned from.
         """
-        sets = self._loader(
-            data,
-            learned,
-            CellSetDataset(Rows(self._cells(data)), self.table.encode),
-            fixed=True,
-            sets_per_batch=16,
-            seed=seed,
-        )
         errors = torch.zeros(2)
         self.module.eval()
-        for batch in islice(sets, 50):
-            batch = {k: v.to(self.device) for k, v in batch.items()}
+        for sets in islice(loader.sampler, 50):
+            batch = {k: v.to(self.device) for k, v in loader.dataset[sets].items()}
+            prior = Prior(batch["prior_scale"], batch["prior_shift"]) if "prior_scale" in batch else None
+            wanted = batch["perturbed"].mean(dim=1)
             for network in networks(self.module):
-                out = network(batch["control"], batch["perturbation"], batch["batch"])
-                wanted = batch["perturbed"].mean(dim=1)
+                out = network(batch["control"], batch["perturbation"], batch["batch"], prior)
                 errors += torch.stack([(x.mean(dim=1) - wanted).square().mean() for x in out.learned]).cpu()
+        weights = 1 / errors / (1 / errors).sum()
+        logger.info("Heads are weighed %s (shift of the control cells, level).", weights.tolist())
         for network in networks(self.module):
-            network.head_weights.copy_((1 / errors) / (1 / errors).sum())
-        logger.info(
-            "Heads are weighed %s (shift of the control cells, level).", (1 / errors / (1 / errors).sum()).tolist()
-        )
+            network.head_weights.copy_(weights)
 
     def _fit_prior(self, data: AnnData | MuData, learned: np.ndarray) -> ShiftPrior:
-        labels = self._labels(data, "perturbation")
+        labels, contexts, rows = self._labels(data, "perturbation"), self._labels(data, "context"), self._by_name(data)
         # control cells of every context take part: they are what similarity is told by
-        mask = learned | ((labels == self.control) & self._training_rows(data))
-        table = shift_table(
-            self._expression(data), labels, self._labels(data, "context"), control=self.control, mask=mask
-        )
+        taken = learned | ((labels == self.control) & self._training_rows(data))
+        rows = rows[taken[rows]]
+        table = shift_table(self._expression(data)[rows], labels[rows], contexts[rows], control=self.control)
         return ShiftPrior.fit(table, self.config.prior, self.table if self.table.has_features else None)
 
     def _prior_of(self, perturbation: str, context: str, base: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:

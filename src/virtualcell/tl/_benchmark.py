@@ -250,6 +250,7 @@ def _fit(
             "min_cells": min_cells,
             "se": False,
             "store_model": False,
+            "validate": False,
             "enable_progress_bar": False,
         }
         return fit_state(work, **keys, scale="log1p", n_top_genes=None, seed=seed, **{**defaults, **kwargs})

@@ -24,6 +24,7 @@ from virtualcell.models._base import SPLITS
 from virtualcell.models._finetune import continue_se, continue_st, genes_to_model, partly_trained
 from virtualcell.models._perturbations import parts
 from virtualcell.pp import expression_gene_embeddings
+from virtualcell.tl._verdict import judge
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ def fit_state(
     devices: int | list[int] | str = "auto",
     precision: str = "32-true",
     store_model: bool = True,
+    validate: bool = True,
     seed: int = 0,
     enable_progress_bar: bool = True,
     modality: str = "rna",
@@ -67,8 +69,8 @@ def fit_state(
     """Fit SE and ST: embed every cell, and learn what each perturbation does to the control cells of each context.
 
     `X` and the layers stay as they are. Written are `obsm["X_state"]` (unless `se=False`) and `uns["virtualcell"]`: the
-    design, and the fitted ST, so that :func:`virtualcell.tl.predict_perturbation` needs no more than the data, also
-    after it was saved as h5ad.
+    design, the verdict on validation cells, and the fitted ST, so that :func:`virtualcell.tl.predict_perturbation`
+    needs no more than the data, also after it was saved as h5ad.
 
     Parameters
     ----------
@@ -125,6 +127,10 @@ def fit_state(
         As in Lightning, for both trainings.
     store_model
         Keep the fitted ST in `uns` (its size in memory); otherwise pass it to `predict_perturbation` as `model=`.
+    validate
+        End with a verdict: ST beside the baselines on the validation cells (those of the split, or the share that
+        training kept), in one line of the log and in `uns["virtualcell"]["validation"]`. Validation cells are as new as
+        the split makes them: of groups that were learned from, unless it says otherwise.
     seed
         Of everything random.
     modality
@@ -207,13 +213,27 @@ def fit_state(
             st = continue_st(work, init_from, perturbation_features, **(model_kwargs or {}))
         else:
             st = ST(work, perturbation_features, size=size, **(model_kwargs or {}))
+    options = {"max_steps": max_steps, **run, **(train_kwargs or {})}
     with partly_trained(st.module, **(partly if isinstance(init_from, ST) else {})):
-        st.train(**{"max_steps": max_steps, **run, **(train_kwargs or {})})
+        st.train(**options)
+    if validate:
+        validation = st.validation_cells(work, options.get("val_fraction"), options["seed"])
+        if (validation & (work.obs[perturbation_key] != control).to_numpy()).any():
+            table, baseline = judge(st, work, validation, perturbation_features, seed=seed)
+            st.validation = table
+            st.fallback = baseline if table.index[0] != "ST" else None
+            baseline.design = design
+        else:
+            logger.warning("There are no perturbed validation cells: whether ST beats the baselines was not asked.")
     st.forget_data()
     st.design, st.se = design, se or None
 
     left = {"design": design.to_uns(), **({"st": pack(st._meta(), st._tensors())} if store_model else {})}
-    before = {k: v for k, v in adata.uns.get(_keys.UNS, {}).items() if k != "st"}
+    if st.validation is not None:
+        left["validation"] = st.validation
+    if st.fallback is not None and store_model:
+        left["fallback"] = pack(st.fallback._meta(), st.fallback._tensors())
+    before = {k: v for k, v in adata.uns.get(_keys.UNS, {}).items() if k not in ("st", "validation", "fallback")}
     adata.uns[_keys.UNS] = {**before, **left}
     return st
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Sequence
+from typing import Literal
 
 import anndata as ad
 import numpy as np
@@ -21,6 +22,7 @@ from virtualcell.data._matrix import log_expression, matrix_name, raw_matrix
 from virtualcell.io._save import unpack
 from virtualcell.models import ST
 from virtualcell.models._base import PerturbationModel
+from virtualcell.models._feature_baselines import load_baseline
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +36,8 @@ def predict_perturbation(
     context: str | None = None,
     model: PerturbationModel | None = None,
     n_cells: int | None = None,
+    n_samples: int | None = None,
+    fallback: Literal["best"] | None = None,
     layer: str | None = None,
     scale: Scale | None = None,
     library_size_key: str | None = None,
@@ -64,6 +68,12 @@ def predict_perturbation(
         A fitted :class:`virtualcell.models.ST` or one of the baselines; by default the ST in `uns["virtualcell"]`.
     n_cells
         Predicted cells per perturbation and context; by default one for every control cell.
+    n_samples
+        Estimate standard errors from so many draws of the control cells (20 are plenty; each costs as much as the
+        prediction), see :meth:`virtualcell.models.ST.uncertainty`.
+    fallback
+        "best" uses the baseline that was better than ST on the validation cells of `fit_state`, where one was;
+        `uns["virtualcell"]["predicted_by"]` of the result tells which model it was.
     layer, scale, library_size_key
         Where and how expression is stored in `adata`; as at fitting where left out. Models of
         :meth:`virtualcell.models.ST.from_arc` expect log(1 + counts per 10,000) unless `scale="counts"` is stated.
@@ -82,7 +92,9 @@ def predict_perturbation(
     AnnData of predicted cells x the model's genes, log(1 + counts per 10,000): `obs` has the perturbation and the
     context under the names of their columns in `adata`, and `control_barcode`, the control cell each one started from,
     whose expression is `layers["control"]`. Ready for `scanpy.tl.rank_genes_groups` and, on that scale, for
-    `anndata.concat`.
+    `anndata.concat`. With `n_samples`, `layers["standard_error"]` has the standard error of the predicted mean of each
+    gene (the same for all cells of a perturbation and context), and `obs["expected_error"]` the mean absolute error of
+    the mean that follows from them.
 
     Raises
     ------
@@ -95,6 +107,8 @@ def predict_perturbation(
         raise TypeError(f"context={context!r} must be one label, as a string; leave it out for all contexts.")
     data, adata = adata, expression_modality(adata, modality)
     model = _stored_model(adata) if model is None else model
+    if fallback is not None:
+        model = _better_one(model, fallback)
     if not isinstance(model, PerturbationModel):
         raise TypeError(f"model={model!r} is not a fitted model. Load a saved one with `vc.models.ST.load(folder)`.")
     if drug is not None:
@@ -126,6 +140,12 @@ def predict_perturbation(
         obs.index = make_index_unique(pd.Index([f"{barcode}-{name}" for barcode in obs[_keys.CONTROL_BARCODE]]))
         one = AnnData(cells[genes].to_numpy(np.float32), obs=obs[[*keys, _keys.CONTROL_BARCODE]])
         one.layers[_keys.CONTROL_LAYER] = work[cells.index, genes].X.toarray()
+        if n_samples is not None:
+            error = model.uncertainty(work, name, context=context, n_samples=n_samples, seed=seed)[genes]
+            of_cell = [""] * one.n_obs if design.context_key is None else one.obs[design.context_key].astype(str)
+            one.layers[_keys.STANDARD_ERROR] = error.loc[of_cell].to_numpy(np.float32)
+            # the mean absolute value of a normal variable is sqrt(2 / pi) of its standard deviation
+            one.obs[_keys.EXPECTED_ERROR] = np.sqrt(2 / np.pi) * error.loc[of_cell].mean(axis=1).to_numpy()
         predicted.append(one)
     out = ad.concat(predicted)
     out.var = adata.var.loc[genes].copy()
@@ -138,7 +158,7 @@ def predict_perturbation(
         batch_key=design.batch_key,
         scale="log1p",
     )
-    out.uns[_keys.UNS] = {"design": on_this_scale.to_uns()}
+    out.uns[_keys.UNS] = {"design": on_this_scale.to_uns(), "predicted_by": type(model).__name__}
     out.uns["log1p"] = {}  # tells scanpy that logarithms were taken
     return out
 
@@ -160,7 +180,25 @@ def _stored_model(adata: AnnData) -> ST:
             f"uns[{_keys.UNS!r}] holds no fitted model: run `vc.tl.fit_state(adata, ...)` first, or pass model= "
             "(`vc.models.ST.load(folder)`)."
         )
-    return ST._from_saved(*unpack(left["st"]))._put_on()
+    model = ST._from_saved(*unpack(left["st"]))._put_on()
+    if "fallback" in left:
+        model.fallback = load_baseline(*unpack(left["fallback"]))
+    return model
+
+
+def _better_one(model: PerturbationModel, fallback: str) -> PerturbationModel:
+    """Return the model that did better on the validation cells of `fit_state`."""
+    if fallback != "best":
+        raise ValueError(f"fallback={fallback!r} is unknown; valid are 'best' and None.")
+    if getattr(model, "validation", None) is None:
+        raise ValueError(
+            "fallback='best' needs an ST that was validated: fit it with `vc.tl.fit_state(..., validate=True)` and "
+            "validation cells, or leave fallback out."
+        )
+    if model.fallback is None:
+        return model
+    logger.warning("%s predicts: on the validation cells it was better than ST.", type(model.fallback).__name__)
+    return model.fallback
 
 
 def _obs_of_model(model: PerturbationModel, design: Design, obs: pd.DataFrame) -> pd.DataFrame:
