@@ -45,7 +45,7 @@ def test_only_x_state_and_uns_are_written(screen, fit):
     assert set(screen.obsm) == {"X_state"}
     assert screen.obsm["X_state"].shape == (420, st.se.config.n_output + st.se.config.n_dataset)
     assert set(screen.uns) == {"truth", "virtualcell"}
-    assert set(screen.uns["virtualcell"]) == {"split_manifest", "design", "st"}
+    assert set(screen.uns["virtualcell"]) - {"fallback"} == {"split_manifest", "design", "st", "validation"}
     manifests = screen.uns["virtualcell"]["split_manifest"], before.uns["virtualcell"]["split_manifest"]
     assert manifests[0]["split"]["holdout"] == manifests[1]["split"]["holdout"] == {"contexts": ["type_3"]}
     assert screen.uns["virtualcell"]["design"] == {
@@ -83,7 +83,7 @@ def test_without_se_there_is_no_embedding(screen, fit):
 def test_the_model_can_be_left_out_of_uns(screen, fit, targets):
     fit(screen)
     st = fit(screen, store_model=False, split_key="split")
-    assert set(screen.uns["virtualcell"]) == {"split_manifest", "design"}  # nor is the one from before left
+    assert set(screen.uns["virtualcell"]) == {"split_manifest", "design", "validation"}  # nor one from before
     with pytest.raises(ValueError, match=r"holds no fitted model: run `vc\.tl\.fit_state.*or pass model="):
         vc.tl.predict_perturbation(screen, targets[0])
     assert vc.tl.predict_perturbation(screen, targets[0], model=st).n_obs == 120
