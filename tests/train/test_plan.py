@@ -227,6 +227,8 @@ def test_wrong_arguments_say_what_to_do() -> None:
         ValueError, match=r"early_stopping=True needs validation cells: give val_fraction > 0 or a split"
     ):
         train(model, Loss(), early_stopping=True)
+    with pytest.raises(ValueError, match=r"early_stopping=True judges at the end of an epoch, which has \d+ steps"):
+        train(model, Loss(), validation=loader(1, seed=1), early_stopping=True, max_steps=1)
     with pytest.raises(ValueError, match="nothing to train on: no perturbed training cells with matching controls"):
         run_training(model, Loss(), [], None, **OPTIONS)
     with pytest.raises(ValueError, match=r"max_epochs=None, max_steps=0: at least one step is needed"):

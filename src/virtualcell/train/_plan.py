@@ -141,6 +141,11 @@ def run_training(
     )
     if steps < 1:
         raise ValueError(f"max_epochs={max_epochs!r}, max_steps={max_steps!r}: at least one step is needed.")
+    if early_stopping and steps < len(train):
+        raise ValueError(
+            f"early_stopping=True judges at the end of an epoch, which has {len(train)} steps, but training ends after "
+            f"{steps}. Give more max_steps, or early_stopping=False."
+        )
     n_epochs = math.ceil(steps / len(train))
     if validation is not None:
         # at most some twenty looks at the validation sets, unless every epoch counts
