@@ -33,7 +33,7 @@ def energy_distance(predicted: ArrayLike, observed: ArrayLike) -> float:
 def mmd(predicted: ArrayLike, observed: ArrayLike, *, bandwidths: ArrayLike = (0.5, 1.0, 2.0)) -> float:
     """Squared maximum mean discrepancy with Gaussian kernels (Gretton et al. 2012), self-pairs left out.
 
-    k(x, y) = mean over b of exp(-|x-y|² / (2 (b s)²)), with s the median distance between observed cells.
+    `k(x, y) = mean over b of exp(-|x-y|² / (2 (b s)²))`, with s the median distance between observed cells.
 
     Parameters
     ----------

@@ -141,8 +141,8 @@ def de_overlap(
 ) -> float:
     """Share of the really changed genes that are predicted to change: DE_p of the Virtual Cell Challenge 2025.
 
-    |G_pred ∩ G_true| / n_true with the significant genes of either side; where more are predicted than are true, only
-    the n_true predicted ones with the largest |log fold change| count. `overlap_at_N` of cell-eval.
+    `|G_pred ∩ G_true| / n_true` with the significant genes of either side; where more are predicted than are true, only
+    the n_true predicted ones with the largest absolute log fold change count. `overlap_at_N` of cell-eval.
 
     Parameters
     ----------
@@ -151,7 +151,7 @@ def de_overlap(
     predicted_fdr, observed_fdr
         Adjusted p-values, (n_genes,).
     k
-        Compare only the k significant genes of largest |log fold change| on either side (`overlap_at_k`).
+        Compare only the k significant genes of largest absolute log fold change on either side (`overlap_at_k`).
     threshold
         Of the adjusted p-value.
 
@@ -175,7 +175,7 @@ def de_precision(
     """Share of the genes predicted to change that are among as many of the really changed ones.
 
     `precision_at_N` of cell-eval: the n_pred significant predicted genes against the n_pred really significant ones
-    with the largest |log fold change|.
+    with the largest absolute log fold change.
 
     Parameters
     ----------
