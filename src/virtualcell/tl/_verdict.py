@@ -67,11 +67,12 @@ def judge(
     rows = []
     controls = (st._labels(cells, "perturbation") == st.control) & ~hidden
     for context, perturbation, members in groups:
-        base = _mean(cells, controls & (st._labels(cells, "context") == context))
+        here = controls & (st._labels(cells, "context") == context)
+        base, n_cells = _mean(cells, here), min(int(here.sum()), _N_CELLS)
         observed = _mean(cells, members)
         for name, model in models.items():
             within = context if st.setup["context_key"] is not None else None
-            predicted = model.predict(cells[controls], perturbation, context=within, n_cells=_N_CELLS, seed=seed)
+            predicted = model.predict(cells[controls], perturbation, context=within, n_cells=n_cells, seed=seed)
             mean = predicted.to_numpy().mean(axis=0)
             rows.append((name, pearson_delta(mean, observed, base), mae(mean, observed)))
     scores = pd.DataFrame(rows, columns=["model", "pearson_delta", "mae"]).groupby("model").mean()

@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import logging
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+
+import virtualcell as vc
+
+LOSES = {"max_steps": 1, "train_kwargs": {"lr": 1e-9}, "model_kwargs": {"residual": "expression", "prior": None}}
+
+
+@pytest.fixture
+def crippled(screen, fit):
+    """An ST that has learned nothing, which any baseline beats."""
+    return fit(screen, split_key="split", **LOSES)
+
+
+def test_a_model_that_loses_is_told_so_in_one_line(screen, fit, caplog):
+    with caplog.at_level(logging.WARNING, logger="virtualcell"):
+        st = fit(screen, split_key="split", **LOSES)
+    (line,) = [r.getMessage() for r in caplog.records if "does not beat" in r.getMessage()]
+    table = screen.uns["virtualcell"]["validation"]
+    best = table.index[0]
+    assert best != "ST"
+    assert f"ST does not beat the baseline {best}: Pearson delta" in line
+    assert "\n" not in line
+    assert set(table.index) == {"ST", "NoChange", "ContextMean", "PerturbationMean", "Additive", "NearestContext"}
+    assert table["pearson_delta"].is_monotonic_decreasing
+    assert (table["n_groups"] == 10).all()  # five targets in the two contexts that are not held out
+    assert table.loc["NoChange", "pearson_delta"] == pytest.approx(0, abs=0.2)
+    assert type(st.fallback).__name__ == best
+
+
+def test_scores_are_those_of_the_predictions(screen, crippled):
+    """One baseline by hand: no change has the error of the mean control cell."""
+    st, table = crippled, crippled.validation
+    counts = screen.X.toarray()
+    logs = np.log1p(counts / counts.sum(axis=1, keepdims=True) * 1e4)[:, screen.var_names.get_indexer(st.genes)]
+    obs = screen.obs
+    errors = []
+    for context in ("type_1", "type_2"):
+        here = obs["cell_type"] == context
+        base = logs[(here & (obs["target_gene"] == "non-targeting")).to_numpy()].mean(axis=0)
+        for target in sorted(set(obs["target_gene"]) - {"non-targeting"}):
+            cells = logs[(here & (obs["target_gene"] == target) & (obs["split"] == "val")).to_numpy()]
+            errors.append(np.abs(cells.mean(axis=0) - base).mean())
+    assert table.loc["NoChange", "mae"] == pytest.approx(np.mean(errors), rel=2e-3)
+
+
+def test_test_cells_take_no_part(screen, fit):
+    other = screen.copy()
+    rows = np.flatnonzero(other.obs["split"] == "test")
+    other.X[rows] = other.X[rows[::-1]] * 3
+    options = {"split_key": "split", "n_top_genes": None, **LOSES}
+    fit(screen, **options)
+    fit(other, **options)
+    pd.testing.assert_frame_equal(*(d.uns["virtualcell"]["validation"] for d in (screen, other)))
+
+
+def test_fallback_is_asked_for_and_said(screen, crippled, targets, caplog):
+    plain = vc.tl.predict_perturbation(screen, targets[0], context="type_3")
+    assert plain.uns["virtualcell"]["predicted_by"] == "ST"
+    np.testing.assert_allclose(plain.X, plain.layers["control"], atol=1e-4)  # it has learned nothing
+    with caplog.at_level(logging.WARNING, logger="virtualcell"):
+        better = vc.tl.predict_perturbation(screen, targets[0], context="type_3", fallback="best")
+    name = type(crippled.fallback).__name__
+    assert better.uns["virtualcell"]["predicted_by"] == name
+    assert any(r.getMessage().startswith(f"{name} predicts") for r in caplog.records)
+    own = vc.tl.predict_perturbation(screen, targets[0], context="type_3", model=crippled.fallback)
+    np.testing.assert_array_equal(better.X, own.X)
+    assert not np.array_equal(better.X, plain.X)
+
+
+def test_files_keep_the_verdict(screen, crippled, targets, tmp_path):
+    expected = vc.tl.predict_perturbation(screen, targets[0], fallback="best")
+    screen.write_h5ad(tmp_path / "screen.h5ad")
+    again = ad.read_h5ad(tmp_path / "screen.h5ad")
+    np.testing.assert_array_equal(vc.tl.predict_perturbation(again, targets[0], fallback="best").X, expected.X)
+    pd.testing.assert_frame_equal(again.uns["virtualcell"]["validation"], crippled.validation, check_names=False)
+    crippled.save(tmp_path / "model")
+    loaded = vc.models.ST.load(tmp_path / "model")
+    pd.testing.assert_frame_equal(loaded.validation, crippled.validation)
+    got = vc.tl.predict_perturbation(screen, targets[0], model=loaded, fallback="best")
+    np.testing.assert_array_equal(got.X, expected.X)
+
+
+def test_a_model_that_wins_needs_no_fallback(screen, fit, targets, monkeypatch):
+    # ridge and its like are still fitted, but the best of them is compared with a perfect score
+    from virtualcell.tl import _fit
+
+    def won(st, *args, **kwargs):
+        table = pd.DataFrame({"pearson_delta": [1.0, 0.0], "mae": [0.0, 1.0], "n_groups": 1}, index=["ST", "NoChange"])
+        return table, vc.models.NoChange.__new__(vc.models.NoChange)
+
+    monkeypatch.setattr(_fit, "judge", won)
+    st = fit(screen, split_key="split")
+    assert st.fallback is None
+    assert "fallback" not in screen.uns["virtualcell"]
+    predicted = vc.tl.predict_perturbation(screen, targets[0], fallback="best")
+    assert predicted.uns["virtualcell"]["predicted_by"] == "ST"
+
+
+def test_what_was_not_validated_has_no_better_one(screen, fit, targets, caplog):
+    st = fit(screen, validate=False)
+    assert st.validation is None
+    assert "validation" not in screen.uns["virtualcell"]
+    with pytest.raises(ValueError, match="fallback='best' needs an ST that was validated"):
+        vc.tl.predict_perturbation(screen, targets[0], fallback="best")
+    with pytest.raises(ValueError, match="fallback='worst' is unknown; valid are 'best' and None"):
+        vc.tl.predict_perturbation(screen, targets[0], fallback="worst")
+    with caplog.at_level(logging.WARNING, logger="virtualcell"):
+        fit(screen, train_kwargs={"val_fraction": 0.0})
+    assert any("no perturbed validation cells" in r.getMessage() for r in caplog.records)
+
+
+def test_standard_errors_of_a_prediction(screen, fit, targets):
+    fit(screen, split_key="split", max_steps=40, train_kwargs={"lr": 3e-3})
+    predicted = vc.tl.predict_perturbation(screen, targets[:2], n_samples=8)
+    error = predicted.layers["standard_error"]
+    assert error.shape == predicted.shape
+    assert (error >= 0).all()
+    for _, rows in predicted.obs.groupby(["target_gene", "cell_type"], observed=True).indices.items():
+        assert np.ptp(error[rows], axis=0).max() == 0  # one for the mean of a perturbation in a context
+        expected = np.sqrt(2 / np.pi) * error[rows[0]].mean()
+        np.testing.assert_allclose(predicted.obs["expected_error"].to_numpy()[rows], expected, rtol=1e-5)
+    assert "standard_error" not in vc.tl.predict_perturbation(screen, targets[0]).layers
+    again = vc.tl.predict_perturbation(screen, targets[:2], n_samples=8)
+    np.testing.assert_array_equal(again.layers["standard_error"], error)
+    with pytest.raises(ValueError, match="n_samples=1: at least 2 draws"):
+        vc.tl.predict_perturbation(screen, targets[0], n_samples=1)
