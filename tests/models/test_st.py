@@ -12,7 +12,8 @@ import torch
 from mudata import MuData
 
 from virtualcell._errors import UnknownNameError
-from virtualcell.models import Additive
+from virtualcell.data._cell_sets import CellSetDataset, Rows
+from virtualcell.models import ST, Additive
 
 CONTROL = "non-targeting"
 
@@ -464,3 +465,80 @@ def test_forget_data_frees_the_data(session_screen, fit, targets):
 def test_prediction_from_raw_counts_is_refused(counts, learned, targets):
     with pytest.raises(ValueError, match=r"X holds whole numbers only: raw counts\?.*predict_perturbation"):
         learned.predict(counts, targets[0])
+
+
+# -- members, prior, uncertainty --------------------------------------------------------------------------------------
+
+
+def test_members_and_prior_come_back_from_a_file(screen, fit, targets, tmp_path):
+    st = fit(screen, n_members=2, train={"max_steps": 20})
+    assert "2 members" in repr(st)
+    first, second = (m.project_level[-1].weight for m in st.module.members)
+    assert not torch.equal(first, second)
+    st.save(tmp_path)
+    loaded = ST.load(tmp_path)
+    assert repr(loaded) == repr(st)
+    assert loaded.predict(screen, targets[0]).equals(st.predict(screen, targets[0]))
+    with pytest.raises(ValueError, match="n_members=0: at least one network"):
+        fit(screen, n_members=0)
+
+
+def test_level_head_starts_at_the_mean_training_cell(screen, build):
+    st = build(screen, setup={"split_key": "split"})
+    trained = screen.X[(screen.obs["split"] != "test").to_numpy()].mean(axis=0)
+    np.testing.assert_allclose(st.module.project_level[-1].bias.detach(), trained, atol=1e-5)
+
+
+def test_the_better_head_weighs_more(screen, fit):
+    st = fit(screen, train={"max_steps": 30})
+    data, network = screen, st.module
+    cells = CellSetDataset(Rows(st._cells(data)), st.table.encode)
+    loader = st._loader(data, np.ones(data.n_obs, bool), cells, fixed=True, sets_per_batch=8, seed=0)
+    with torch.no_grad():
+        network.project_level[-1].bias += 4
+    st._weigh_heads(loader)
+    assert network.head_weights[0] > 0.9
+    with torch.no_grad():
+        network.project_level[-1].bias -= 4
+        network.project_out[-1].bias += 4
+    st._weigh_heads(loader)
+    assert network.head_weights[1] > 0.9
+
+
+def test_prior_is_refused_in_embedding_space(embedded, build):
+    with pytest.raises(ValueError, match="prior='similar' is a shift of genes, and this model works on embeddings"):
+        build(embedded.copy(), setup={"use_rep": "X_pca"}, prior="similar")
+    assert build(embedded.copy(), setup={"use_rep": "X_pca"}).config.prior is None
+
+
+def test_a_cell_holds_no_more_than_all_its_counts(screen, fit, targets):
+    st = fit(screen)
+    with torch.no_grad():
+        st.module.project_out[-1].bias += 50
+    assert st.predict(screen, targets[0]).to_numpy().max() == np.float32(np.log1p(1e4))
+
+
+@pytest.mark.parametrize("prior", ["similar", "additive", None])
+def test_every_prior_learns_and_predicts_an_unseen_context(screen, fit, targets, prior):
+    st = fit(screen, setup={"split_key": "split"}, prior=prior, train={"max_steps": 200, "lr": 3e-3})
+    assert score(st, screen, targets, "type_5")[0] > 0.6
+
+
+def test_standard_errors_fall_with_the_number_of_control_cells(learned, screen, targets):
+    few = screen[(screen.obs["target_gene"] == CONTROL).to_numpy()]
+    one = learned.uncertainty(few, targets[0], context="type_5", n_samples=30)
+    assert one.shape == (1, screen.n_vars)
+    order = np.random.default_rng(0).permutation(few.n_obs)
+    assert one.equals(learned.uncertainty(few[order].copy(), targets[0], context="type_5", n_samples=30))
+    small = few[np.flatnonzero(few.obs["cell_type"] == "type_5")[:8]].copy()
+    assert learned.uncertainty(small, targets[0], n_samples=30).mean(axis=None) > 1.3 * one.mean(axis=None)
+    with pytest.raises(ValueError, match="n_samples=1: at least 2 draws"):
+        learned.uncertainty(few, targets[0], n_samples=1)
+
+
+def test_parts_that_disagree_raise_the_standard_error(screen, fit, targets):
+    st = fit(screen, train={"max_steps": 60, "lr": 3e-3})
+    before = st.uncertainty(screen, targets[0], context="type_1", n_samples=5)
+    with torch.no_grad():
+        st.module.project_level[-1].bias += 3
+    assert (st.uncertainty(screen, targets[0], context="type_1", n_samples=5) > before).to_numpy().mean() > 0.9
