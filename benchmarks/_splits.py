@@ -73,6 +73,12 @@ def targets(adata: ad.AnnData) -> list[str]:
     return sorted(set(adata.obs["target_gene"]) - {"non-targeting"})
 
 
+def side_by_side(folder: Path, files: list[str], names: list[str]) -> pd.DataFrame:
+    """Tables of gene features as one, targets x features, with zeros where a table lacks a target."""
+    tables = [pd.read_parquet(folder / f"{file}.parquet").set_index("gene").add_prefix(f"{file} ") for file in files]
+    return pd.concat([table.reindex(names).fillna(0) for table in tables], axis=1)
+
+
 def with_known_truth(adata: ad.AnnData, context: str, *, n_cells: int = 400, seed: int = 0) -> ad.AnnData:
     """Put cells drawn from the truth in place of the perturbed cells of a context.
 

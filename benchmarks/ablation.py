@@ -9,9 +9,11 @@
 * papalexi: without replicate 3; replicate 2 is the new context, 12 of 25 targets (drawn with seed 1) held out there.
 * synthetic: three contexts, 20 perturbations, another screen (seed 7) than in `st.py`; type_3 zero-shot.
 
-Every row is `vc.tl.fit_state` with the arguments in `ROWS`, and its other defaults (so some rows repeat the default).
+Every row is `vc.tl.fit_state` with the arguments in `ROWS`, and its other defaults (so some rows repeat the default;
+"gene features", for papalexi only, are Reactome and STRING vectors of the targets in place of learned ones).
 Numbers are means over test groups and seeds. "mean rank": of a row among the rows of ST, mean over all columns; 1 is
-best. Baselines and the ceiling, one half of the real cells against the other, are shown beside, without a rank.
+best, rows that were not run on all sets have none. Baselines and the ceiling, one half of the real cells against the
+other, are shown beside, without a rank.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from _splits import (
     papalexi,
     pool,
     score_baselines,
+    side_by_side,
     summarise,
     synthetic,
     targets,
@@ -46,6 +49,8 @@ METRICS = ["pearson_delta", "mae", "energy_distance", "discrimination_cosine"]
 BASELINES = ["NoChange", "PerturbationMean", "Additive", "NearestContext"]
 KANG_DROPPED, KANG_VALIDATION = "Mono", ["B", "CD8T", "NK"]
 SCREEN_SEED = 7
+
+TABLES = ["gene_features_reactome_svd64", "gene_features_string_spectral64"]
 
 # arguments of `fit_state`
 ROWS: dict[str, dict] = {
@@ -64,9 +69,11 @@ ROWS: dict[str, dict] = {
     "contrast_weight 0": {"train_kwargs": {"contrast_weight": 0.0}},
     "contrast_weight 0.1": {"train_kwargs": {"contrast_weight": 0.1}},
     "contrast_weight 0.3": {"train_kwargs": {"contrast_weight": 0.3}},
+    "contrast_weight 1": {"train_kwargs": {"contrast_weight": 1.0}},
     "3 members": {"model_kwargs": {"n_members": 3}},
     "EMA of weights": {"train_kwargs": {"callbacks": ["ema"]}},  # a new one for each fit, see `run`
     "early stopping": {"train_kwargs": {"early_stopping": True}},
+    "gene features": {"perturbation_features": TABLES},  # of papalexi alone: the others' perturbations are no genes
     "as published": PUBLISHED,
 }
 EMA_DECAY = 0.99  # fits take some 500 steps, and the rate falls to zero at their end
@@ -121,11 +128,14 @@ def run(name: str, split: str, row: str, seed: int, folder: Path, max_steps: int
         max_steps = max(max_steps, 60)  # the first look at validation cells comes after an epoch, of 50 steps or more
     if "callbacks" in how.get("train_kwargs", {}):
         how = {"train_kwargs": {"callbacks": [EMAWeightAveraging(decay=EMA_DECAY)]}}
+    if "perturbation_features" in how:
+        how = {"perturbation_features": side_by_side(folder, how["perturbation_features"], targets(case["adata"]))}
     return fit_and_score(case, row, how, seed, max_steps)
 
 
 def tasks(name: str, rows: list[str], args) -> list[tuple]:
     splits = SETS[name][1]
+    rows = [row for row in rows if name == "papalexi" or "perturbation_features" not in ROWS[row]]
     fits = [
         (name, s, row, seed, args.data, args.max_steps) for row in rows for s in splits for seed in range(args.seeds)
     ]
@@ -133,8 +143,8 @@ def tasks(name: str, rows: list[str], args) -> list[tuple]:
 
 
 def ranks(mean: pd.DataFrame, rows: list[str]) -> pd.Series:
-    """Mean rank of the rows over columns (data set, metric)."""
-    here = mean.loc[[r for r in rows if r in mean.index]]
+    """Mean rank over columns (data set, metric) of the rows that have all of them."""
+    here = mean.loc[[r for r in rows if r in mean.index]].dropna()
     sign = np.array([-1 if column[1] in SMALLER_IS_BETTER else 1 for column in here])
     return (-sign * here).rank().mean(axis=1)
 
@@ -171,11 +181,12 @@ def main() -> None:
             write(args.json, name, result)
     mean, spread = pd.concat(means, axis=1), pd.concat(spreads, axis=1)
     rank = ranks(mean, args.rows)
-    order = [*rank.sort_values().index, *(b for b in [*BASELINES, CEILING] if b in mean.index)]
+    first = rank.sort_values().index
+    order = [*first, *(r for r in [*args.rows, *BASELINES, CEILING] if r in mean.index and r not in first)]
     for name in args.only:
         print(f"\n== {name}; in brackets the standard deviation over {args.seeds} seeds")
         table = mean[name].map("{:.4f}".format) + spread[name].map(lambda x: "" if np.isnan(x) else f" ({x:.4f})")
-        print(table.loc[order].to_string())
+        print(table.loc[[r for r in order if mean[name].loc[r].notna().all()]].to_string())
     print("\n== All; rank 1 is best")
     short = {"pearson_delta": "r", "mae": "MAE", "energy_distance": "E", "discrimination_cosine": "discr."}
     table = mean.loc[order].round(4)

@@ -56,11 +56,11 @@ class Design:
         return cls(**found)
 
 
-def check_scale(scale: str) -> None:
+def check_scale(scale: str, argument: str = "scale") -> None:
     """Raise unless `scale` is one of the two that are known."""
     if scale not in ("counts", "log1p"):
         raise ValueError(
-            f"scale={scale!r} is unknown. Say 'counts' for raw counts or 'log1p' for log(1 + counts per 10,000); "
+            f"{argument}={scale!r} is unknown. Say 'counts' for raw counts or 'log1p' for log(1 + counts per 10,000); "
             "it is never guessed."
         )
 

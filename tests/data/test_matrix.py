@@ -172,6 +172,6 @@ def test_library_size_must_be_there_and_positive(adata: AnnData) -> None:
 def test_backed_data_is_refused(adata: AnnData, tmp_path: Path) -> None:
     adata.write_h5ad(tmp_path / "a.h5ad")
     backed = ad.read_h5ad(tmp_path / "a.h5ad", backed="r")
-    with pytest.raises(ValueError, match=r"adata is backed.*to_memory"):
+    with pytest.raises(ValueError, match=r"is backed.*to_memory"):
         log_expression(backed)
     backed.file.close()

@@ -26,7 +26,7 @@ def matrix_name(layer: str | None) -> str:
 def raw_matrix(adata: AnnData, layer: str | None = None) -> sparse.csr_matrix:
     """Return `X` or a layer as float32 CSR, sharing memory where it can; values must be finite and not negative."""
     if adata.isbacked:
-        raise ValueError("adata is backed, and rows come in file order then. Load it: `adata = adata.to_memory()`.")
+        raise ValueError("the AnnData is backed by its file, which is not supported. Load it: `adata.to_memory()`.")
     if layer is not None and layer not in adata.layers:
         raise unknown_name("layer", layer, adata.layers, "Leave it out to use X.")
     matrix = adata.X if layer is None else adata.layers[layer]
@@ -117,7 +117,17 @@ def log_expression(
     else:
         if library_size_key not in adata.obs:
             raise unknown_name("library_size_key", library_size_key, adata.obs.columns, "Leave it out for row sums.")
-        size = adata.obs[library_size_key].to_numpy(dtype=np.float64)
+        column = adata.obs[library_size_key]
+        if not pd.api.types.is_numeric_dtype(column):
+            raise ValueError(f"library_size_key={library_size_key!r} is a column of {column.dtype} and not of numbers.")
+        size = column.to_numpy(dtype=np.float64)
+        few = size < 0.999 * np.asarray(matrix.sum(axis=1), dtype=np.float64).ravel()
+        if few.any():
+            raise ValueError(
+                f"library_size_key={library_size_key!r} is smaller than what {where} adds up to in {few.sum()} cells, "
+                f"among them {list(adata.obs_names[few][:3])}: a library holds all counts of its cell. Leave it out "
+                "for row sums."
+            )
     empty = adata.obs_names[~(np.isfinite(size) & (size > 0))]
     if len(empty):
         which = "no counts" if library_size_key is None else f"no positive number in obs[{library_size_key!r}]"

@@ -43,7 +43,7 @@ def discrimination_score(
 
     Returns
     -------
-    Score of each perturbation, (n_perturbations,); 1 is perfect, 0.5 chance for many perturbations.
+    Score of each perturbation, (n_perturbations,); 1 is perfect, (n + 1) / (2 n) chance.
     """
     if metric not in _SCIPY_NAMES:
         raise ValueError(f"metric={metric!r} is unknown; valid are {list(_SCIPY_NAMES)}.")
@@ -79,6 +79,6 @@ def pdisc_norm(scores: ArrayLike) -> np.ndarray:
 
     Returns
     -------
-    `2 * scores - 1`; 1 is perfect, 0 chance, and below 0 worse than chance.
+    `2 * scores - 1`; 1 is perfect, 1 / n_perturbations chance, and below 0 worse than chance.
     """
     return 2 * np.asarray(scores, dtype=np.float64) - 1

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 BACKBONES = ("transformer_backbone", "transformer_encoder")  # of ST, of SE
 _FROM_DATA = ("n_input", "n_output", "n_perturbation", "n_batches", "n_genes")
-_FREE = ("dropout", "decoder_dropout")  # may differ: no weight depends on them
+_FREE = ("dropout", "decoder_dropout", "perturbation_dropout")  # may differ: no weight depends on them
 _LORA = {"r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "target_modules": "target_modules"}
 
 Places = tuple[Tensor, Tensor]  # where the same names are in the new and in the old model

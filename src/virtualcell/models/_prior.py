@@ -80,6 +80,16 @@ class ShiftPrior:
             coefficients=coefficients, intercept=intercept,
         )  # fmt: skip
 
+    def _names(self, perturbation: str, control: str) -> list[str]:
+        """Names of what was measured that make up a perturbation."""
+        measured = {frozenset(parts(p, control)): p for p in self.perturbations}  # B+A is A+B
+        label = measured.get(frozenset(parts(perturbation, control)), perturbation)
+        return parts(label, control, self.perturbations)
+
+    def measured(self, perturbation: str, control: str) -> bool:
+        """Whether the training cells hold a perturbation, or all parts of a combination."""
+        return set(self._names(perturbation, control)) <= set(self.perturbations)
+
     def __call__(
         self,
         perturbation: str,
@@ -96,11 +106,9 @@ class ShiftPrior:
         scale, shift = np.ones_like(base), np.zeros_like(base)
         if perturbation == control:
             return scale, shift
-        measured = {frozenset(parts(p, control)): p for p in self.perturbations}  # B+A is A+B
-        label = measured.get(frozenset(parts(perturbation, control)), perturbation)
-        names = parts(label, control, self.perturbations)
+        names = self._names(perturbation, control)
         where = self.contexts.index(context) if context in self.contexts else -1
-        if any(name not in self.perturbations for name in names):
+        if not self.measured(perturbation, control):
             if features is None or not len(self.coefficients):
                 return None
             vector = features.encode([perturbation])[0].numpy()

@@ -32,12 +32,23 @@ from virtualcell.models._perturbations import PerturbationTable, find_drug
 from virtualcell.models._prior import ShiftPrior
 from virtualcell.models._se import SE
 from virtualcell.models._shifts import shift_table
-from virtualcell.modules import Ensemble, Prior, STConfig, STNetwork, STOutput, networks, st_loss
+from virtualcell.modules import (
+    PRIOR_WEIGHT,
+    PRIOR_WEIGHT_UNSEEN,
+    Ensemble,
+    Prior,
+    STConfig,
+    STNetwork,
+    STOutput,
+    networks,
+    st_loss,
+)
 from virtualcell.train import run_training
 
 logger = logging.getLogger(__name__)
 
 _SETS_AT_ONCE = 16  # in a forward pass without gradients
+_PERTURBATION_DROPOUT = 0.3  # where there are features
 
 SIZES = {
     "small": {"n_hidden": 128, "n_layers": 2, "n_heads": 4, "head_dim": 32, "n_feedforward": 256, "set_size": 64},
@@ -108,6 +119,7 @@ class ST(PerturbationModel):
         super().__init__(adata, registry=registry)
         if size not in SIZES:
             raise ValueError(f"size={size!r} is unknown; valid are {list(SIZES)}.")
+        dropped = 0.0
         if "table" in network:
             self.table = network.pop("table")
         else:
@@ -124,9 +136,15 @@ class ST(PerturbationModel):
                 self.table = PerturbationTable.one_hot(seen, self.control)
             else:
                 self.table = PerturbationTable.from_features(perturbation_features, seen, self.control)
+                dropped = _PERTURBATION_DROPOUT
             if not self.table.n_dims:
                 raise ValueError(f"the training cells hold no perturbation, only {self.control!r}.")
-        options = {**SIZES[size], **network}
+        if network.get("perturbation_dropout") and not self.table.has_features:
+            raise ValueError(
+                f"perturbation_dropout={network['perturbation_dropout']!r} hides features, and there are none: give "
+                "perturbation_features, or leave it out."
+            )
+        options = {**SIZES[size], "perturbation_dropout": dropped, **network}
         self.set_size = set_size or options["set_size"]
         options.pop("set_size")
         n_genes, in_genes = len(self.genes), self.setup["use_rep"] is None
@@ -377,7 +395,7 @@ class ST(PerturbationModel):
         batch_size: int = 8,
         loss: Literal["energy", "sinkhorn", "energy+sinkhorn"] = "energy",
         mean_weight: float = 1.0,
-        contrast_weight: float = 0.1,
+        contrast_weight: float = 0.3,
         val_fraction: float = 0.1,
         early_stopping: bool = False,
         early_stopping_patience: int = 10,
@@ -533,7 +551,8 @@ class ST(PerturbationModel):
         starts = self._starts(len(cells))
         vector = self.table.encode([perturbation]).to(self.device)
         if prior is not None:
-            known = Prior(*(torch.from_numpy(x).to(self.device).unsqueeze(0) for x in prior))
+            share = PRIOR_WEIGHT if self.prior.measured(perturbation, self.control) else PRIOR_WEIGHT_UNSEEN
+            known = Prior(*(torch.from_numpy(x).to(self.device).unsqueeze(0) for x in prior), share)
         for at in range(0, len(starts), _SETS_AT_ONCE):
             rows = np.stack([np.arange(i, i + s) for i in starts[at : at + _SETS_AT_ONCE]])
             control = torch.from_numpy(cells[rows]).to(self.device)

@@ -30,6 +30,9 @@ class STConfig:
         The Llama backbone. `head_dim` need not be `n_hidden / n_heads`.
     n_encoder_layers, n_decoder_layers, dropout
         The MLPs before and behind it.
+    perturbation_dropout
+        Share of the training sets whose perturbation is shown as an average one, by the last entry of its vector alone
+        (which counts perturbations): what the network then knows by heart of single features is less.
     residual
         Where the control cells come in again, with b = backbone output and c = control encoding:
         "expression": control + W(b), last layer of W starting at zero (the untrained model predicts no change);
@@ -37,7 +40,8 @@ class STConfig:
         :func:`pool`; "all": U(W(b) + control) with a bottleneck U, as published for all genes; "none": W(b).
     prior
         What a baseline knows is given to the network as a :class:`Prior`. "similar" (our default): its prediction is
-        pooled with that of the heads, and takes no part in training; "additive": the learned shift comes on top of it,
+        pooled with that of the heads (1/3, or 2/3 of a perturbation that was never measured), and takes no part in
+        training; "additive": the learned shift comes on top of it,
         control + prior + W(b).
     relu
         Expression is not negative: apply ReLU to the prediction.
@@ -60,6 +64,7 @@ class STConfig:
     n_encoder_layers: int = 2
     n_decoder_layers: int = 2
     dropout: float = 0.1
+    perturbation_dropout: float = 0.0
     residual: Residual = "expression"
     prior: Literal["similar", "additive"] | None = None
     relu: bool = True
@@ -99,18 +104,21 @@ class STOutput(NamedTuple):
     baseline: Tensor | None = None  # of the prior
 
 
+# Share of a "similar" prior beside the heads. Of a perturbation that was never measured the heads know less: both lean
+# on one encoding of its features, while the regression of the prior chose its penalty by leaving perturbations out.
+PRIOR_WEIGHT, PRIOR_WEIGHT_UNSEEN = 1 / 3, 2 / 3
+_MOST_RAISE = 2.0  # factor by which expressed genes are raised before anything is added to silent ones
+
+
 class Prior(NamedTuple):
-    """What a baseline predicts: control * scale + shift, both (B, n_output)."""
+    """What a baseline predicts, control * scale + shift, both (B, n_output), and its share in the average."""
 
     scale: Tensor
     shift: Tensor
+    weight: float = PRIOR_WEIGHT
 
     def __call__(self, control: Tensor) -> Tensor:
         return control * self.scale.unsqueeze(1) + self.shift.unsqueeze(1)
-
-
-PRIOR_WEIGHT = 1 / 3  # of a "similar" prior beside the heads
-_MOST_RAISE = 2.0  # factor by which expressed genes are raised before anything is added to silent ones
 
 
 def pool(predictions: Sequence[Tensor], weights: Tensor, *, nonnegative: bool = True) -> Tensor:
@@ -130,13 +138,15 @@ def pool(predictions: Sequence[Tensor], weights: Tensor, *, nonnegative: bool = 
     return cells * factor + (wanted - mean * factor).clamp_min(0)
 
 
-def _combine(heads: list[Tensor], head_weights: Tensor, baseline: Tensor | None, *, nonnegative: bool) -> Tensor:
-    """Pool the heads, and a prior with its share where there is one."""
+def _combine(
+    heads: list[Tensor], head_weights: Tensor, baseline: Tensor | None, prior: Prior | None, *, nonnegative: bool
+) -> Tensor:
+    """Pool the heads, and what a prior predicts, with its share, where there is one."""
     if len(heads) == 1 and baseline is None:
         return heads[0]
     if baseline is None:
         return pool(heads, head_weights, nonnegative=nonnegative)
-    weights = torch.cat([head_weights * (1 - PRIOR_WEIGHT), head_weights.new_tensor([PRIOR_WEIGHT])])
+    weights = torch.cat([head_weights * (1 - prior.weight), head_weights.new_tensor([prior.weight])])
     return pool([*heads, baseline], weights, nonnegative=nonnegative)
 
 
@@ -222,6 +232,10 @@ class STNetwork(nn.Module):
     ) -> STOutput:
         """Predict from controls (B, S, n_input), perturbations (B, n_perturbation) and batch codes (B,) or (B, S)."""
         c = self.config
+        if self.training and c.perturbation_dropout:
+            hidden = torch.rand(len(perturbation), 1, device=perturbation.device) < c.perturbation_dropout
+            average = nn.functional.pad(perturbation[:, -1:], (c.n_perturbation - 1, 0))
+            perturbation = average.where(hidden, perturbation)
         control_code = self.basal_encoder(control)  # (B, S, H)
         x = control_code + self.pert_encoder(perturbation).unsqueeze(1)
         if c.n_batches:
@@ -254,9 +268,8 @@ class STNetwork(nn.Module):
             # by a network that starts at "no change"
             heads = [cells.clamp_min(0) for cells in heads]
             baseline = None if baseline is None else baseline.clamp_min(0)
-        cells = _combine(
-            heads, self.head_weights if len(heads) > 1 else control.new_ones(1), baseline, nonnegative=c.relu
-        )
+        weights = self.head_weights if len(heads) > 1 else control.new_ones(1)
+        cells = _combine(heads, weights, baseline, prior, nonnegative=c.relu)
         genes = self.gene_decoder(cells) if c.n_genes else None
         return STOutput(cells, genes, confidence, tuple(heads), baseline)
 
@@ -279,7 +292,7 @@ class Ensemble(nn.Module):
         weights = (
             torch.stack([m.head_weights for m in self.members]).mean(dim=0) if len(heads) > 1 else control.new_ones(1)
         )
-        cells = _combine(heads, weights, baseline, nonnegative=self.config.relu)
+        cells = _combine(heads, weights, baseline, prior, nonnegative=self.config.relu)
         genes, confidence = (
             None if getattr(outs[0], name) is None else torch.stack([getattr(out, name) for out in outs]).mean(dim=0)
             for name in ("genes", "confidence")

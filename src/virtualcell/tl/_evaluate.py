@@ -15,7 +15,7 @@ from mudata import MuData
 from scipy import sparse
 
 from virtualcell import _keys
-from virtualcell._design import Design, Scale, expression_modality, labels
+from virtualcell._design import Design, Scale, check_scale, expression_modality, labels
 from virtualcell._errors import unknown_name
 from virtualcell.data._matrix import check_matches_scale, columns_by_name, log_expression, matrix_name, raw_matrix
 from virtualcell.tl._scores import METRICS, SUITES, Cells, Comparison
@@ -28,6 +28,7 @@ Suite = Literal["vcc2025", "vcc2026", "full"]
 ALL = "(all)"
 COLUMNS = ["source", "context", "perturbation", "metric", "value"]
 _N_SPLITS = 5
+_SIDES = {"model": "predicted", "baseline": "baseline", "observed": "observed"}  # names of the arguments
 
 
 def evaluate(
@@ -123,6 +124,7 @@ def evaluate(
         layer=layer,
         library_size_key=library_size_key,
     )
+    check_scale(predicted_scale, "predicted_scale")
     names = _metric_names(suite)
     sides = {"model": predicted}
     if isinstance(baseline, AnnData | MuData):
@@ -134,8 +136,8 @@ def evaluate(
             f"baseline={baseline!r} must be predicted cells, scores of `vc.tl.evaluate`, or, with suite='vcc2026', "
             "'generic'."
         )
-    groups = {s: _groups(data, design, modality) for s, data in sides.items()}
-    real = _groups(observed, design, modality)
+    groups = {s: _groups(data, design, modality, _SIDES[s]) for s, data in sides.items()}
+    real = _groups(observed, design, modality, "observed")
     for source, found in groups.items():
         _check_groups(source, found, real, design.control, predicted_control)
     wanted = _contexts(groups["model"], design.control)
@@ -168,10 +170,19 @@ def evaluate(
         )
     else:
         in_threads = Parallel(n_jobs, prefer="threads")
-        where = {"layer": design.layer, "library_size_key": design.library_size_key}
-        data = [(observed, design.scale, where), *((d, predicted_scale, {}) for d in sides.values())]
+        adatas = {s: expression_modality(d, modality) for s, d in {"observed": observed, **sides}.items()}
+        if predicted_scale == "counts":
+            _check_library_sizes(adatas, design)
         matrix, *matrices = in_threads(
-            delayed(_log1p)(expression_modality(d, modality), shared, scale, **w) for d, scale, w in data
+            delayed(_log1p)(
+                adata,
+                shared,
+                design.scale if side == "observed" else predicted_scale,
+                side=side,
+                layer=design.layer if side == "observed" else None,
+                library_size_key=design.library_size_key,
+            )
+            for side, adata in adatas.items()
         )
         parts = []
         for context, perturbations in wanted.items():
@@ -186,8 +197,16 @@ def evaluate(
                 parts.append(_rows(Comparison(simulated, real_cells, **kept), source, context))
             if ceiling:
                 parts.append(_ceiling(matrix, rows, context, predicted_control, kept))
+    counted = {
+        "n_genes": len(shared),
+        "n_cells": {
+            "predicted": sum(map(len, groups["model"].values())),
+            "observed": sum(len(real[c, p]) for c, p in groups["model"] if p != design.control),
+            "control": sum(len(real[c, design.control]) for c in wanted),
+        },
+    }
     if isinstance(baseline, pd.DataFrame):
-        parts.append(_scored_before(baseline, parts))
+        parts.append(_scored_before(baseline, parts, counted))
     scores = pd.concat(parts, ignore_index=True)[COLUMNS]
     scores.attrs = {
         "suite": suite if isinstance(suite, str) else list(suite),
@@ -198,12 +217,7 @@ def evaluate(
         "predicted_scale": predicted_scale,
         "predicted_control": predicted_control,
         "seed": seed,
-        "n_genes": len(shared),
-        "n_cells": {
-            "predicted": sum(map(len, groups["model"].values())),
-            "observed": sum(len(real[c, p]) for c, p in groups["model"] if p != design.control),
-            "control": sum(len(real[c, design.control]) for c in wanted),
-        },
+        **counted,
         "versions": {p: version(p) for p in ("virtualcell", "cell-eval2" if suite == "vcc2026" else "illico")},
     }
     return scores
@@ -219,8 +233,11 @@ def _design_of(data: AnnData | MuData, modality: str) -> dict:
 def _metric_names(suite: Suite | Sequence[str]) -> list[str]:
     if isinstance(suite, str):
         if suite not in (*SUITES, "vcc2026"):
-            raise unknown_name("suite", suite, [*SUITES, "vcc2026"], "A list may name single metrics.")
+            remedy = f"Single metrics are named in a list: suite=[{suite!r}]." if suite in METRICS else ""
+            raise unknown_name("suite", suite, [*SUITES, "vcc2026"], remedy or "A list may name single metrics.")
         return SUITES.get(suite, [])
+    if suite is None:
+        raise ValueError(f"suite=None: say {[*SUITES, 'vcc2026']}, or name metrics in a list.")
     for name in suite:
         if name not in METRICS:
             raise unknown_name("suite", name, METRICS, "These are the metrics that a list may name.")
@@ -229,36 +246,41 @@ def _metric_names(suite: Suite | Sequence[str]) -> list[str]:
     return list(dict.fromkeys(suite))
 
 
-def _groups(data: AnnData | MuData, design: Design, modality: str) -> dict[tuple[str, str], np.ndarray]:
+def _groups(data: AnnData | MuData, design: Design, modality: str, side: str) -> dict[tuple[str, str], np.ndarray]:
     """Rows of each (context, perturbation), by name of the cell, so that the order of cells does not matter."""
-    perturbation = labels(data, design.perturbation_key, argument="perturbation_key", modality=modality).to_numpy()
-    names = expression_modality(data, modality).obs_names
-    if design.context_key is None:
-        context = np.full(len(perturbation), ALL, dtype=object)
-    else:
-        context = labels(data, design.context_key, argument="context_key", modality=modality).to_numpy()
+
+    def named(role: str) -> np.ndarray:
+        return labels(data, getattr(design, role), argument=f"{side}: {role}", modality=modality).to_numpy()
+
+    perturbation, names = named("perturbation_key"), expression_modality(data, modality).obs_names
+    context = np.full(len(perturbation), ALL, dtype=object) if design.context_key is None else named("context_key")
     order = np.argsort(names.astype(str), kind="stable")
     frame = pd.DataFrame({"context": context[order], "perturbation": perturbation[order]})
     return {key: order[rows] for key, rows in frame.groupby(["context", "perturbation"]).indices.items()}
 
 
 def _check_groups(source: str, found: Iterable, real: Iterable, control: str, own_control: bool) -> None:
-    side = "predicted" if source == "model" else source
+    side = _SIDES[source]
     for context, perturbation in found:
-        if (context, perturbation) not in real:
-            where = "" if context == ALL else f" in context {context!r}"
+        if (context, perturbation) not in real and perturbation != control:
+            where = "" if context == ALL else f" of context {context!r}"
             raise unknown_name(
-                f"perturbation of {side}{where}",
+                f"{side}: perturbation",
                 perturbation,
                 sorted({p for c, p in real if c == context and p != control}),
-                "`observed` has no such cells to compare with: leave it out, "
-                f"predicted[predicted.obs[key] != {perturbation!r}].",
+                f"`observed` has no such cells{where} to compare with: leave it out, "
+                f"{side}[{side}.obs[key] != {perturbation!r}].",
             )
     for context in dict.fromkeys(c for c, _ in found):
         where = "" if context == ALL else f" in context {context!r}"
         if (context, control) not in real:
-            valid = sorted({p for c, p in real if c == context})
-            raise unknown_name(f"control{where}", control, valid, "Effects are taken against real control cells.")
+            raise unknown_name(
+                "control",
+                control,
+                sorted({p for c, p in real if c == context}),
+                f"observed has no such cells{where}, and effects are taken against real control cells. (Predicted "
+                "cells come first, `evaluate(predicted, observed)`.)",
+            )
         if own_control != ((context, control) in found):
             raise ValueError(
                 f"predicted_control=True, but {side} has no {control!r} cells{where}. Leave it out to take effects "
@@ -284,12 +306,14 @@ def _shared_genes(
 ) -> list[str]:
     """Genes to score, in the order of `observed`."""
     real = expression_modality(observed, modality).var_names
+    if isinstance(genes, str) or (genes is not None and not len(genes)):
+        raise ValueError(f"genes={genes!r} must be a list of one or more names; leave it out for all genes.")
     remedy = (
         "They are matched by name. Name those to score: genes=observed.var_names.intersection(predicted.var_names)."
     )
     for source, data in [("observed", observed), *sides.items()]:
         there = expression_modality(data, modality).var_names
-        name = "predicted" if source == "model" else source
+        name = _SIDES[source]
         if not there.is_unique:
             twice = list(there[there.duplicated()][:3])
             raise ValueError(f"var_names of {name} repeats {twice}. Run `{name}.var_names_make_unique()` first.")
@@ -303,14 +327,41 @@ def _shared_genes(
     return list(real) if genes is None else list(real[real.isin(genes)])
 
 
+def _check_library_sizes(adatas: dict[str, AnnData], design: Design) -> None:
+    """Raise or warn where counts on the two sides would be divided by totals that are not comparable."""
+    key, real = design.library_size_key, adatas["observed"]
+    for source, adata in adatas.items():
+        if source == "observed":
+            continue
+        side = _SIDES[source]
+        if key is not None and key not in adata.obs:
+            raise unknown_name(
+                "library_size_key",
+                key,
+                adata.obs.columns,
+                f"The observed counts are divided by that column, and {side}.obs has none of the name: put the "
+                f"library sizes of the predicted cells there, or give {side} as log(1 + counts per 10,000).",
+            )
+        if key is None and design.scale == "counts" and adata.n_vars != real.n_vars:
+            logger.warning(
+                "%s has %d genes and observed has %d: library sizes are sums over these, and differ for the same cell. "
+                "Give both the same genes, or name the true totals with library_size_key=.",
+                *(side, adata.n_vars, real.n_vars),
+            )
+
+
 def _log1p(
-    adata: AnnData, genes: list[str], scale: Scale, *, layer: str | None = None, library_size_key: str | None = None
+    adata: AnnData, genes: list[str], scale: Scale, *, side: str, layer: str | None, library_size_key: str | None
 ) -> sparse.csr_matrix:
     """log1p CP10k of some genes; shares memory with `adata` where it can, and is only read."""
-    if scale == "counts":
-        return log_expression(adata, genes=genes, layer=layer, scale=scale, library_size_key=library_size_key)
-    matrix = raw_matrix(adata, layer)
-    check_matches_scale(matrix, scale, matrix_name(layer), target_sum=1e4)
+    try:
+        if scale == "counts":
+            return log_expression(adata, genes=genes, layer=layer, scale=scale, library_size_key=library_size_key)
+        matrix = raw_matrix(adata, layer)
+        check_matches_scale(matrix, scale, matrix_name(layer), target_sum=1e4)
+    except ValueError as error:
+        text = str(error) if side == "observed" else str(error).replace("scale=", "predicted_scale=")
+        raise ValueError(f"{_SIDES[side]}: {text}") from error
     return columns_by_name(matrix, adata.var_names, genes)
 
 
@@ -350,13 +401,37 @@ def _ceiling(matrix: sparse.csr_matrix, rows: dict, context: str, own_control: b
     return runs[0].assign(value=mean)
 
 
-def _scored_before(scores: pd.DataFrame, parts: list[pd.DataFrame]) -> pd.DataFrame:
-    """Rows of a baseline that was scored in an earlier call, which must cover those of the model."""
+def check_scores(scores: object, argument: str) -> None:
+    """Raise unless this is a table of `evaluate`, of one prediction."""
+    if not isinstance(scores, pd.DataFrame):
+        raise TypeError(f"{argument}={type(scores).__name__} must be the table that `vc.tl.evaluate` returned.")
     if not set(COLUMNS) <= set(scores):
-        raise ValueError(f"baseline has the columns {list(scores)}; give what `vc.tl.evaluate` returned: {COLUMNS}.")
+        raise ValueError(f"{argument} has the columns {list(scores)}; give what `vc.tl.evaluate` returned: {COLUMNS}.")
+    if not len(scores):
+        raise ValueError(f"{argument} has no rows: give what `vc.tl.evaluate` returned.")
+    again = scores.duplicated(COLUMNS[:-1])
+    if again.any():
+        raise ValueError(
+            f"{argument} has {scores.loc[again, COLUMNS[:-1]].iloc[0].to_dict()} more than once: it holds several "
+            "models, splits or seeds. Give the rows of one of them, scores[scores['model'] == ...]."
+        )
+
+
+def _scored_before(scores: pd.DataFrame, parts: list[pd.DataFrame], counted: dict) -> pd.DataFrame:
+    """Rows of a baseline that was scored in an earlier call, which must cover those of the model."""
+    check_scores(scores, "baseline")
     keys = ["context", "perturbation", "metric"]
     earlier = scores[scores["source"] == "model"]
     model = pd.concat([p[p["source"] == "model"] for p in parts])
+    real = ["observed", "control"]
+    now = {"n_genes": counted["n_genes"], "n_cells": {k: counted["n_cells"][k] for k in real}}
+    if set(now) <= set(scores.attrs):
+        before = {"n_genes": scores.attrs["n_genes"], "n_cells": {k: scores.attrs["n_cells"][k] for k in real}}
+        if before != now:
+            raise ValueError(
+                f"baseline was scored with {before}, these predictions with {now}. Evaluate it on the same "
+                "observed cells and genes."
+            )
     here, there = (set(map(tuple, s[keys].to_numpy())) for s in (model, earlier))
     if here != there:
         odd = sorted(here ^ there)[0]

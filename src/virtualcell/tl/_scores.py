@@ -264,6 +264,8 @@ def _effect_of_top_genes(k: int, c: Comparison) -> list[float]:
 
 
 def _discrimination(metric: str, c: Comparison) -> np.ndarray:
+    if len(c.perturbations) < 2:  # nothing to be told apart from
+        return np.full(len(c.perturbations), np.nan)
     if metric not in c.discrimination:
         profiles = c.shifted_means, c.observed_means, c.control_mean
         c.discrimination[metric] = metrics.discrimination_score(*profiles, metric=metric, target_genes=c.targets)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from virtualcell.tl._evaluate import ALL, COLUMNS
+from virtualcell.tl._evaluate import ALL, check_scores
 from virtualcell.tl._scores import METRICS
 
 # What the challenge of 2025 averages; the cosine beside it is ours.
@@ -33,9 +33,16 @@ def summarize(scores: pd.DataFrame) -> pd.DataFrame:
     these are, `baseline` and `ceiling` likewise, `score` and `unclipped`. Rows of the context "(all)" are means over
     contexts, each of the same weight. The challenges add the metric "challenge_score", the mean of their members'
     scores, where there is a baseline.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If this is not such a table, if it holds several predictions (of several models, splits or seeds), or lacks
+        metrics that the suite's score is made of.
     """
-    if not set(COLUMNS) <= set(scores):
-        raise ValueError(f"scores has the columns {list(scores)}; give what `vc.tl.evaluate` returned: {COLUMNS}.")
+    check_scores(scores, "scores")
+    if not (scores["source"] == "model").any():
+        raise ValueError(f"scores has no rows of the source 'model', only {sorted(set(scores['source']))}.")
     suite = scores.attrs.get("suite")
     keys = ["context", "metric"]
     by = scores.groupby(["source", *keys], sort=False)["value"]
@@ -45,11 +52,15 @@ def summarize(scores: pd.DataFrame) -> pd.DataFrame:
     out.insert(1, "n", by.count().unstack("source")["model"])
     out = out[out["value"].notna() | out["n"].notna()]
     out["unclipped"] = [_score(m, *row, suite) for (_, m), row in zip(out.index, out[_ENDS].to_numpy(), strict=True)]
-    out["score"] = out["unclipped"] if suite == "vcc2026" else out["unclipped"].clip(lower=0)
+    out["score"] = out["unclipped"] if suite == "vcc2026" else np.maximum(out["unclipped"], 0) + 0.0  # no -0
     out = out.reset_index()
     order = list(dict.fromkeys(scores["metric"]))
 
     members = _members(suite)
+    if missing := set(members) - set(out["metric"]):
+        raise ValueError(
+            f"scores lacks {sorted(missing)}, of which the score of {suite!r} is made. Keep all its metrics."
+        )
     if members and out.loc[out["metric"].isin(members), "unclipped"].notna().any():
         total = out[out["metric"].isin(members)].groupby("context")[["score", "unclipped"]].agg(_mean_of_all)
         out = pd.concat([out, total.reset_index().assign(metric=CHALLENGE)])
