@@ -65,6 +65,15 @@ def check_scale(scale: str, argument: str = "scale") -> None:
         )
 
 
+def check_library_sizes(scale: str, library_size_key: str | None) -> None:
+    """Raise for library sizes where nothing is divided by them."""
+    if scale == "log1p" and library_size_key is not None:
+        raise ValueError(
+            f"library_size_key={library_size_key!r} has no use with scale='log1p', where cells were divided by their "
+            "totals before. Leave it out, or give raw counts with scale='counts'."
+        )
+
+
 def expression_modality(data: AnnData | MuData, modality: str = "rna") -> AnnData:
     """Return the AnnData with the expression: `data` itself, or its modality where it is a MuData."""
     if isinstance(data, MuData):

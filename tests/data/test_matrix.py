@@ -163,6 +163,12 @@ def test_library_size_must_be_there_and_positive(adata: AnnData) -> None:
     adata.obs["depth"] = [1.0, 0.0, np.nan]
     with pytest.raises(ValueError, match=r"2 cells have no positive number in obs\[.depth.\], among them \['y', 'z'\]"):
         log_expression(adata, library_size_key="depth")
+    adata.obs["depth"] = np.asarray(adata.X.sum(axis=1)).ravel() - [0, 1, 0]
+    with pytest.raises(ValueError, match=r"library_size_key='depth' is smaller than what X adds up to in 1 cells.*'y'"):
+        log_expression(adata, library_size_key="depth")
+    adata.obs["depth"] = ["a", "b", "c"]
+    with pytest.raises(ValueError, match=r"library_size_key='depth' is a column of .* not of numbers"):
+        log_expression(adata, library_size_key="depth")
     empty = adata.copy()
     empty.X = sparse.csr_matrix(empty.X.multiply([[1], [0], [1]]))
     with pytest.raises(ValueError, match=r"1 cells have no counts, among them \['y'\].*filter_cells"):

@@ -92,6 +92,10 @@ def test_features_reach_what_was_not_measured(cells):
     table = PerturbationTable.from_features(features, ["P", "Q"], CONTROL)
     prior, base = fit(cells, features=table)
     known = prior("R", control=CONTROL, context="a", base=base["a"], features=table)
+    assert prior.measured("P", CONTROL)
+    assert prior.measured("Q+P", CONTROL)
+    assert not prior.measured("R", CONTROL)
+    assert not prior.measured("P+R", CONTROL)
     shift = known[1] + base["a"] * (known[0] - 1)
     own = prior.perturbation_effects + prior.context_effects[prior.contexts.index("a")]
     assert np.corrcoef(shift, own[0])[0, 1] > np.corrcoef(shift, own[1])[0, 1]

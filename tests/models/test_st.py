@@ -14,6 +14,7 @@ from mudata import MuData
 from virtualcell._errors import UnknownNameError
 from virtualcell.data._cell_sets import CellSetDataset, Rows
 from virtualcell.models import ST, Additive
+from virtualcell.modules import networks
 
 CONTROL = "non-targeting"
 
@@ -150,6 +151,21 @@ def test_combinations_are_sums_of_encodings(screen, fit, targets):
     assert cells.equals(st.predict(screen, f"{b}+{a}"))
     assert cells.equals(st.predict(screen, f"{a}+{CONTROL}+{b}"))
     assert not cells.equals(st.predict(screen, a))
+
+
+def test_the_prior_leads_where_a_perturbation_was_never_measured(screen, fit, targets):
+    features = pd.DataFrame(np.random.default_rng(0).normal(size=(8, 5)), index=[*targets, "NEW", "OTHER"])
+    st = fit(screen, features)
+    assert st.config.perturbation_dropout == 0.3
+    controls = screen.X[(screen.obs["target_gene"] == "non-targeting").to_numpy()][:32].astype(np.float32)
+    base = controls.mean(axis=0)
+    context = screen.obs["cell_type"].astype(str).iloc[0]
+    (weights,) = {tuple(n.head_weights.tolist()) for n in networks(st.module)}
+    for name, share in ((targets[0], 1 / 3), ("NEW", 2 / 3)):
+        shift, level, prior = st._predict_means(controls, name, context=context, base=base, batch=None)
+        expected = (1 - share) * (weights[0] * shift + weights[1] * level) + share * prior
+        got = st._predict_cells(controls, name, context=context, base=base, batch=None).mean(axis=0)
+        np.testing.assert_allclose(got, expected, atol=1e-4)
 
 
 def test_features_reach_unseen_perturbations_and_one_hot_refuses_them(screen, fit, targets):

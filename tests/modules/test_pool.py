@@ -3,9 +3,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from virtualcell.modules import Ensemble, Prior, STConfig, STNetwork, networks, st_loss
+from virtualcell.modules import (
+    PRIOR_WEIGHT,
+    PRIOR_WEIGHT_UNSEEN,
+    Ensemble,
+    Prior,
+    STConfig,
+    STNetwork,
+    networks,
+    st_loss,
+)
 from virtualcell.modules._losses import contrast
-from virtualcell.modules._st import PRIOR_WEIGHT, pool
+from virtualcell.modules._st import pool
 
 B, S, G, P = 3, 7, 10, 4
 SIZES = {"n_input": G, "n_output": G, "n_perturbation": P, "n_hidden": 16, "n_heads": 2, "head_dim": 8, "n_layers": 1}
@@ -57,6 +66,30 @@ def test_two_heads_are_pooled_by_their_weights_and_with_the_prior(sets, prior):
     torch.testing.assert_close(beside.baseline.mean(dim=1), known)
     expected = (1 - PRIOR_WEIGHT) * alone.cells.mean(dim=1) + PRIOR_WEIGHT * known
     torch.testing.assert_close(beside.cells.mean(dim=1), expected)
+
+
+def test_a_prior_says_how_much_it_counts(sets, prior):
+    control, _, vectors = sets
+    network = STNetwork(STConfig(**SIZES, residual="both", prior="similar")).eval()
+    alone = network(control, vectors).cells.mean(dim=1)
+    known = prior(control).mean(dim=1)
+    for share in (0.0, PRIOR_WEIGHT_UNSEEN, 1.0):
+        cells = network(control, vectors, prior=prior._replace(weight=share)).cells
+        torch.testing.assert_close(cells.mean(dim=1), (1 - share) * alone + share * known)
+
+
+def test_perturbation_dropout_shows_an_average_perturbation_in_training_alone(sets):
+    control, _, vectors = sets
+    vectors = torch.cat([vectors, torch.ones(B, 1)], dim=1)  # features and the count
+    sizes = {**SIZES, "n_perturbation": P + 1, "dropout": 0.0, "residual": "hidden"}
+    network = STNetwork(STConfig(**sizes, perturbation_dropout=1.0))
+    average = torch.tensor([[0.0] * P + [1.0]]).expand(B, -1)
+    torch.testing.assert_close(network.train()(control, vectors).cells, network.eval()(control, average).cells)
+    assert not torch.allclose(network(control, vectors).cells, network(control, average).cells)
+    some = STNetwork(STConfig(**sizes, perturbation_dropout=0.5)).train()
+    many = some(control[:1].expand(400, -1, -1), vectors[:1].expand(400, -1)).cells
+    hidden = (many - some.eval()(control[:1], average[:1]).cells).abs().amax(dim=(1, 2)) < 1e-5
+    assert 0.4 < hidden.float().mean() < 0.6
 
 
 def test_an_additive_prior_is_where_the_learned_shift_starts(sets, prior):

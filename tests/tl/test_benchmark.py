@@ -150,8 +150,13 @@ def test_errors(run, screen, design):
         run(["Additive"], seeds=())
     with pytest.raises(ValueError, match="'vcc2026' scores raw counts"):
         run(["Additive"], suite="vcc2026")
-    with pytest.raises(ValueError, match="names no model"):
-        run([], floor=())
+    for none in ([], {}):
+        with pytest.raises(ValueError, match="names no model"):
+            run(none)
+    with pytest.raises(ValueError, match=r"splits={} holds nothing"):
+        run(["Additive"], split_key=None, splits={})
+    with pytest.raises(ValueError, match="n_top_genes=0: at least one gene"):
+        run(["Additive"], n_top_genes=0)
     screen.obs["split"] = "train"
     with pytest.raises(ValueError, match="split 'split' has no test cells"):
         run(["Additive"])

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import logging
+
 import anndata as ad
 import mudata as md
 import numpy as np
@@ -204,6 +206,45 @@ def test_counts_are_what_they_are_normalised_to(papalexi_halves, halves, full):
     np.testing.assert_allclose(table(scores)["model"], table(full)["model"], **LOOSE)
 
 
+def test_counts_of_both_sides_are_divided_by_the_same_totals(papalexi_halves, caplog):
+    observed = papalexi_halves[1]
+    predicted = perturbed(observed)
+    options = {**KEYS, "scale": "counts", "predicted_scale": "counts", "suite": ["mae"]}
+    with_totals = vc.tl.evaluate(predicted, observed, **options, library_size_key="total_counts")
+    np.testing.assert_allclose(with_totals["value"], 0, atol=1e-6)
+    nameless = predicted.copy()
+    del nameless.obs["total_counts"]
+    with pytest.raises(KeyError, match=r"library_size_key='total_counts' is unknown.*predicted\.obs has none"):
+        vc.tl.evaluate(nameless, observed, **options, library_size_key="total_counts")
+    panel = list(observed.var_names[:150])
+    with caplog.at_level(logging.WARNING, logger="virtualcell"):
+        vc.tl.evaluate(predicted, observed[:, panel].copy(), **options, genes=panel)
+    assert "predicted has 303 genes and observed has 150: library sizes" in caplog.text
+    with pytest.raises(ValueError, match="library_size_key='total_counts' has no use with scale='log1p'"):
+        vc.tl.evaluate(predicted, observed, **KEYS, scale="log1p", library_size_key="total_counts")
+
+
+def test_one_perturbation_cannot_be_told_apart(halves):
+    predicted = halves[0][(halves[0].obs["target_gene"] == "STAT1").to_numpy()].copy()
+    scores = vc.tl.evaluate(predicted, halves[1], **KEYS, scale="log1p", baseline=predicted)
+    told = scores["metric"].str.startswith("pdisc")
+    assert told.any()
+    assert scores.loc[told, "value"].isna().all()
+    assert scores.loc[~told, "value"].notna().all()
+    total = vc.tl.summarize(scores).set_index("metric").loc["challenge_score"]
+    assert np.isnan(total["score"])
+
+
+def test_a_baseline_must_have_been_scored_on_the_same_genes_and_cells(halves):
+    predicted, observed = halves
+    options = {**KEYS, "scale": "log1p", "suite": ["mae"]}
+    for other in ({"genes": observed.var_names[:30]}, {}):
+        cells = observed if other else observed[::2].copy()
+        before = vc.tl.evaluate(predicted, cells, **options, **other)
+        with pytest.raises(ValueError, match=r"baseline was scored with .*Evaluate it on the same observed cells and"):
+            vc.tl.evaluate(predicted, observed, **options, baseline=before)
+
+
 def test_predictions_of_the_package_are_scored_with_its_own_design(screen, fit, targets):
     fit(screen)
     predicted = vc.tl.predict_perturbation(screen, targets, context="type_3")
@@ -265,7 +306,7 @@ def test_errors_name_the_argument_and_the_remedy(halves, papalexi_log_halves, sc
     stated = {**KEYS, "scale": "log1p"}
     with pytest.raises(ValueError, match="scale must be given"):
         vc.tl.evaluate(predicted, observed, **KEYS)
-    with pytest.raises(ValueError, match="scale='counts' was stated, but X holds fractions"):
+    with pytest.raises(ValueError, match=r"^observed: scale='counts' was stated, but X holds fractions"):
         vc.tl.evaluate(predicted, observed, **KEYS, scale="counts")
     with pytest.raises(ValueError, match="perturbation_key must be given"):
         vc.tl.evaluate(predicted, observed, control=CONTROL, scale="log1p")
@@ -273,11 +314,20 @@ def test_errors_name_the_argument_and_the_remedy(halves, papalexi_log_halves, sc
         vc.tl.evaluate(predicted, observed, **stated, suite="vcc2024")
     with pytest.raises(KeyError, match="suite='pearson' is unknown"):
         vc.tl.evaluate(predicted, observed, **stated, suite=["mae", "pearson"])
+    with pytest.raises(KeyError, match=r"suite='mae' is unknown.*in a list: suite=\['mae'\]"):
+        vc.tl.evaluate(predicted, observed, **stated, suite="mae")
+    with pytest.raises(ValueError, match="predicted_scale='raw' is unknown"):
+        vc.tl.evaluate(predicted, observed, **stated, predicted_scale="raw")
+    with pytest.raises(ValueError, match=r"^predicted: predicted_scale='counts' was stated, but X holds fractions"):
+        vc.tl.evaluate(predicted, observed, **stated, predicted_scale="counts")
+    for genes in ("STAT1", []):
+        with pytest.raises(ValueError, match="must be a list of one or more names"):
+            vc.tl.evaluate(predicted, observed, **stated, genes=genes)
     with pytest.raises(ValueError, match="names no metric"):
         vc.tl.evaluate(predicted, observed, **stated, suite=[])
     with pytest.raises(KeyError, match="control='DMSO' is unknown"):
         vc.tl.evaluate(predicted, observed, **{**stated, "control": "DMSO"})
-    with pytest.raises(KeyError, match="context_key='donor' is unknown"):
+    with pytest.raises(KeyError, match="predicted: context_key='donor' is unknown"):
         vc.tl.evaluate(predicted, observed, **stated, context_key="donor")
     with pytest.raises(ValueError, match=r"predicted has 'non-targeting' cells.*predicted_control=True"):
         vc.tl.evaluate(papalexi_log_halves[0], observed, **stated)
@@ -288,7 +338,7 @@ def test_errors_name_the_argument_and_the_remedy(halves, papalexi_log_halves, sc
         vc.tl.evaluate(only, observed, **stated, predicted_control=True)
     odd = predicted.copy()
     odd.obs["target_gene"] = odd.obs["target_gene"].replace("STAT1", "STAT11")
-    with pytest.raises(KeyError, match=r"perturbation of predicted='STAT11' is unknown. Did you mean 'STAT1'"):
+    with pytest.raises(KeyError, match=r"predicted: perturbation='STAT11' is unknown. Did you mean 'STAT1'"):
         vc.tl.evaluate(odd, observed, **stated)
     with pytest.raises(KeyError, match=r"predicted lacks 3 of 303.*genes=observed.var_names.intersection"):
         vc.tl.evaluate(predicted[:, 3:].copy(), observed, **stated)
@@ -302,5 +352,5 @@ def test_errors_name_the_argument_and_the_remedy(halves, papalexi_log_halves, sc
         vc.tl.evaluate(predicted, observed, **stated, baseline="mean")
     moved = perturbed(screen)
     moved.obs["cell_type"] = "type_9"
-    with pytest.raises(KeyError, match="in context 'type_9'"):
+    with pytest.raises(KeyError, match="no such cells of context 'type_9'"):
         vc.tl.evaluate(moved, screen, **IN_CONTEXTS, scale="counts", predicted_scale="counts")

@@ -264,6 +264,16 @@ def test_data_without_controls_or_with_repeated_cells(fitted, targets):
         vc.tl.predict_perturbation(fitted, targets[0])
 
 
+def test_contexts_without_controls_are_named(fitted, targets, caplog):
+    is_control, there = fitted.obs["target_gene"] == "non-targeting", fitted.obs["cell_type"]
+    lost = there.unique()[0]
+    cells = fitted[~(is_control & (there == lost)).to_numpy()].copy()
+    with caplog.at_level(logging.WARNING, logger="virtualcell"):
+        predicted = vc.tl.predict_perturbation(cells, targets[0])
+    assert lost not in set(predicted.obs["cell_type"])
+    assert f"No prediction for {lost}, which has no control cells" in caplog.text
+
+
 def test_empty_controls(fitted, targets):
     first = np.flatnonzero(fitted.obs["target_gene"] == CONTROL)[0]
     fitted.X = fitted.X.toarray()

@@ -509,6 +509,20 @@ def test_from_fit_state_with_genes_that_are_not_predicted(fitted, targets, desig
     )
 
 
+def test_controls_that_were_divided_by_other_totals_are_refused(fitted, targets, tmp_path):
+    predicted = vc.tl.predict_perturbation(fitted, targets, n_cells=10)
+    genes = list(predicted.var_names)
+    controls = fitted[fitted.obs["target_gene"] == "non-targeting", genes].copy()
+    del controls.uns["virtualcell"]
+    where = {"year": 2025, "genes": genes, "controls": controls}
+    with pytest.raises(ValueError, match=r"controls differs by up to .* from layers\['control'\] of predicted"):
+        vc.tl.prepare_submission(predicted, tmp_path / "a.vcc", **where)
+    all_genes = fitted[fitted.obs["target_gene"] == "non-targeting"].copy()
+    controls.layers["log"] = log1p_cp10k(all_genes.X)[:, all_genes.var_names.get_indexer(genes)]
+    how = {"controls_layer": "log", "controls_scale": "log1p"}
+    vc.tl.prepare_submission(predicted, tmp_path / "a.vcc", **where, **how)
+
+
 def test_no_change_gives_the_control_cells_back(data, controls, names, write_2026, genes):
     work = data.copy()
     work.X = log1p_cp10k(data.X)
@@ -567,6 +581,8 @@ def test_errors_of_the_call(write_2025, write_2026, predicted, controls, genes, 
         call("b.vcc", genes=[*genes, genes[0]])
     with pytest.raises(KeyError, match=r"missing_genes='zero' is unknown\. Did you mean 'error'"):
         call("b.vcc", missing_genes="zero")
+    with pytest.raises(ValueError, match="sampling='multinomial' has no meaning in year=2025"):
+        call("b.vcc", sampling="multinomial")
     with pytest.raises(ValueError, match="perturbations must be given"):
         write_2026(predicted, perturbations=None)
     with pytest.raises(ValueError, match="contexts must be given in 2026"):

@@ -68,6 +68,23 @@ def test_the_scale_of_discrimination_does_not_matter():
     assert a == pytest.approx(b)
 
 
+def test_several_predictions_in_one_table_are_not_averaged(two_contexts):
+    both = pd.concat([two_contexts.assign(model="a"), two_contexts.assign(model="b")])
+    with pytest.raises(ValueError, match=r"more than once: it holds several models, splits or seeds"):
+        vc.tl.summarize(both)
+    one = vc.tl.summarize(both[both["model"] == "a"])
+    pd.testing.assert_frame_equal(one, vc.tl.summarize(two_contexts))
+
+
+def test_a_challenge_score_needs_all_its_metrics(two_contexts):
+    some = two_contexts[two_contexts["metric"] != "de_overlap"]
+    with pytest.raises(ValueError, match=r"scores lacks \['de_overlap'\], which the score of 'vcc2025' is made of"):
+        vc.tl.summarize(some)
+    for wrong in (None, two_contexts[:0], two_contexts.drop(columns="value")):
+        with pytest.raises((TypeError, ValueError), match=r"`vc\.tl\.evaluate` returned"):
+            vc.tl.summarize(wrong)
+
+
 def test_without_a_baseline_there_are_means_alone():
     table = vc.tl.summarize(scores({("model", "x", "mae"): [0.3, 0.5]}))
     assert list(table["metric"]) == ["mae"]

@@ -6,6 +6,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+import scanpy as sc
 
 import virtualcell as vc
 
@@ -72,6 +73,22 @@ def test_fallback_is_asked_for_and_said(screen, crippled, targets, caplog):
     own = vc.tl.predict_perturbation(screen, targets[0], context="type_3", model=crippled.fallback)
     np.testing.assert_array_equal(better.X, own.X)
     assert not np.array_equal(better.X, plain.X)
+
+
+def test_fallback_predicts_what_st_can_and_its_baseline_too(screen, crippled, targets, monkeypatch):
+    monkeypatch.setattr(crippled, "fallback", vc.models.ContextMean.__new__(vc.models.ContextMean))  # takes any name
+    with pytest.raises(KeyError, match="perturbation='GENE_TYPO' is unknown"):
+        vc.tl.predict_perturbation(screen, "GENE_TYPO", model=crippled, fallback="best")
+    monkeypatch.setattr(crippled, "check_perturbation", lambda name: None)  # as with features
+    log = screen.copy()
+    sc.pp.normalize_total(log, target_sum=1e4)
+    sc.pp.log1p(log)
+    vc.models.Additive.setup_anndata(log, perturbation_key="target_gene", control="non-targeting")
+    additive = vc.models.Additive(log)
+    additive.train()
+    monkeypatch.setattr(crippled, "fallback", additive)
+    with pytest.raises(KeyError, match=r"better model, Additive, cannot predict 'NEW'\. Leave fallback out"):
+        vc.tl.predict_perturbation(screen, "NEW", model=crippled, fallback="best")
 
 
 def test_files_keep_the_verdict(screen, crippled, targets, tmp_path):

@@ -112,28 +112,27 @@ def log_expression(
     check_matches_scale(matrix, scale, where, target_sum=target_sum)
     if scale == "log1p":
         return _new_columns(matrix, adata.var_names, genes)
-    if library_size_key is None:
-        size = np.asarray(matrix.sum(axis=1), dtype=np.float64).ravel()
-    else:
+    size = sums = np.asarray(matrix.sum(axis=1), dtype=np.float64).ravel()
+    if library_size_key is not None:
         if library_size_key not in adata.obs:
             raise unknown_name("library_size_key", library_size_key, adata.obs.columns, "Leave it out for row sums.")
         column = adata.obs[library_size_key]
         if not pd.api.types.is_numeric_dtype(column):
             raise ValueError(f"library_size_key={library_size_key!r} is a column of {column.dtype} and not of numbers.")
         size = column.to_numpy(dtype=np.float64)
-        few = size < 0.999 * np.asarray(matrix.sum(axis=1), dtype=np.float64).ravel()
-        if few.any():
-            raise ValueError(
-                f"library_size_key={library_size_key!r} is smaller than what {where} adds up to in {few.sum()} cells, "
-                f"among them {list(adata.obs_names[few][:3])}: a library holds all counts of its cell. Leave it out "
-                "for row sums."
-            )
     empty = adata.obs_names[~(np.isfinite(size) & (size > 0))]
     if len(empty):
         which = "no counts" if library_size_key is None else f"no positive number in obs[{library_size_key!r}]"
         raise ValueError(
             f"{len(empty)} cells have {which}, among them {list(empty[:3])}. Drop them first"
             + (": `sc.pp.filter_cells(adata, min_counts=1)`." if library_size_key is None else ".")
+        )
+    small = size < 0.999 * sums
+    if small.any():
+        raise ValueError(
+            f"library_size_key={library_size_key!r} is smaller than what {where} adds up to in {small.sum()} cells, "
+            f"among them {list(adata.obs_names[small][:3])}: a library holds all counts of its cell. Leave it out for "
+            "row sums."
         )
     matrix = _new_columns(matrix, adata.var_names, genes)
     matrix.data *= np.repeat((target_sum / size).astype(np.float32), np.diff(matrix.indptr))

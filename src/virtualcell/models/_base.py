@@ -256,6 +256,11 @@ class PerturbationModel(SavedModel):
         self._check_if_trained(warn=False)
         if perturbation is None:
             raise ValueError("perturbation must be given: which one is to be predicted?")
+        if not isinstance(perturbation, str):
+            raise TypeError(
+                f"perturbation={perturbation!r} must be one name, as a string; "
+                "`vc.tl.predict_perturbation` takes several."
+            )
         self.check_perturbation(perturbation)
         data = self._data(adata)
         names = expression_modality(data, self._modality).obs_names

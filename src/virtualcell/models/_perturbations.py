@@ -40,7 +40,10 @@ def find_drug(names: Sequence[str], drug: str, dose: float | None) -> str:
             doses.setdefault(known[0], {})[known[1]] = name
     found = {d: by_dose for d, by_dose in doses.items() if d.casefold() == drug.casefold()}
     if not found:
-        raise unknown_name("drug", drug, doses, "Names of perturbations here hold drug and dose." if doses else "")
+        remedy = "Names of perturbations here hold drug and dose."
+        if not doses:
+            remedy = "No name of a perturbation here holds a dose: ask for perturbation= in place of drug=."
+        raise unknown_name("drug", drug, doses, remedy)
     by_dose = next(iter(found.values()))
     if dose is None and len(by_dose) == 1:
         return next(iter(by_dose.values()))
@@ -90,6 +93,12 @@ class PerturbationTable:
             doubled = list(features.index[features.index.duplicated()][:3])
             raise ValueError(f"perturbation_features has several rows for {doubled}; keep one of each.")
         features = features[features.index.astype(str) != control]  # it is the zero vector
+        text = [c for c, kind in features.dtypes.items() if not pd.api.types.is_numeric_dtype(kind)]
+        if text:
+            raise ValueError(
+                f"perturbation_features has columns that hold no numbers, {text[:3]}. Rows are named by the index: "
+                f"`perturbation_features.set_index({text[0]!r})`, if these are the names."
+            )
         values = features.to_numpy(dtype=np.float64)
         if not np.isfinite(values).all():
             raise ValueError("perturbation_features holds NaN or infinite values; drop or fill those rows.")
@@ -103,7 +112,7 @@ class PerturbationTable:
         if missing:
             raise ValueError(
                 f"perturbation_features has no row for {len(missing)} perturbations of the data: {missing[:10]}. Add "
-                "rows for them, drop their cells, or leave perturbation_features out to learn one-hot vectors."
+                "rows for them, or drop their cells. (ST without perturbation_features learns one-hot vectors.)"
             )
         return table
 

@@ -314,7 +314,7 @@ class SE(SavedModel):
         if empty.any():
             raise ValueError(
                 f"{int(empty.sum())} cells express no gene that has an embedding, among them "
-                f"{list(adata.obs_names[empty][:3])}. Drop them first."
+                f"{list(adata.obs_names[empty][:3])}. Drop them first, or fit without an embedding (se=False)."
             )
         return matrix, tokens
 

@@ -77,6 +77,10 @@ def benchmark(
     """
     if missing := [c for c in _NEEDED if c not in scores]:
         raise ValueError(f"scores lacks the columns {missing}: give what `vc.tl.benchmark` returned.")
+    if not len(scores):
+        raise ValueError("scores has no rows: give what `vc.tl.benchmark` returned.")
+    if isinstance(metrics, str):
+        raise TypeError(f"metrics={metrics!r} must be a list of names: [{metrics!r}].")
     there = list(dict.fromkeys(scores["metric"]))
     if metrics is None:
         metrics = [m for m in _DEFAULT if m in there] or there[:6]

@@ -13,7 +13,7 @@ from anndata import AnnData
 from mudata import MuData
 
 from virtualcell import models as _models
-from virtualcell._design import Design, Scale, expression_modality
+from virtualcell._design import Design, Scale, check_library_sizes, expression_modality
 from virtualcell._errors import UnknownNameError, unknown_name
 from virtualcell.data._matrix import log_expression
 from virtualcell.models._base import PerturbationModel
@@ -133,6 +133,7 @@ def benchmark(
         scale=scale,
         library_size_key=library_size_key,
     )
+    check_library_sizes(scale, library_size_key)
     data, adata = adata, expression_modality(adata, modality)
     matrix = log_expression(adata, layer=layer, scale=scale, library_size_key=library_size_key)
     frames, n_genes = [], {}
@@ -209,8 +210,8 @@ def _specs(models: Sequence[str] | Mapping[str, Spec], floor: Sequence[str]) -> 
             if not (inspect.isclass(kind) and issubclass(kind, PerturbationModel)):
                 raise TypeError(f"models[{label!r}]={kind!r} must be the name or the class of a model.")
             out[label] = kind, dict(kwargs), "floor" if label in floor else source
-    if not out:
-        raise ValueError("models=[] names no model.")
+    if not given:
+        raise ValueError(f"models={models!r} names no model.")
     # the ceiling comes with the first score of each seed, so that a model fitted with every seed saves a round
     return dict(sorted(out.items(), key=lambda item: issubclass(item[1][0], ShiftModel)))
 
@@ -228,6 +229,8 @@ def _splits(
             "give either split_key=, a column of obs that `vc.pp.split` wrote, or splits=, such as "
             "{'K562 unseen': {'contexts': ['K562']}}."
         )
+    if splits is not None and not len(splits):
+        raise ValueError("splits={} holds nothing: name at least one, {'K562 unseen': {'contexts': ['K562']}}.")
     for name, how in ({split_key: split_key} if splits is None else splits).items():
         obs, split = _read_obs(data, design, how if isinstance(how, str) else None, modality)
         if not isinstance(how, str):

@@ -15,7 +15,7 @@ from mudata import MuData
 from scipy import sparse
 
 from virtualcell import _keys
-from virtualcell._design import Design, Scale, check_scale, expression_modality, labels
+from virtualcell._design import Design, Scale, check_library_sizes, check_scale, expression_modality, labels
 from virtualcell._errors import unknown_name
 from virtualcell.data._matrix import check_matches_scale, columns_by_name, log_expression, matrix_name, raw_matrix
 from virtualcell.tl._scores import METRICS, SUITES, Cells, Comparison
@@ -125,6 +125,7 @@ def evaluate(
         library_size_key=library_size_key,
     )
     check_scale(predicted_scale, "predicted_scale")
+    check_library_sizes(design.scale if scale is None else scale, library_size_key)
     names = _metric_names(suite)
     sides = {"model": predicted}
     if isinstance(baseline, AnnData | MuData):

@@ -15,7 +15,7 @@ from mudata import MuData
 from scipy import sparse
 
 from virtualcell import _keys
-from virtualcell._design import Design, Scale, expression_modality, labels
+from virtualcell._design import Design, Scale, check_library_sizes, expression_modality, labels
 from virtualcell._errors import unknown_name
 from virtualcell.data._matrix import log_expression
 from virtualcell.io._save import pack
@@ -159,8 +159,12 @@ def fit_state(
         library_size_key=library_size_key,
         n_genes=adata.n_vars,
     )
-    if n_top_genes is not None and n_top_genes < 1:
-        raise ValueError(f"n_top_genes={n_top_genes!r}: at least one gene is needed. Say None for all genes.")
+    train_kwargs = dict(train_kwargs or {})
+    if max_steps is not None and "max_steps" in train_kwargs:
+        raise ValueError(
+            f"max_steps={max_steps!r} and train_kwargs={{'max_steps': {train_kwargs['max_steps']!r}}} were both given."
+        )
+    check_library_sizes(scale, library_size_key)
     obs, split = _read_obs(data, design, split_key, modality)
     seen = (split != "test") & _enough_cells(
         obs[perturbation_key], split, control, min_cells, has_features=perturbation_features is not None
@@ -213,7 +217,7 @@ def fit_state(
             st = continue_st(work, init_from, perturbation_features, **(model_kwargs or {}))
         else:
             st = ST(work, perturbation_features, size=size, **(model_kwargs or {}))
-    options = {"max_steps": max_steps, **run, **(train_kwargs or {})}
+    options = {"max_steps": max_steps, **run} | train_kwargs
     with partly_trained(st.module, **(partly if isinstance(init_from, ST) else {})):
         st.train(**options)
     if validate:
@@ -307,6 +311,8 @@ def _genes(
     """Names of the genes to model, sorted, so that the order of genes in a file changes nothing."""
     if not names.is_unique:
         raise ValueError("var_names repeats genes. Run `adata.var_names_make_unique()` first.")
+    if n_top_genes is not None and n_top_genes < 1:
+        raise ValueError(f"n_top_genes={n_top_genes!r}: at least one gene is needed. Say None for all genes.")
     if n_top_genes is None or n_top_genes >= len(names):
         return sorted(names)
     cells = AnnData(matrix if seen.all() else matrix[np.flatnonzero(seen)], var=pd.DataFrame(index=names))

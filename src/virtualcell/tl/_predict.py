@@ -17,7 +17,7 @@ from scipy import sparse
 
 from virtualcell import _keys
 from virtualcell._design import Design, Scale, expression_modality, labels
-from virtualcell._errors import unknown_name
+from virtualcell._errors import UnknownNameError, unknown_name
 from virtualcell.data._matrix import log_expression, matrix_name, raw_matrix
 from virtualcell.io._save import unpack
 from virtualcell.models import ST
@@ -107,8 +107,6 @@ def predict_perturbation(
         raise TypeError(f"context={context!r} must be one label, as a string; leave it out for all contexts.")
     data, adata = adata, expression_modality(adata, modality)
     model = _stored_model(adata) if model is None else model
-    if fallback is not None:
-        model = _better_one(model, fallback)
     if not isinstance(model, PerturbationModel):
         raise TypeError(f"model={model!r} is not a fitted model. Load a saved one with `vc.models.ST.load(folder)`.")
     if drug is not None:
@@ -118,6 +116,8 @@ def predict_perturbation(
     names = _names(perturbation)
     for name in names:
         model.check_perturbation(name)
+    if fallback is not None:
+        model = _better_one(model, fallback, names)
     stated = {"layer": layer, "scale": scale, "library_size_key": library_size_key}
     stated |= {"perturbation_key": perturbation_key, "control": control}
     stated |= {"context_key": context_key, "batch_key": batch_key}
@@ -126,6 +126,10 @@ def predict_perturbation(
             raise ValueError(f"{key}={stated[key]!r} was given, but the model was set up without {key}.")
     design = dataclasses.replace(model.design, **{k: v for k, v in stated.items() if v is not None})
     work = _control_cells(data, model, design, modality, min_gene_coverage)
+    if context is None and design.context_key is not None:
+        everywhere = set(labels(data, design.context_key, argument="context_key", modality=modality))
+        if without := sorted(everywhere - set(work.obs[design.context_key])):
+            logger.warning("No prediction for %s, which has no control cells to start from.", ", ".join(without))
     their_obs = work.obs
     work.obs = _obs_of_model(model, design, their_obs)
 
@@ -186,7 +190,7 @@ def _stored_model(adata: AnnData) -> ST:
     return model
 
 
-def _better_one(model: PerturbationModel, fallback: str) -> PerturbationModel:
+def _better_one(model: PerturbationModel, fallback: str, names: Sequence[str]) -> PerturbationModel:
     """Return the model that did better on the validation cells of `fit_state`."""
     if fallback != "best":
         raise ValueError(f"fallback={fallback!r} is unknown; valid are 'best' and None.")
@@ -197,6 +201,14 @@ def _better_one(model: PerturbationModel, fallback: str) -> PerturbationModel:
         )
     if model.fallback is None:
         return model
+    for name in names:
+        try:
+            model.fallback.check_perturbation(name)
+        except UnknownNameError as reason:
+            raise UnknownNameError(
+                f"fallback='best': the better model, {type(model.fallback).__name__}, cannot predict {name!r}. Leave "
+                f"fallback out to have ST predict it. {reason}"
+            ) from reason
     logger.warning("%s predicts: on the validation cells it was better than ST.", type(model.fallback).__name__)
     return model.fallback
 

@@ -159,6 +159,7 @@ def prepare_submission(
         matrix = cells.counts(genes) if year == 2026 and design.scale == "counts" else cells.log(genes)
     obs = cells.obs
     if year == 2025 and controls is not None:
+        _check_same_scale(cells, controls)
         matrix, obs = sparse.vstack([matrix, controls.log(genes)], format="csr"), pd.concat([obs, controls.obs])
     elif year == 2026:
         totals = _depths(cells, controls, depths, genes)
@@ -263,6 +264,24 @@ def _start_cells(cells: _Cells, controls: _Cells) -> np.ndarray:
         remedy = f"{(rows < 0).sum()} predicted cells started from cells that controls= lacks: pass the same ones."
         raise unknown_name(_keys.CONTROL_BARCODE, barcodes.iloc[np.argmin(rows)], controls.adata.obs_names, remedy)
     return rows
+
+
+def _check_same_scale(cells: _Cells, controls: _Cells) -> None:
+    """Raise where control cells come out otherwise than as the cells that predictions started from."""
+    adata, here = cells.adata, controls.adata.var_names
+    if _keys.CONTROL_BARCODE not in adata.obs or _keys.CONTROL_LAYER not in adata.layers:
+        return
+    rows = controls.adata.obs_names.get_indexer(adata.obs[_keys.CONTROL_BARCODE].astype(str))
+    known = np.flatnonzero(rows >= 0)[:100]
+    genes = adata.var_names.intersection(here)
+    before = columns_by_name(sparse.csr_matrix(adata.layers[_keys.CONTROL_LAYER]), adata.var_names, genes)[known]
+    off = abs(before - controls.log(genes)[rows[known]])
+    if off.nnz and off.max() > 0.01:
+        raise ValueError(
+            f"controls differs by up to {off.max():.3g} from layers[{_keys.CONTROL_LAYER!r}] of predicted, the same "
+            "cells as predictions started from them: their counts were divided by other totals. Give them as log(1 + "
+            "counts per 10,000), controls_scale='log1p', or with all genes."
+        )
 
 
 def _filled(cells: _Cells, controls: _Cells | None, genes: pd.Index) -> sparse.csr_matrix:

@@ -39,6 +39,8 @@ def check_arguments(
         raise ValueError(
             "contexts=, depths= and perturbations= by context have no meaning in year=2025: leave them out."
         )
+    if year == 2025 and sampling != "systematic":
+        raise ValueError(f"sampling={sampling!r} has no meaning in year=2025, which takes no counts: leave it out.")
     if year == 2026 and perturbations is None:
         raise ValueError(
             "perturbations must be given in 2026: the column target_gene of the challenge's pert_counts.csv."

@@ -57,11 +57,11 @@ def summarize(scores: pd.DataFrame) -> pd.DataFrame:
     order = list(dict.fromkeys(scores["metric"]))
 
     members = _members(suite)
-    if missing := set(members) - set(out["metric"]):
-        raise ValueError(
-            f"scores lacks {sorted(missing)}, of which the score of {suite!r} is made. Keep all its metrics."
-        )
     if members and out.loc[out["metric"].isin(members), "unclipped"].notna().any():
+        if missing := set(members) - set(out["metric"]):
+            raise ValueError(
+                f"scores lacks {sorted(missing)}, which the score of {suite!r} is made of. Keep all its metrics."
+            )
         total = out[out["metric"].isin(members)].groupby("context")[["score", "unclipped"]].agg(_mean_of_all)
         out = pd.concat([out, total.reset_index().assign(metric=CHALLENGE)])
         order.append(CHALLENGE)
