@@ -95,10 +95,10 @@ def fit_state(
         A trained SE to embed with, instead of training one; `False` for no embedding.
     init_from
         A trained model to go on from, with its sizes. An ST: its genes (those that `adata` has), perturbations and
-        batches are found by name and keep their weights, so that training starts with its predictions for them; what
-        is new in `adata` is added; its SE embeds, unless another is given. An SE: it goes on with its own gene table,
-        on the training cells, and ST is trained from the start. A lower rate than the default, say
-        `train_kwargs={"lr": 1e-4}`, keeps more of what the model knew.
+        batches are found by name and keep their weights, so that training starts with its predictions for them (a prior
+        is computed anew from `adata`); what is new in `adata` is added; its SE embeds, unless another is given. An SE:
+        it goes on with its own gene table, on the training cells, and ST is trained from the start. A lower rate than
+        the default, say `train_kwargs={"lr": 1e-4}`, keeps more of what the model knew.
     freeze
         Beginnings of names of parameters of that model which stay as they are: `["transformer_backbone"]`.
     lora
