@@ -501,8 +501,17 @@ def test_members_and_prior_come_back_from_a_file(screen, fit, targets, tmp_path)
 
 def test_level_head_starts_at_the_mean_training_cell(screen, build):
     st = build(screen, setup={"split_key": "split"})
-    trained = screen.X[(screen.obs["split"] != "test").to_numpy()].mean(axis=0)
-    np.testing.assert_allclose(st.module.project_level[-1].bias.detach(), trained, atol=1e-5)
+    cells = screen.X[(screen.obs["split"] == "train").to_numpy()]  # and no validation cell
+    still = {"lr": 1e-12, "enable_progress_bar": False, "accelerator": "cpu"}
+    st.train(max_steps=1, **still)
+    bias = st.module.project_level[-1].bias
+    np.testing.assert_allclose(bias.detach(), cells.mean(axis=0), atol=1e-5)
+    with torch.no_grad():
+        bias.fill_(7.0)
+        bias[0] = 0.0
+    st.train(max_steps=1, **still)  # goes on where it was
+    np.testing.assert_allclose(bias.detach()[1:], 7.0, atol=1e-5)
+    np.testing.assert_allclose(bias.detach()[0], cells[:, 0].mean(), atol=1e-5)
 
 
 def test_the_better_head_weighs_more(screen, fit):

@@ -86,8 +86,13 @@ def rank_sum_test(
     matrix: sparse.csr_matrix | np.ndarray, codes: np.ndarray, *, n_jobs: int = 1
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return p-values and adjusted p-values, (n_groups, n_genes), of groups 1, 2, ... against group 0."""
-    if sparse.issparse(matrix) and not matrix.has_sorted_indices:
-        matrix = matrix.sorted_indices()
+    values = matrix.data if sparse.issparse(matrix) else matrix
+    if not np.isfinite(values).all():
+        raise ValueError("cells holds NaN or infinite values: they have no rank. Set them to a number or drop them.")
+    if sparse.issparse(matrix) and not (matrix.has_canonical_format and (values != 0).all()):
+        matrix = matrix.copy()  # entries stored twice, or zeros that are stored, would get ranks of their own
+        matrix.sum_duplicates()
+        matrix.eliminate_zeros()
     n_groups = int(codes.max())
     names = [f"{i:09d}" for i in range(n_groups + 1)]  # sort as numbers do
     obs = pd.DataFrame({"group": pd.Categorical.from_codes(codes, names)}, index=np.arange(len(codes)).astype(str))

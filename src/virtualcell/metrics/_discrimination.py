@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.spatial.distance import cdist
 
-from virtualcell.metrics._profiles import same_shape
+from virtualcell.metrics._profiles import no_effect, same_shape
 
 _SCIPY_NAMES = {"l1": "cityblock", "l2": "euclidean", "cosine": "cosine"}
 
@@ -50,7 +50,9 @@ def discrimination_score(
     if ties not in ("midrank", "rank"):
         raise ValueError(f"ties={ties!r} is unknown; valid are ['midrank', 'rank'].")
     predicted, observed = same_shape(predicted, observed)
-    x, y = predicted - np.asarray(control), observed - np.asarray(control)
+    control = np.broadcast_to(np.asarray(control, dtype=np.float64), predicted.shape)
+    x, y = predicted - control, observed - control
+    x[[no_effect(*pair) for pair in zip(x, control, strict=True)]] = 0
     n = len(x)
     targets = np.full(n, -1) if target_genes is None else np.asarray(target_genes)
     scores = np.empty(n)

@@ -55,11 +55,9 @@ def pearson_delta(predicted: ArrayLike, observed: ArrayLike, control: ArrayLike)
     _, control = same_shape(predicted, control)
     x, y = predicted - control, observed - control
     x, y = x - x.mean(), y - y.mean()
-    norms = np.linalg.norm(x), np.linalg.norm(y)
-    # float32 means of the same cells differ in the seventh digit: that is no effect, and has no direction
-    if min(norms) <= 1e-5 * np.linalg.norm(control):
+    if no_effect(x, control) or no_effect(y, control):
         return 0.0
-    return float(x @ y / (norms[0] * norms[1]))
+    return float(x @ y / (np.linalg.norm(x) * np.linalg.norm(y)))
 
 
 def top_overlap(predicted: ArrayLike, observed: ArrayLike, control: ArrayLike, *, k: int = 50) -> float:
@@ -83,9 +81,16 @@ def top_overlap(predicted: ArrayLike, observed: ArrayLike, control: ArrayLike, *
     if k < 1:
         raise ValueError(f"k={k!r}: at least one gene is needed.")
     x, y = np.abs(predicted - control), np.abs(observed - control)
+    if no_effect(x, control):
+        return 0.0
     k = min(k, len(x))
     top = np.intersect1d(largest(x, k), largest(y, k))
     return float((x[top] > 0).sum() / k)
+
+
+def no_effect(effect: np.ndarray, control: np.ndarray) -> bool:
+    """Whether an effect is none: float32 means of the same cells differ in the seventh digit, in any direction."""
+    return bool(np.linalg.norm(effect) <= 1e-5 * np.linalg.norm(control))
 
 
 def largest(values: np.ndarray, k: int | None) -> np.ndarray:

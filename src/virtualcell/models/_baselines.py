@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from virtualcell._errors import unknown_name
 from virtualcell.models._base import MOST_EXPRESSION, PerturbationModel
-from virtualcell.models._perturbations import parts
+from virtualcell.models._perturbations import known_parts
 from virtualcell.models._shifts import (
     AdditiveFit,
     NearestContextFit,
@@ -92,9 +92,7 @@ class ShiftModel(PerturbationModel):
 
     def _rows(self, perturbation: str) -> list[int]:
         """Rows of the known perturbations whose shifts add up to this one; a pair that was measured is one."""
-        measured = {frozenset(parts(p, self.control)): p for p in self.known}  # B+A is A+B
-        label = measured.get(frozenset(parts(perturbation, self.control)), perturbation)
-        names = parts(label, self.control, self.known)
+        names = known_parts(perturbation, self.control, self.known)
         if unseen := [n for n in names if n not in self.known]:
             raise unknown_name(
                 "perturbation",

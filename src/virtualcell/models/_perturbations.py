@@ -23,6 +23,14 @@ def parts(label: str, control: str, known: Iterable[str] = ()) -> list[str]:
     return [p for p in label.split("+") if p != control]
 
 
+def known_parts(label: str, control: str, known: Sequence[str]) -> list[str]:
+    """Names that add up to a label: itself where it is `known`, the same combination written otherwise, its parts."""
+    if label not in known:
+        written = {tuple(sorted(parts(p, control))): p for p in known}  # B+A is A+B
+        label = written.get(tuple(sorted(parts(label, control))), label)
+    return parts(label, control, known)
+
+
 def drug_and_dose(name: str) -> tuple[str, float] | None:
     """Take apart a name such as "[('Dabrafenib', 0.5, 'uM')]", as Tahoe-100M has them; `None` for any other name."""
     try:
@@ -84,10 +92,13 @@ class PerturbationTable:
         return cls(names, torch.eye(len(names)), control=control, seen=labels, has_features=False)
 
     @classmethod
-    def from_features(cls, features: pd.DataFrame, labels: Iterable[str], control: str) -> PerturbationTable:
+    def from_features(
+        cls, features: pd.DataFrame, labels: Iterable[str], control: str, unseen: Iterable[str] = ()
+    ) -> PerturbationTable:
         """Standardise the columns of `features` (perturbations x dims) and add one that counts perturbations.
 
         Features differ in scale by orders of magnitude between sources; the count tells an average gene from none.
+        `unseen` labels need rows too.
         """
         if not features.index.is_unique:
             doubled = list(features.index[features.index.duplicated()][:3])
@@ -108,7 +119,8 @@ class PerturbationTable:
         labels = sorted(set(labels) - {control})
         names = [str(n) for n in features.index]
         table = cls(names, torch.from_numpy(values), control=control, seen=labels, has_features=True)
-        missing = sorted({p for label in labels for p in parts(label, control, table._row)} - set(names))
+        needed = {p for label in (*labels, *unseen) for p in parts(label, control, table._row)}
+        missing = sorted(needed - set(names))
         if missing:
             raise ValueError(
                 f"perturbation_features has no row for {len(missing)} perturbations of the data: {missing[:10]}. Add "

@@ -9,7 +9,7 @@ from typing import Literal, Self
 import numpy as np
 
 from virtualcell.models._feature_shifts import ridge
-from virtualcell.models._perturbations import PerturbationTable, parts
+from virtualcell.models._perturbations import PerturbationTable, known_parts
 from virtualcell.models._shifts import ShiftTable, additive, similarity
 
 # By how much (in correlation of control profiles) a context may be less similar before it counts 1/e; the largest is as
@@ -80,15 +80,9 @@ class ShiftPrior:
             coefficients=coefficients, intercept=intercept,
         )  # fmt: skip
 
-    def _names(self, perturbation: str, control: str) -> list[str]:
-        """Names of what was measured that make up a perturbation."""
-        measured = {frozenset(parts(p, control)): p for p in self.perturbations}  # B+A is A+B
-        label = measured.get(frozenset(parts(perturbation, control)), perturbation)
-        return parts(label, control, self.perturbations)
-
     def measured(self, perturbation: str, control: str) -> bool:
         """Whether the training cells hold a perturbation, or all parts of a combination."""
-        return set(self._names(perturbation, control)) <= set(self.perturbations)
+        return set(known_parts(perturbation, control, self.perturbations)) <= set(self.perturbations)
 
     def __call__(
         self,
@@ -106,7 +100,7 @@ class ShiftPrior:
         scale, shift = np.ones_like(base), np.zeros_like(base)
         if perturbation == control:
             return scale, shift
-        names = self._names(perturbation, control)
+        names = known_parts(perturbation, control, self.perturbations)
         where = self.contexts.index(context) if context in self.contexts else -1
         if not self.measured(perturbation, control):
             if features is None or not len(self.coefficients):

@@ -135,7 +135,7 @@ class ST(PerturbationModel):
             if perturbation_features is None:
                 self.table = PerturbationTable.one_hot(seen, self.control)
             else:
-                self.table = PerturbationTable.from_features(perturbation_features, seen, self.control)
+                self.table = PerturbationTable.from_features(perturbation_features, seen, self.control, only)
                 dropped = _PERTURBATION_DROPOUT
             if not self.table.n_dims:
                 raise ValueError(f"the training cells hold no perturbation, only {self.control!r}.")
@@ -176,8 +176,6 @@ class ST(PerturbationModel):
         self.n_members = n_members
         self.module = STNetwork(self.config) if n_members == 1 else Ensemble(self.config, n_members)
         self.prior: ShiftPrior | None = None  # comes with training
-        if residual == "both" and self.adata is not None:
-            self._start_at_mean()
         n = sum(p.numel() for p in self.module.parameters())
         space = "genes" if self.setup["use_rep"] is None else f"obsm[{self.setup['use_rep']!r}]"
         self.se: SE | None = None  # what made the embeddings, where fit_state did
@@ -190,15 +188,6 @@ class ST(PerturbationModel):
             + (f"{n_members} members, " if n_members > 1 else "")
             + f"{n / 1e6:.1f} M parameters."
         )
-
-    @torch.no_grad()
-    def _start_at_mean(self) -> None:
-        """Let the level head start at the mean training cell; from zero, getting there takes most of the training."""
-        rows = self._by_name(self.adata)
-        cells = self._cells(self.adata)[rows[self._training_rows(self.adata)[rows]]]
-        mean = torch.from_numpy(np.asarray(cells.mean(axis=0), dtype=np.float32).ravel())
-        for network in networks(self.module):
-            network.project_level[-1].bias.copy_(mean)
 
     # -- saving -------------------------------------------------------------------------------------------------------
 
@@ -447,6 +436,8 @@ class ST(PerturbationModel):
         learned = self._training_rows(data) & ~validation
         train = self._loader(data, learned, cells, fixed=False, min_batches=50, **sampler)
         held = self._loader(data, validation, cells, fixed=True, **sampler) if validation.any() else None
+        if self.config.residual == "both":
+            self._start_at_mean(data, learned)
         if self.config.prior is not None:
             self.prior = self._fit_prior(data, learned)
             if self.config.prior == "additive":
@@ -475,6 +466,19 @@ class ST(PerturbationModel):
         )
         if self.config.residual == "both":
             self._weigh_heads(train)
+
+    @torch.no_grad()
+    def _start_at_mean(self, data: AnnData | MuData, learned: np.ndarray) -> None:
+        """Let the level head start at the mean training cell; from zero, getting there takes most of the training.
+
+        Only where it is still zero: a network that was trained before goes on from there.
+        """
+        rows = self._by_name(data)
+        cells = self._cells(data)[rows[learned[rows]]]
+        mean = torch.from_numpy(np.asarray(cells.mean(axis=0), dtype=np.float32).ravel())
+        for network in networks(self.module):
+            bias = network.project_level[-1].bias
+            bias.copy_(torch.where(bias == 0, mean.to(bias), bias))
 
     @torch.inference_mode()
     def _weigh_heads(self, loader: DataLoader) -> None:

@@ -206,6 +206,7 @@ class STNetwork(nn.Module):
         if c.residual == "both":
             self.project_level = mlp(h, h, c.n_output, c.n_decoder_layers, c.dropout)
             self.register_buffer("head_weights", torch.full((2,), 0.5))  # in the average; set after training
+            nn.init.zeros_(self.project_level[-1].bias)  # set before training: what is zero starts at the mean cell
         if c.n_batches:
             self.batch_encoder = nn.Embedding(c.n_batches, h)
         if c.batch_token:

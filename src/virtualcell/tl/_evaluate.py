@@ -199,6 +199,7 @@ def evaluate(
             if ceiling:
                 parts.append(_ceiling(matrix, rows, context, predicted_control, kept))
     counted = {
+        "predicted_control": predicted_control,
         "n_genes": len(shared),
         "n_cells": {
             "predicted": sum(map(len, groups["model"].values())),
@@ -216,7 +217,6 @@ def evaluate(
         "context_key": design.context_key,
         "scale": design.scale,
         "predicted_scale": predicted_scale,
-        "predicted_control": predicted_control,
         "seed": seed,
         **counted,
         "versions": {p: version(p) for p in ("virtualcell", "cell-eval2" if suite == "vcc2026" else "illico")},
@@ -424,14 +424,14 @@ def _scored_before(scores: pd.DataFrame, parts: list[pd.DataFrame], counted: dic
     keys = ["context", "perturbation", "metric"]
     earlier = scores[scores["source"] == "model"]
     model = pd.concat([p[p["source"] == "model"] for p in parts])
-    real = ["observed", "control"]
-    now = {"n_genes": counted["n_genes"], "n_cells": {k: counted["n_cells"][k] for k in real}}
-    if set(now) <= set(scores.attrs):
-        before = {"n_genes": scores.attrs["n_genes"], "n_cells": {k: scores.attrs["n_cells"][k] for k in real}}
+    if set(counted) <= set(scores.attrs):  # not of a table that was read from a file
+        before, now = ({k: a[k] for k in counted} for a in (scores.attrs, counted))
+        for attrs in (before, now):  # how many cells were predicted may differ
+            attrs["n_cells"] = {k: attrs["n_cells"][k] for k in ("observed", "control")}
         if before != now:
             raise ValueError(
-                f"baseline was scored with {before}, these predictions with {now}. Evaluate it on the same "
-                "observed cells and genes."
+                f"baseline was scored with {before}, these predictions with {now}. Evaluate it on the same observed "
+                "cells and genes, in the same way."
             )
     here, there = (set(map(tuple, s[keys].to_numpy())) for s in (model, earlier))
     if here != there:

@@ -67,6 +67,10 @@ def summarize(scores: pd.DataFrame) -> pd.DataFrame:
         order.append(CHALLENGE)
     if out["context"].nunique() > 1:
         over = out.groupby("metric").agg(dict.fromkeys(_NUMBERS, "mean") | {"n": "sum"}).reset_index()
+        total = out[out["metric"] == CHALLENGE]  # of all contexts or of none, as of all metrics
+        over.loc[over["metric"] == CHALLENGE, ["score", "unclipped"]] = [
+            _mean_of_all(total[k]) for k in ("score", "unclipped")
+        ]
         out = pd.concat([out, over.assign(context=ALL)])
     contexts = [*dict.fromkeys(scores["context"]), ALL]
     out["context"], out["metric"] = (

@@ -46,7 +46,8 @@ def judge(
     Pearson delta first; and the best baseline, fitted on what ST was.
     """
     keys = {k: st.setup[k] for k in ("perturbation_key", "control", "context_key")}
-    hidden = validation | ~st._training_rows(cells)
+    is_control = st._labels(cells, "perturbation") == st.control
+    hidden = (validation & ~is_control) | ~st._training_rows(cells)  # control cells are what predictions start from
     cells = AnnData(cells.X, obs=cells.obs.copy(), var=cells.var, obsm=dict(cells.obsm))
     cells.obs[_SPLIT] = np.where(hidden, "test", "train")
     models: dict[str, PerturbationModel] = {"ST": st}
@@ -65,7 +66,7 @@ def judge(
             logger.info("%s cannot predict all that is validated on and is left out: %s", name, reason)
             del models[name]
     rows = []
-    controls = (st._labels(cells, "perturbation") == st.control) & ~hidden
+    controls = is_control & ~hidden
     for context, perturbation, members in groups:
         here = controls & (st._labels(cells, "context") == context)
         base, n_cells = _mean(cells, here), min(int(here.sum()), _N_CELLS)
