@@ -43,6 +43,29 @@ def test_differential_expression_is_the_rank_sum_test_of_scipy(cells):
     assert table["log2_fold_change"].to_numpy()[[7, 47]].tolist() == [0, 0]
 
 
+def test_how_values_are_stored_does_not_matter(cells):
+    matrix, labels = cells
+    expected = metrics.differential_expression(matrix, labels, control="ctrl")
+    n, n_genes = matrix.shape
+    full = sparse.csr_matrix(
+        (matrix.toarray().ravel(), np.tile(np.arange(n_genes), n), np.arange(n + 1) * n_genes), shape=matrix.shape
+    )
+    assert (full.data == 0).any()  # zeros that are stored, in some of the cells
+    mixed = sparse.vstack([matrix[:40], full[40:70], matrix[70:]], format="csr")
+    halves = sparse.csr_matrix(
+        (np.repeat(matrix.data / 2, 2), np.repeat(matrix.indices, 2), matrix.indptr * 2), shape=matrix.shape
+    )
+    for other in (full, mixed, halves):
+        before = other.copy()
+        pd.testing.assert_frame_equal(metrics.differential_expression(other, labels, control="ctrl"), expected)
+        assert other.nnz == before.nnz  # and is left as it was
+    broken = matrix.copy()
+    broken.data[3] = np.nan
+    for wrong in (broken, broken.toarray()):
+        with pytest.raises(ValueError, match="cells holds NaN or infinite values"):
+            metrics.differential_expression(wrong, labels, control="ctrl")
+
+
 def test_without_a_pseudocount_a_gene_that_appears_changes_infinitely(cells):
     matrix, labels = cells
     table = metrics.differential_expression(matrix, labels, control="ctrl", pseudocount=0)

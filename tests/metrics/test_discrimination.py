@@ -56,6 +56,8 @@ def test_ties_count_half_or_nothing(profiles):
     half = metrics.discrimination_score(same, observed, control, metric="cosine", ties="midrank")
     none = metrics.discrimination_score(same, observed, control, metric="cosine", ties="rank")
     np.testing.assert_allclose(half, 1 - 2.5 / 6)
+    rounded = same + 1e-9 * np.random.default_rng(1).normal(size=same.shape)
+    np.testing.assert_array_equal(metrics.discrimination_score(rounded, observed, control, metric="cosine"), half)
     np.testing.assert_allclose(none, 1)
 
 

@@ -43,6 +43,9 @@ def test_top_overlap_by_hand():
     assert metrics.top_overlap(predicted, observed, control, k=3) == pytest.approx(2 / 3)
     assert metrics.top_overlap(observed, observed, control, k=3) == 1
     assert metrics.top_overlap(control, observed, control, k=3) == 0  # no effect has no largest genes
+    rounded = control + 1e-8 * np.arange(len(control))  # as float32 means of the same cells are
+    assert metrics.top_overlap(rounded, observed, control, k=3) == 0
+    assert metrics.pearson_delta(rounded, observed, control) == 0
     assert metrics.top_overlap(predicted, observed, control, k=50) == pytest.approx(0.5)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from virtualcell._errors import UnknownNameError
-from virtualcell.models._perturbations import PerturbationTable, parts
+from virtualcell.models._perturbations import PerturbationTable, known_parts, parts
 
 
 @pytest.mark.parametrize(
@@ -90,3 +90,22 @@ def test_what_was_seen_only_in_combination_is_not_known_alone():
         table.check("C")
     with pytest.raises(UnknownNameError, match=r"perturbation='A\+C' is unknown"):
         table.check("A+C")
+
+
+def test_what_was_measured_is_itself_however_it_is_written():
+    known = ["A", "A+A", "A+ctrl", "B+A", "ctrl+A"]
+    for label in known:  # and not another one that adds up to the same
+        assert known_parts(label, "ctrl", known) == [label]
+    assert known_parts("A+B", "ctrl", known) == ["B+A"]
+    assert known_parts("A+C", "ctrl", known) == ["A", "C"]
+    assert known_parts("A+A", "ctrl", ["A"]) == ["A", "A"]
+    assert known_parts("ctrl", "ctrl", known) == []
+
+
+def test_tables_of_features_say_what_is_wrong():
+    table = pd.DataFrame({"gene": ["P", "Q"], "x": [0.0, 1.0]})
+    with pytest.raises(ValueError, match=r"columns that hold no numbers, \['gene'\].*set_index\('gene'\)"):
+        PerturbationTable.from_features(table, ["P"], "ctrl")
+    table = table.set_index("gene")
+    with pytest.raises(ValueError, match=r"no row for 1 perturbations of the data: \['R'\]"):
+        PerturbationTable.from_features(table, ["P"], "ctrl", ["R"])

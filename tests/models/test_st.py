@@ -162,7 +162,8 @@ def test_the_prior_leads_where_a_perturbation_was_never_measured(screen, fit, ta
     context = screen.obs["cell_type"].astype(str).iloc[0]
     (weights,) = {tuple(n.head_weights.tolist()) for n in networks(st.module)}
     for name, share in ((targets[0], 1 / 3), ("NEW", 2 / 3)):
-        shift, level, prior = st._predict_means(controls, name, context=context, base=base, batch=None)
+        (shift, level, prior), shares = st._predict_means(controls, name, context=context, base=base, batch=None)
+        np.testing.assert_allclose(shares, [(1 - share) * weights[0], (1 - share) * weights[1], share], rtol=1e-5)
         expected = (1 - share) * (weights[0] * shift + weights[1] * level) + share * prior
         got = st._predict_cells(controls, name, context=context, base=base, batch=None).mean(axis=0)
         np.testing.assert_allclose(got, expected, atol=1e-4)
@@ -559,6 +560,18 @@ def test_standard_errors_fall_with_the_number_of_control_cells(learned, screen, 
     assert learned.uncertainty(small, targets[0], n_samples=30).mean(axis=None) > 1.3 * one.mean(axis=None)
     with pytest.raises(ValueError, match="n_samples=1: at least 2 draws"):
         learned.uncertainty(few, targets[0], n_samples=1)
+
+
+def test_the_standard_error_is_that_of_the_weighted_average(learned, screen, targets, monkeypatch):
+    parts, share = np.array([[0.0], [1.0], [4.0]]) * np.ones(screen.n_vars), np.array([0.2, 0.3, 0.5])
+    monkeypatch.setattr(learned, "_predict_means", lambda *args, **kwargs: (parts, share))
+    error = learned.uncertainty(screen, targets[0], context="type_5", n_samples=3).to_numpy()
+    centre = 0.3 * 1 + 0.5 * 4
+    total = 0.2**2 + 0.3**2 + 0.5**2
+    between = (0.2 * centre**2 + 0.3 * (1 - centre) ** 2 + 0.5 * (4 - centre) ** 2) / (1 - total)
+    np.testing.assert_allclose(error, np.sqrt(between * total), rtol=1e-6)
+    with pytest.raises(ValueError, match="perturbation must be given"):
+        learned.uncertainty(screen)
 
 
 def test_parts_that_disagree_raise_the_standard_error(screen, fit, targets):

@@ -244,6 +244,13 @@ def test_unknown_names(fitted, targets):
         vc.tl.predict_perturbation(fitted, targets[0])
 
 
+def test_drugs_are_found_by_an_st_alone(fitted, targets):
+    with pytest.raises(KeyError, match=r"drug='STAT1' is unknown.*ask for perturbation="):
+        vc.tl.predict_perturbation(fitted, drug="STAT1")
+    with pytest.raises(TypeError, match="drug='aspirin' is found in the names of an ST"):
+        vc.tl.predict_perturbation(fitted, drug="aspirin", model=vc.models.NoChange.__new__(vc.models.NoChange))
+
+
 def test_arguments_of_the_wrong_kind(fitted, targets):
     with pytest.raises(TypeError, match=r"^context=\['type_1', 'type_2'\] must be one label"):
         vc.tl.predict_perturbation(fitted, targets[0], context=["type_1", "type_2"])

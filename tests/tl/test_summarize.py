@@ -76,6 +76,16 @@ def test_several_predictions_in_one_table_are_not_averaged(two_contexts):
     pd.testing.assert_frame_equal(one, vc.tl.summarize(two_contexts))
 
 
+def test_a_challenge_score_is_of_all_contexts_or_of_none(two_contexts):
+    there = (two_contexts["context"] == "y") & (two_contexts["metric"] == "pdisc_norm_l1")
+    two_contexts.loc[there, "value"] = np.nan  # as of one perturbation alone
+    table = vc.tl.summarize(two_contexts).set_index(["context", "metric"])
+    assert table.loc[("x", "challenge_score"), "score"] > 0
+    assert np.isnan(table.loc[("y", "challenge_score"), "score"])
+    assert np.isnan(table.loc[("(all)", "challenge_score"), "score"])
+    assert table.loc[("(all)", "mae"), "score"] == pytest.approx(0.25)
+
+
 def test_a_challenge_score_needs_all_its_metrics(two_contexts):
     some = two_contexts[two_contexts["metric"] != "de_overlap"]
     with pytest.raises(ValueError, match=r"scores lacks \['de_overlap'\], which the score of 'vcc2025' is made of"):

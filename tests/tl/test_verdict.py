@@ -61,6 +61,13 @@ def test_test_cells_take_no_part(screen, fit):
     pd.testing.assert_frame_equal(*(d.uns["virtualcell"]["validation"] for d in (screen, other)))
 
 
+def test_validation_contexts_may_bring_their_own_controls(screen, fit):
+    screen.obs["split"] = np.where(screen.obs["cell_type"] == "type_3", "val", "train")
+    fit(screen, split_key="split", **LOSES)
+    assert screen.uns["virtualcell"]["validation"].loc["NoChange", "n_groups"] > 0
+    assert "ST" in screen.uns["virtualcell"]["validation"].index
+
+
 def test_fallback_is_asked_for_and_said(screen, crippled, targets, caplog):
     plain = vc.tl.predict_perturbation(screen, targets[0], context="type_3")
     assert plain.uns["virtualcell"]["predicted_by"] == "ST"

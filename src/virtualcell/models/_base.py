@@ -207,10 +207,10 @@ class PerturbationModel(SavedModel):
 
     def _predict_means(
         self, cells: np.ndarray, perturbation: str, *, context: str, base: np.ndarray, batch: np.ndarray | None
-    ) -> np.ndarray:
-        """Mean predicted profiles (n_opinions, n_genes): one for each part of the model that has a say of its own."""
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Mean predicted profiles (n_opinions, n_genes), of each part of the model that has a say, and their shares."""
         predicted = self._predict_cells(cells, perturbation, context=context, base=base, batch=batch)
-        return predicted.mean(axis=0, keepdims=True)
+        return predicted.mean(axis=0, keepdims=True), np.ones(1)
 
     @abstractmethod
     def check_perturbation(self, perturbation: str) -> None:
@@ -253,15 +253,7 @@ class PerturbationModel(SavedModel):
         KeyError
             For an unknown perturbation, context, gene or column.
         """
-        self._check_if_trained(warn=False)
-        if perturbation is None:
-            raise ValueError("perturbation must be given: which one is to be predicted?")
-        if not isinstance(perturbation, str):
-            raise TypeError(
-                f"perturbation={perturbation!r} must be one name, as a string; "
-                "`vc.tl.predict_perturbation` takes several."
-            )
-        self.check_perturbation(perturbation)
+        self._check_ready(perturbation)
         data = self._data(adata)
         names = expression_modality(data, self._modality).obs_names
         if n_cells is not None and n_cells < 1:
@@ -297,9 +289,9 @@ class PerturbationModel(SavedModel):
         """Estimate the standard error of the predicted mean of each gene: from draws of cells and disagreement.
 
         Control cells are drawn with replacement `n_samples` times, and each part of the model that has a say of its own
-        (heads and members of an ST, and its prior) predicts from each draw. The error is that of their average: the
-        variance between draws, plus the variance between parts divided by their number. What all parts have
-        wrong together it does not see.
+        (heads and members of an ST, and its prior) predicts from each draw. The error is that of their weighted
+        average: its variance between draws, plus the variance between parts times the sum of squared weights, which
+        for equal weights divides it by their number. What all parts have wrong together it does not see.
 
         Parameters
         ----------
@@ -314,8 +306,7 @@ class PerturbationModel(SavedModel):
         """
         if n_samples < 2:
             raise ValueError(f"n_samples={n_samples!r}: at least 2 draws are needed for a standard error.")
-        self._check_if_trained(warn=False)
-        self.check_perturbation(perturbation)
+        self._check_ready(perturbation)
         data = self._data(adata)
         names = expression_modality(data, self._modality).obs_names
         cells, batch = self._cells(data), self._batch_codes(data)
@@ -329,13 +320,27 @@ class PerturbationModel(SavedModel):
                 control = cells[drawn].toarray() if sparse.issparse(cells) else cells[drawn]
                 codes = None if batch is None else batch[drawn]
                 base = control.mean(axis=0)
-                means.append(self._predict_means(control, perturbation, context=c, base=base, batch=codes))
+                opinions, share = self._predict_means(control, perturbation, context=c, base=base, batch=codes)
+                means.append(opinions)
             means = np.stack(means)  # (n_samples, n_opinions, n_genes)
-            variance = means.mean(axis=1).var(axis=0, ddof=1)
-            if means.shape[1] > 1:
-                variance = variance + means.mean(axis=0).var(axis=0, ddof=1) / means.shape[1]
+            variance = (share @ means).var(axis=0, ddof=1)
+            if len(share) > 1:
+                parts, total = means.mean(axis=0), np.square(share).sum()
+                between = share @ np.square(parts - share @ parts) / (1 - total)  # unbiased; by n - 1 if all are equal
+                variance = variance + between * total
             errors[c] = np.sqrt(variance)
         return pd.DataFrame.from_dict(errors, orient="index", columns=self.genes)
+
+    def _check_ready(self, perturbation: str | None) -> None:
+        self._check_if_trained(warn=False)
+        if perturbation is None:
+            raise ValueError("perturbation must be given: which one is to be predicted?")
+        if not isinstance(perturbation, str):
+            raise TypeError(
+                f"perturbation={perturbation!r} must be one name, as a string; "
+                "`vc.tl.predict_perturbation` takes several."
+            )
+        self.check_perturbation(perturbation)
 
     def _control_rows(self, data: AnnData | MuData, context: str | None) -> dict[str, np.ndarray]:
         contexts, is_control = self._labels(data, "context"), self._labels(data, "perturbation") == self.control

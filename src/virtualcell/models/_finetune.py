@@ -57,6 +57,12 @@ def continue_st(
             f"obsm[{new.setup['use_rep']!r}] has {new.config.n_input} columns, init_from was trained on "
             f"{old.config.n_input}: they come from different SE models."
         )
+    if old.prior is not None and (lost := sorted(set(old.prior.perturbations) - set(labels))):
+        logger.warning(
+            "The prior is computed from the new data alone, which lacks %d perturbations of init_from: predictions for "
+            "them lose its part. They are %s%s.",
+            *(len(lost), ", ".join(lost[:10]), " ..." if len(lost) > 10 else ""),
+        )
     for theirs, ours in zip(networks(old.module), networks(new.module), strict=True):
         transfer(
             theirs,

@@ -514,6 +514,9 @@ class ST(PerturbationModel):
         features = self.table if self.table.has_features else None
         return self.prior(perturbation, control=self.control, context=context, base=base, features=features)
 
+    def _weight_of_prior(self, perturbation: str) -> float:
+        return PRIOR_WEIGHT if self.prior.measured(perturbation, self.control) else PRIOR_WEIGHT_UNSEEN
+
     # -- prediction ---------------------------------------------------------------------------------------------------
 
     @property
@@ -555,8 +558,8 @@ class ST(PerturbationModel):
         starts = self._starts(len(cells))
         vector = self.table.encode([perturbation]).to(self.device)
         if prior is not None:
-            share = PRIOR_WEIGHT if self.prior.measured(perturbation, self.control) else PRIOR_WEIGHT_UNSEEN
-            known = Prior(*(torch.from_numpy(x).to(self.device).unsqueeze(0) for x in prior), share)
+            tensors = (torch.from_numpy(x).to(self.device).unsqueeze(0) for x in prior)
+            known = Prior(*tensors, self._weight_of_prior(perturbation))
         for at in range(0, len(starts), _SETS_AT_ONCE):
             rows = np.stack([np.arange(i, i + s) for i in starts[at : at + _SETS_AT_ONCE]])
             control = torch.from_numpy(cells[rows]).to(self.device)
@@ -612,8 +615,8 @@ class ST(PerturbationModel):
 
     def _predict_means(
         self, cells: np.ndarray, perturbation: str, *, context: str, base: np.ndarray, batch: np.ndarray | None
-    ) -> np.ndarray:
-        """Mean profiles (n_opinions, n_genes): of every head of every member, and of the prior."""
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Mean profiles (n_opinions, n_genes) of every head of every member and of the prior, and their shares."""
         if self.config.n_genes:
             return super()._predict_means(cells, perturbation, context=context, base=base, batch=batch)
         prior = self._prior_of(perturbation, context, base)
@@ -621,4 +624,10 @@ class ST(PerturbationModel):
         for out in self._run(cells, perturbation, batch, prior):
             opinions = [*out.learned, *([] if out.baseline is None else [out.baseline])]
             means.append(torch.stack([x.mean(dim=1) for x in opinions]).float().cpu().numpy())
-        return np.concatenate(means, axis=1).mean(axis=1)
+        members = networks(self.module)
+        heads = [n.head_weights if n.config.residual == "both" else torch.ones(1) for n in members]
+        share = torch.cat(heads).cpu().numpy() / len(members)
+        if prior is not None and self.config.prior == "similar":
+            of_prior = self._weight_of_prior(perturbation)
+            share = np.append(share * (1 - of_prior), of_prior)
+        return np.concatenate(means, axis=1).mean(axis=1), share

@@ -112,6 +112,8 @@ def predict_perturbation(
     if drug is not None:
         if perturbation is not None:
             raise ValueError(f"perturbation={perturbation!r} and drug={drug!r} were both given: give one of them.")
+        if not isinstance(model, ST):
+            raise TypeError(f"drug={drug!r} is found in the names of an ST, and model is a {type(model).__name__}.")
         perturbation = model.perturbation_name(drug=drug, dose=dose)
     names = _names(perturbation)
     for name in names:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import sys
+import io
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -151,7 +151,8 @@ class Comparison:
     @cached_property
     def _both_de(self) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         sides = [(self.predicted, self.predicted_means), (self.observed, self.observed_means)]
-        with contextlib.redirect_stderr(sys.stderr):  # `rank_sum_test` in two threads would not put it back
+        # around both threads: `rank_sum_test` silences illico too, but one thread would give back while the other runs
+        with contextlib.redirect_stderr(io.StringIO()):
             return self._in_threads(self._de, sides)
 
     @property
