@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from virtualcell.tl._evaluate import ALL, check_scores
+from virtualcell.tl._evaluate_checks import ALL, check_scores
 from virtualcell.tl._scores import METRICS
 
 # What the challenge of 2025 averages; the cosine beside it is ours.
