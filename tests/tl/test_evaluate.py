@@ -7,6 +7,7 @@ import mudata as md
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 import virtualcell as vc
 from virtualcell import metrics
@@ -254,6 +255,14 @@ def test_predictions_of_the_package_are_scored_with_its_own_design(screen, fit, 
     assert scores["value"].notna().all()
     assert scores.attrs["scale"] == "counts"
     assert scores.attrs["n_genes"] == predicted.n_vars
+
+
+def test_threads_of_torch_are_left_alone(halves):
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    vc.tl.evaluate(*halves, **KEYS, scale="log1p", suite="full", n_jobs=1)
+    assert torch.get_num_threads() == 1  # numba inside illico would set it to all cores
+    torch.set_num_threads(before)
 
 
 def test_mudata_and_another_modality(halves):

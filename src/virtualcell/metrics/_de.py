@@ -17,6 +17,7 @@ from illico import asymptotic_wilcoxon
 from numpy.typing import ArrayLike
 from scipy import sparse, stats
 
+from virtualcell._threads import torch_threads_kept
 from virtualcell.metrics._profiles import largest
 
 # What scanpy adds to both means, so that a gene that is absent on one side has a finite fold change.
@@ -97,7 +98,7 @@ def rank_sum_test(
     names = [f"{i:09d}" for i in range(n_groups + 1)]  # sort as numbers do
     obs = pd.DataFrame({"group": pd.Categorical.from_codes(codes, names)}, index=np.arange(len(codes)).astype(str))
     loguru.logger.disable("illico")  # it reports every call on stderr, past `logging`, and draws a bar there
-    with contextlib.redirect_stderr(io.StringIO()):
+    with contextlib.redirect_stderr(io.StringIO()), torch_threads_kept():
         result = asymptotic_wilcoxon(
             AnnData(matrix, obs=obs),
             is_log1p=False,  # its fold changes are not used

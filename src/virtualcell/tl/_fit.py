@@ -17,6 +17,7 @@ from scipy import sparse
 from virtualcell import _keys
 from virtualcell._design import Design, Scale, check_library_sizes, expression_modality, labels
 from virtualcell._errors import unknown_name
+from virtualcell._threads import torch_threads_kept
 from virtualcell.data._matrix import log_expression
 from virtualcell.io._save import pack
 from virtualcell.models import SE, ST
@@ -316,9 +317,8 @@ def _genes(
     if n_top_genes is None or n_top_genes >= len(names):
         return sorted(names)
     cells = AnnData(matrix if seen.all() else matrix[np.flatnonzero(seen)], var=pd.DataFrame(index=names))
-    n_threads = torch.get_num_threads()
-    table = sc.pp.highly_variable_genes(cells, n_top_genes=n_top_genes, flavor="seurat", inplace=False)
-    torch.set_num_threads(n_threads)  # numba, in scanpy, sets OpenMP to all cores for torch too: slow on a busy machine
+    with torch_threads_kept():
+        table = sc.pp.highly_variable_genes(cells, n_top_genes=n_top_genes, flavor="seurat", inplace=False)
     return sorted(set(names[table["highly_variable"].to_numpy()]) | targets)
 
 
