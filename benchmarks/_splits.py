@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -37,6 +37,19 @@ PUBLISHED = {
     "model_kwargs": {"residual": "hidden", "prior": None, "n_members": 1},
     "train_kwargs": {"mean_weight": 0.0, "contrast_weight": 0.0},
 }
+TABLES = {
+    "Reactome": "gene_features_reactome_svd64",
+    "STRING": "gene_features_string_spectral64",
+    "co-essential": "gene_features_coessential_svd64",
+}
+FEATURES = {
+    "knowledge": ["Reactome", "STRING"],
+    "co-essential": ["co-essential"],
+    "expression": ["expression"],
+    "all": ["Reactome", "STRING", "expression"],
+}
+FOLDS = [f"fold {i + 1}" for i in range(5)]
+CELLS_PER_GROUP = 100
 SMALLER_IS_BETTER = {"mae", "energy_distance"}
 CEILING = "ceiling"
 
@@ -73,10 +86,34 @@ def targets(adata: ad.AnnData) -> list[str]:
     return sorted(set(adata.obs["target_gene"]) - {"non-targeting"})
 
 
-def side_by_side(folder: Path, files: list[str], names: list[str]) -> pd.DataFrame:
-    """Tables of gene features as one, targets x features, with zeros where a table lacks a target."""
-    tables = [pd.read_parquet(folder / f"{file}.parquet").set_index("gene").add_prefix(f"{file} ") for file in files]
-    return pd.concat([table.reindex(names).fillna(0) for table in tables], axis=1)
+def fold_targets(folder: Path, fold: str) -> list[str]:
+    """Targets of Papalexi's screen in one of `FOLDS`."""
+    shuffled = np.random.default_rng(0).permutation(targets(papalexi(folder)))
+    return sorted(shuffled[FOLDS.index(fold) :: len(FOLDS)].tolist())
+
+
+def gene_features(
+    folder: Path, adata: ad.AnnData, held_out: list[str]
+) -> tuple[dict[str, pd.DataFrame], dict[str, list[str]]]:
+    """Tables (targets x features) by name, with zeros where a source lacks a target, and the targets it lacks."""
+    training = adata[~adata.obs["target_gene"].isin(held_out).to_numpy()]
+    tables = {name: pd.read_parquet(folder / f"{file}.parquet").set_index("gene") for name, file in TABLES.items()}
+    # as many columns as the others have
+    embed = partial(vc.pp.expression_gene_embeddings, n_comps=64, library_size_key="total_counts")
+    tables["expression"] = embed(training)
+    names = targets(adata)
+    lacking = {name: [t for t in names if t not in table.index] for name, table in tables.items()}
+    tables = {name: table.reindex(names).fillna(0).add_prefix(f"{name} ") for name, table in tables.items()}
+    return {name: pd.concat([tables[t] for t in parts], axis=1) for name, parts in FEATURES.items()}, lacking
+
+
+def thinned(adata, held_out: list[str]):
+    """At most so many training cells of a target in a replicate, drawn by seed 0; all control and test cells."""
+    order = np.random.default_rng(0).permutation(adata.n_obs)
+    groups = adata.obs[["target_gene", "batch"]].astype(str).iloc[order]
+    kept = (groups.groupby(["target_gene", "batch"]).cumcount() < CELLS_PER_GROUP).to_numpy()
+    kept |= groups["target_gene"].isin([*held_out, "non-targeting"]).to_numpy()
+    return adata[np.sort(order[kept])].copy()
 
 
 def with_known_truth(adata: ad.AnnData, context: str, *, n_cells: int = 400, seed: int = 0) -> ad.AnnData:

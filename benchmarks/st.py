@@ -24,13 +24,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from _splits import (
     CEILING,
+    CELLS_PER_GROUP,
+    FOLDS,
     KANG,
     PAPALEXI,
     PAPALEXI_HELD_OUT,
@@ -42,6 +43,8 @@ from _splits import (
     arguments,
     collect,
     fit_and_score,
+    fold_targets,
+    gene_features,
     kang,
     norman,
     papalexi,
@@ -51,28 +54,15 @@ from _splits import (
     summarise,
     synthetic,
     targets,
+    thinned,
     versions,
     with_known_truth,
     write,
 )
 
-import virtualcell as vc
-
 BASELINES = ["NoChange", "ContextMean", "PerturbationMean", "Additive", "NearestContext"]
 FORMS = {"ST": {}, "ST as published": PUBLISHED}
-TABLES = {
-    "Reactome": "gene_features_reactome_svd64",
-    "STRING": "gene_features_string_spectral64",
-    "co-essential": "gene_features_coessential_svd64",
-}
-FEATURES = {
-    "knowledge": ["Reactome", "STRING"],
-    "co-essential": ["co-essential"],
-    "expression": ["expression"],
-    "all": ["Reactome", "STRING", "expression"],
-}
-FOLDS = [f"fold {i + 1}" for i in range(5)]
-CELLS_PER_GROUP, SCREEN_SEED = 100, 2026
+SCREEN_SEED = 2026
 
 
 # -- the data sets ----------------------------------------------------------------------------------------------------
@@ -106,27 +96,9 @@ def papalexi_parts(scores: pd.DataFrame) -> dict[str, pd.Series]:
     }
 
 
-def fold_targets(folder: Path, split: str) -> list[str]:
-    shuffled = np.random.default_rng(0).permutation(targets(papalexi(folder)))
-    return sorted(shuffled[FOLDS.index(split) :: len(FOLDS)].tolist())
-
-
-def fold_features(folder: Path, split: str) -> tuple[dict[str, pd.DataFrame], dict[str, list[str]]]:
-    """Tables (targets x features) by name, and the targets that each source lacks."""
-    adata = papalexi(folder)
-    training = adata[~adata.obs["target_gene"].isin(fold_targets(folder, split)).to_numpy()]
-    tables = {name: pd.read_parquet(folder / f"{file}.parquet").set_index("gene") for name, file in TABLES.items()}
-    # as many columns as the others have
-    embed = partial(vc.pp.expression_gene_embeddings, n_comps=64, library_size_key="total_counts")
-    tables["expression"] = embed(training)
-    names = targets(adata)
-    lacking = {name: [t for t in names if t not in table.index] for name, table in tables.items()}
-    tables = {name: table.reindex(names).fillna(0).add_prefix(f"{name} ") for name, table in tables.items()}
-    return {name: pd.concat([tables[t] for t in parts], axis=1) for name, parts in FEATURES.items()}, lacking
-
-
 def unseen_case(folder: Path, split: str) -> dict:
-    features, held_out = fold_features(folder, split)[0], fold_targets(folder, split)
+    held_out = fold_targets(folder, split)
+    features, _ = gene_features(folder, papalexi(folder), held_out)
     baselines = {name: name for name in ("NoChange", "ContextMean", "PerturbationMean")}
     for kind in ("Ridge", "NearestPerturbations"):
         baselines |= {f"{kind}, {n}": (kind, {"perturbation_features": table}) for n, table in features.items()}
@@ -199,15 +171,6 @@ SETS = {
         parts=lambda scores: {f"against {s}": scores["split"] == s for s in ("observed", "truth")},
     ),
 }
-
-
-def thinned(adata, held_out: list[str]):
-    """At most so many training cells of a target in a replicate, drawn by seed 0; all control and test cells."""
-    order = np.random.default_rng(0).permutation(adata.n_obs)
-    groups = adata.obs[["target_gene", "batch"]].astype(str).iloc[order]
-    kept = (groups.groupby(["target_gene", "batch"]).cumcount() < CELLS_PER_GROUP).to_numpy()
-    kept |= groups["target_gene"].isin([*held_out, "non-targeting"]).to_numpy()
-    return adata[np.sort(order[kept])].copy()
 
 
 # -- running ----------------------------------------------------------------------------------------------------------
@@ -300,7 +263,7 @@ def report(name: str, scores: pd.DataFrame, seconds: dict[str, list[float]], arg
     }
     if name == "papalexi_unseen":
         folds = {split: fold_targets(args.data, split) for split in FOLDS}
-        lacking = fold_features(args.data, FOLDS[0])[1]
+        lacking = gene_features(args.data, papalexi(args.data), fold_targets(args.data, FOLDS[0]))[1]
         print(f"folds: {folds}\ntargets without features, which have zeros: {lacking}")
         result["settings"] |= {"held_out": folds, "without_features": lacking, "cells_per_group": CELLS_PER_GROUP}
     if name == "synthetic":
