@@ -59,6 +59,10 @@ def test_how_values_are_stored_does_not_matter(cells):
         before = other.copy()
         pd.testing.assert_frame_equal(metrics.differential_expression(other, labels, control="ctrl"), expected)
         assert other.nnz == before.nnz  # and is left as it was
+    with pytest.raises(ValueError, match="perturbations has cells without a label"):
+        metrics.differential_expression(matrix, [None, *labels[1:]], control="ctrl")
+    with pytest.raises(ValueError, match="genes has 1 names for 40 columns"):
+        metrics.differential_expression(matrix, labels, control="ctrl", genes=["g"])
     broken = matrix.copy()
     broken.data[3] = np.nan
     for wrong in (broken, broken.toarray()):

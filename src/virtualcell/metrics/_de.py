@@ -59,10 +59,14 @@ def differential_expression(
     One row per perturbation (sorted) and gene (in the order of `cells`): `perturbation`, `gene`, `log2_fold_change`,
     `p_value` and `fdr`, the adjusted p-value.
     """
+    if pd.isna(np.asarray(perturbations, dtype=object)).any():
+        raise ValueError("perturbations has cells without a label. Give them one, or drop them.")
     labels = pd.Categorical(np.asarray(perturbations).astype(str))
     matrix = sparse.csr_matrix(cells) if sparse.issparse(cells) else np.asarray(cells)
     if len(labels) != matrix.shape[0]:
         raise ValueError(f"perturbations has {len(labels)} labels for {matrix.shape[0]} cells.")
+    if genes is not None and len(genes) != matrix.shape[1]:
+        raise ValueError(f"genes has {len(genes)} names for {matrix.shape[1]} columns.")
     groups = [str(g) for g in labels.categories]
     if control not in groups or len(groups) < 2:
         raise ValueError(f"control={control!r} must label some of the cells, and others be perturbed; found {groups}.")

@@ -163,7 +163,8 @@ class ST(STInFiles):
         }
         known = {f.name for f in dataclasses.fields(STConfig)}
         if unknown := set(options) - known:
-            raise TypeError(f"ST has no option {sorted(unknown)}; valid are {sorted(known - set(given))}.")
+            valid = sorted({*(known - set(given)), "residual", "prior", "n_members", "set_size"})
+            raise TypeError(f"ST has no option {sorted(unknown)}; valid are {valid}.")
         if "decoder_hidden" in options:  # a list after JSON
             options["decoder_hidden"] = tuple(options["decoder_hidden"])
         self.config = STConfig(**{**given, **options})
