@@ -37,7 +37,9 @@ def table(result: dict) -> str:
 
 def main() -> None:
     for name, result in json.loads(Path(sys.argv[1]).read_text()).items():
-        for title, part in result["tables"].items():
+        if name == "mean_rank":
+            continue
+        for title, part in result.get("tables", {"all": result}).items():
             print(f"\n### {name}: {title}\n\n{table(part)}")
 
 
