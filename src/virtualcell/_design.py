@@ -45,7 +45,7 @@ class Design:
     def from_data(cls, data: AnnData | MuData, *, modality: str = "rna", **stated: object) -> Design:
         """Take what the caller stated, and the rest from what `fit_state` left in `uns["virtualcell"]`."""
         stated = {k: v for k, v in stated.items() if v is not None}
-        left = expression_modality(data, modality).uns.get(_keys.UNS, {}).get("design", {})
+        left = left_design(data, modality)
         found = {f.name: left[f.name] for f in fields(cls) if f.name in left} | stated
         missing = [k for k in ("perturbation_key", "control") if k not in found]
         if missing:
@@ -54,6 +54,11 @@ class Design:
                 f"in uns[{_keys.UNS!r}] to take it from."
             )
         return cls(**found)
+
+
+def left_design(data: AnnData | MuData, modality: str = "rna") -> dict:
+    """Return what `fit_state` left in `uns["virtualcell"]`, empty where it did not run."""
+    return expression_modality(data, modality).uns.get(_keys.UNS, {}).get("design", {})
 
 
 def check_scale(scale: str, argument: str = "scale") -> None:

@@ -100,7 +100,6 @@ class ShiftPrior:
         scale, shift = np.ones_like(base), np.zeros_like(base)
         if perturbation == control:
             return scale, shift
-        names = known_parts(perturbation, control, self.perturbations)
         where = self.contexts.index(context) if context in self.contexts else -1
         if not self.measured(perturbation, control):
             if features is None or not len(self.coefficients):
@@ -111,7 +110,7 @@ class ShiftPrior:
                 shift = shift + self.context_effects[where]
             level = base
         elif self.kind == "additive":
-            rows = [self.perturbations.index(name) for name in names]
+            rows = [self.perturbations.index(name) for name in known_parts(perturbation, control, self.perturbations)]
             shift = self.perturbation_effects[rows].sum(axis=0) + (self.context_effects[where] if where >= 0 else 0)
             return scale, shift.astype(np.float32)
         else:
@@ -119,6 +118,7 @@ class ShiftPrior:
             known = where >= 0 and (self.row_context == where).any()
             effects = known * self.context_effects
             level, shift = np.zeros_like(base), effects[where]
+            names = known_parts(perturbation, control, self.perturbations)
             for name in names:
                 rows = np.flatnonzero(self.row_perturbation == self.perturbations.index(name))
                 there = self.row_context[rows]

@@ -300,13 +300,15 @@ class ST(STInFiles):
         data = self._training_data()
         validation = self.validation_cells(data, val_fraction, seed)
         genes = None if self.setup["use_rep"] is None else Rows(self._expression(data))
-        cells = CellSetDataset(Rows(self._cells(data)), self.table.encode, genes)
+        matrix = self._cells(data)
+        cells = CellSetDataset(Rows(matrix), self.table.encode, genes)
         sampler = {"sets_per_batch": batch_size, "seed": seed}
         learned = self._training_rows(data) & ~validation
         train = self._loader(data, learned, cells, fixed=False, min_batches=50, **sampler)
         held = self._loader(data, validation, cells, fixed=True, **sampler) if validation.any() else None
         if self.config.residual == "both":
-            self._start_at_mean(data, learned)
+            rows = self._by_name(data)
+            self._start_at_mean(matrix[rows[learned[rows]]])
         if self.config.prior is not None:
             self.prior = self._fit_prior(data, learned)
             if self.config.prior == "additive":
@@ -337,13 +339,11 @@ class ST(STInFiles):
             self._weigh_heads(train)
 
     @torch.no_grad()
-    def _start_at_mean(self, data: AnnData | MuData, learned: np.ndarray) -> None:
-        """Let the level head start at the mean training cell; from zero, getting there takes most of the training.
+    def _start_at_mean(self, cells: sparse.csr_matrix | np.ndarray) -> None:
+        """Let the level head start at the mean of training cells; from zero, getting there takes most of the training.
 
         Only where it is still zero: a network that was trained before goes on from there.
         """
-        rows = self._by_name(data)
-        cells = self._cells(data)[rows[learned[rows]]]
         mean = torch.from_numpy(np.asarray(cells.mean(axis=0), dtype=np.float32).ravel())
         for network in networks(self.module):
             bias = network.project_level[-1].bias

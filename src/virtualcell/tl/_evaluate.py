@@ -14,7 +14,7 @@ from joblib import Parallel, delayed
 from mudata import MuData
 from scipy import sparse
 
-from virtualcell._design import Design, Scale, check_library_sizes, check_scale, expression_modality
+from virtualcell._design import Design, Scale, check_library_sizes, check_scale, expression_modality, left_design
 from virtualcell.data._matrix import check_matches_scale, columns_by_name, log_expression, matrix_name, raw_matrix
 from virtualcell.tl._evaluate_checks import (
     ALL,
@@ -24,7 +24,6 @@ from virtualcell.tl._evaluate_checks import (
     check_groups,
     check_totals,
     contexts_of,
-    design_of,
     groups_of,
     metric_names,
     scored_before,
@@ -116,7 +115,7 @@ def evaluate(
     ValueError
         If a matrix is not on the stated scale.
     """
-    if scale is None and "scale" not in design_of(observed, modality):
+    if scale is None and "scale" not in left_design(observed, modality):
         raise ValueError(
             "scale must be given, 'counts' or 'log1p' for log(1 + counts per 10,000); it is never guessed."
         )
@@ -131,7 +130,7 @@ def evaluate(
         library_size_key=library_size_key,
     )
     check_scale(predicted_scale, "predicted_scale")
-    check_library_sizes(design.scale if scale is None else scale, library_size_key)
+    check_library_sizes(design.scale, library_size_key)
     names = metric_names(suite)
     sides = {"model": predicted}
     if isinstance(baseline, AnnData | MuData):

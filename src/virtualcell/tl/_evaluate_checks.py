@@ -11,7 +11,6 @@ import pandas as pd
 from anndata import AnnData
 from mudata import MuData
 
-from virtualcell import _keys
 from virtualcell._design import Design, expression_modality, labels
 from virtualcell._errors import unknown_name
 from virtualcell.tl._scores import METRICS, SUITES
@@ -24,10 +23,6 @@ Suite = Literal["vcc2025", "vcc2026", "full"]
 ALL = "(all)"
 COLUMNS = ["source", "context", "perturbation", "metric", "value"]
 SIDES = {"model": "predicted", "baseline": "baseline", "observed": "observed"}  # names of the arguments
-
-
-def design_of(data: AnnData | MuData, modality: str) -> dict:
-    return expression_modality(data, modality).uns.get(_keys.UNS, {}).get("design", {})
 
 
 def metric_names(suite: Suite | Sequence[str]) -> list[str]:

@@ -127,11 +127,7 @@ def predict_perturbation(
         if stated[key] is not None and getattr(model.design, key) is None:
             raise ValueError(f"{key}={stated[key]!r} was given, but the model was set up without {key}.")
     design = dataclasses.replace(model.design, **{k: v for k, v in stated.items() if v is not None})
-    work = _control_cells(data, model, design, modality, min_gene_coverage)
-    if context is None and design.context_key is not None:
-        everywhere = set(labels(data, design.context_key, argument="context_key", modality=modality))
-        if without := sorted(everywhere - set(work.obs[design.context_key])):
-            logger.warning("No prediction for %s, which has no control cells to start from.", ", ".join(without))
+    work = _control_cells(data, model, design, modality, min_gene_coverage, everywhere=context is None)
     their_obs = work.obs
     work.obs = _obs_of_model(model, design, their_obs)
 
@@ -224,9 +220,18 @@ def _obs_of_model(model: PerturbationModel, design: Design, obs: pd.DataFrame) -
 
 
 def _control_cells(
-    data: AnnData | MuData, model: PerturbationModel, design: Design, modality: str, min_gene_coverage: float
+    data: AnnData | MuData,
+    model: PerturbationModel,
+    design: Design,
+    modality: str,
+    min_gene_coverage: float,
+    *,
+    everywhere: bool,
 ) -> AnnData:
-    """Control cells of `data`: the model's genes, log1p CP10k, and the columns of obs that it needs."""
+    """Control cells of `data`: the model's genes, log1p CP10k, and the columns of obs that it needs.
+
+    Contexts without any are named in a warning where predictions are wanted `everywhere`.
+    """
     adata = expression_modality(data, modality)
     roles = {"perturbation_key": design.perturbation_key}
     roles |= {r: getattr(design, r) for r in ("context_key", "batch_key") if getattr(design, r) is not None}
@@ -238,6 +243,10 @@ def _control_cells(
         raise ValueError(
             f"obs[{design.perturbation_key!r}] has no {design.control!r} cells: predictions start from control cells."
         )
+    if everywhere and design.context_key is not None:
+        contexts = obs[design.context_key]
+        if without := sorted(set(contexts) - set(contexts[is_control])):
+            logger.warning("No prediction for %s, which has no control cells to start from.", ", ".join(without))
     controls = adata[is_control]
     if not controls.obs_names.is_unique:
         raise ValueError("obs_names repeats control cells. Run `adata.obs_names_make_unique()` first.")

@@ -159,8 +159,9 @@ def prepare_submission(
         matrix = cells.counts(genes) if year == 2026 and design.scale == "counts" else cells.log(genes)
     obs = cells.obs
     if year == 2025 and controls is not None:
-        _check_same_scale(cells, controls)
-        matrix, obs = sparse.vstack([matrix, controls.log(genes)], format="csr"), pd.concat([obs, controls.obs])
+        of_controls = controls.log(genes)
+        _check_same_scale(cells, controls, of_controls, genes)
+        matrix, obs = sparse.vstack([matrix, of_controls], format="csr"), pd.concat([obs, controls.obs])
     elif year == 2026:
         totals = _depths(cells, controls, depths, genes)
         if totals is not None:
@@ -266,16 +267,15 @@ def _start_cells(cells: _Cells, controls: _Cells) -> np.ndarray:
     return rows
 
 
-def _check_same_scale(cells: _Cells, controls: _Cells) -> None:
-    """Raise where control cells come out otherwise than as the cells that predictions started from."""
-    adata, here = cells.adata, controls.adata.var_names
+def _check_same_scale(cells: _Cells, controls: _Cells, log: sparse.csr_matrix, genes: pd.Index) -> None:
+    """Raise where control cells, `log`, come out otherwise than as the cells that predictions started from."""
+    adata = cells.adata
     if _keys.CONTROL_BARCODE not in adata.obs or _keys.CONTROL_LAYER not in adata.layers:
         return
     rows = controls.adata.obs_names.get_indexer(adata.obs[_keys.CONTROL_BARCODE].astype(str))
     known = np.flatnonzero(rows >= 0)[:100]
-    genes = adata.var_names.intersection(here)
-    before = columns_by_name(sparse.csr_matrix(adata.layers[_keys.CONTROL_LAYER]), adata.var_names, genes)[known]
-    off = abs(before - controls.log(genes)[rows[known]])
+    before = sparse.csr_matrix(adata.layers[_keys.CONTROL_LAYER][known])
+    off = abs(before - columns_by_name(log[rows[known]], genes, adata.var_names))
     if off.nnz and off.max() > 0.01:
         raise ValueError(
             f"controls differs by up to {off.max():.3g} from layers[{_keys.CONTROL_LAYER!r}] of predicted, the same "
