@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 
 from virtualcell import metrics
+from virtualcell.metrics._cells import mean_distance, mean_distances
 
 
 def test_energy_distance_against_a_loop_over_all_pairs():
@@ -24,6 +27,43 @@ def test_energy_distance_of_float32_far_from_the_origin_keeps_its_digits():
     assert metrics.energy_distance(x + 1e3, x + 1e3) == pytest.approx(0, abs=1e-9)
     expected = metrics.energy_distance(x, x[:10] + 0.5)
     assert metrics.energy_distance(x + 1e3, x[:10] + 1e3 + 0.5) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "kind", ["one cell repeated", "copies of real cells", "two profiles", "little noise", "a line"]
+)
+def test_distances_between_cells_that_are_nearly_the_same(kind):
+    rng = np.random.default_rng(6)
+    y = rng.gamma(1, 1, (60, 40)).astype(np.float32)
+    x = {
+        "one cell repeated": np.repeat(y[:1], 90, axis=0),
+        "copies of real cells": y[rng.integers(60, size=90)],
+        "two profiles": y[rng.integers(2, size=90)],
+        "little noise": y.mean(axis=0) + rng.normal(0, rng.choice([1e-4, 0.03], (90, 1)), (90, 40)),
+        "a line": y[0] + np.linspace(0, 1, 90)[:, None] * y[1],
+    }[kind].astype(np.float32)
+
+    def loop(a, b):
+        return np.mean([np.linalg.norm(p - q) for p in a.astype(np.float64) for q in b.astype(np.float64)])
+
+    expected = loop(x, x), loop(y, y), loop(x, y)
+    assert mean_distances(np.concatenate([x, y]), 90) == pytest.approx(expected, rel=1e-5, abs=1e-12)
+    assert mean_distance(x, y) == pytest.approx(expected[2], rel=1e-5)
+    assert mean_distance(x, x) == pytest.approx(expected[0], rel=1e-5, abs=1e-12)
+
+
+def test_a_prediction_of_one_profile_costs_about_as_much_as_one_of_cells():
+    rng = np.random.default_rng(7)
+    x, y = rng.random((2, 600, 1000), dtype=np.float32)
+
+    def seconds(cells):
+        start = time.perf_counter()
+        metrics.energy_distance(cells, y)
+        return time.perf_counter() - start
+
+    # 180,000 pairs, of which each took longer on its own than all of them do now
+    profile = np.repeat(x[:1], 600, axis=0)
+    assert min(seconds(profile) for _ in range(3)) < 20 * min(seconds(x) for _ in range(3))
 
 
 def test_mmd_against_a_loop_over_all_pairs():

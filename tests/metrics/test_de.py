@@ -1,5 +1,11 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import threading
+import time
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -87,6 +93,67 @@ def test_sparse_and_dense_unsorted_and_permuted_agree(cells, capfd):
     permuted = permuted.assign(gene=permuted["gene"].astype(int)).sort_values(["perturbation", "gene"])
     np.testing.assert_allclose(permuted["fdr"], table["fdr"])
     assert capfd.readouterr() == ("", "")
+
+
+def test_with_a_pseudocount_of_1_the_change_is_the_difference_of_means(cells):
+    matrix, labels = cells
+    dense = matrix.toarray().astype(np.float64)
+    for form in (matrix, matrix.toarray()):
+        table = metrics.differential_expression(form, labels, control="ctrl", pseudocount=1)
+        for name, one in table.groupby("perturbation", observed=True):
+            difference = dense[labels == name].mean(0) - dense[labels == "ctrl"].mean(0)
+            np.testing.assert_allclose(one["log2_fold_change"], difference / np.log(2), atol=1e-12)
+
+
+def test_calls_in_threads_leave_stderr_alone_and_write_nothing_to_it(cells, capfd):
+    matrix, labels = cells
+    stderr, seen = sys.stderr, []
+    expected = metrics.differential_expression(matrix, labels, control="ctrl")
+
+    def call():
+        for _ in range(3):
+            seen.append(metrics.differential_expression(matrix, labels, control="ctrl", n_jobs=2))
+
+    threads = [threading.Thread(target=call) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    while any(t.is_alive() for t in threads):
+        assert sys.stderr is stderr  # what others write meanwhile is not lost either
+        time.sleep(1e-4)
+    for table in seen:
+        pd.testing.assert_frame_equal(table, expected)
+    assert len(seen) == 12
+    assert capfd.readouterr() == ("", "")
+
+
+def test_numbers_of_threads_are_left_alone_in_overlapping_calls():
+    # in a process of its own: numba sets the number once, when it starts
+    script = """
+import threading, numba, numpy as np, torch
+from virtualcell import metrics
+torch.set_num_threads(1)
+found = []
+def call(n):
+    x = np.random.default_rng(0).poisson(1, (n, 30)).astype(np.float32)
+    metrics.differential_expression(x, np.arange(n) % 2, control="0")
+    found.append((torch.get_num_threads(), numba.get_num_threads()))
+threads = [threading.Thread(target=call, args=(n,)) for n in (400, 4000)]
+[t.start() for t in threads], [t.join() for t in threads], call(100)
+assert found == [(1, numba.config.NUMBA_NUM_THREADS)] * 3, found
+"""
+    environment = {**os.environ, "NUMBA_NUM_THREADS": "4"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_minus_one_means_all_cores(cells):
+    matrix, labels = cells
+    expected = metrics.differential_expression(matrix, labels, control="ctrl")
+    for n_jobs in (-1, 1000):  # and more than there are do no harm
+        table = metrics.differential_expression(matrix, labels, control="ctrl", n_jobs=n_jobs)
+        pd.testing.assert_frame_equal(table, expected)
+    with pytest.raises(ValueError, match="n_jobs=0 must be a number of threads: 1 or more, or -1"):
+        metrics.differential_expression(matrix, labels, control="ctrl", n_jobs=0)
 
 
 def test_overlap_and_precision_by_hand():

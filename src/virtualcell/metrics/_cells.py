@@ -9,6 +9,8 @@ from numpy.typing import ArrayLike
 _CHUNK = 1024
 # Squared distances below this share of the squared norms have lost too many digits, and are computed again.
 _CANCELLED = {"float32": 1e-3, "float64": 1e-8}
+# Numbers in the differences between pairs of cells that are in memory at one time.
+_AT_A_TIME = 2**20
 
 
 def energy_distance(predicted: ArrayLike, observed: ArrayLike) -> float:
@@ -40,7 +42,7 @@ def mmd(predicted: ArrayLike, observed: ArrayLike, *, bandwidths: ArrayLike = (0
     predicted, observed
         Cells, (n, n_genes) and (m, n_genes); principal components serve better than genes.
     bandwidths
-        Widths b of the kernels, in units of s.
+        Widths b of the kernels, as multiples of s.
 
     Returns
     -------
@@ -110,12 +112,34 @@ def _squared_distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     if x is y:
         np.fill_diagonal(squared, np.inf)
     least = _CANCELLED[str(x.dtype)]
-    if squared.min(initial=np.inf) <= least * min(xx.max(initial=0), yy.max(initial=0)):  # seldom
-        for i, j in zip(*np.nonzero(squared <= least * np.minimum.outer(xx, yy)), strict=True):
-            squared[i, j] = np.square(x[i] - y[j]).sum()
+    if squared.min(initial=np.inf) < least * min(xx.max(initial=0), yy.max(initial=0)):  # seldom
+        _compute_again(squared, squared < least * np.minimum.outer(xx, yy), x, y)
     if x is y:
         np.fill_diagonal(squared, 0)
     return squared
+
+
+def _compute_again(squared: np.ndarray, cancelled: np.ndarray, x: np.ndarray, y: np.ndarray) -> None:
+    """Fill in |x-y|² of the cancelled pairs, whose cells are nearly the same.
+
+    A few are computed one by one. Many mean that a set repeats a cell, as a prediction of one profile does: cells close
+    to one another are then compared by their differences to one of them, again in one matrix product.
+    """
+    i, j = np.nonzero(cancelled)
+    if len(i) <= 2 * sum(squared.shape):
+        step = max(1, _AT_A_TIME // x.shape[1])
+        for pairs in np.split(np.arange(len(i)), range(step, len(i), step)):
+            squared[i[pairs], j[pairs]] = np.square(x[i[pairs]] - y[j[pairs]]).sum(axis=1)
+        return
+    for centre in np.unique(i):
+        columns = np.flatnonzero(cancelled[centre])
+        if not len(columns):  # computed along with an earlier cell
+            continue
+        rows = np.flatnonzero(cancelled[:, columns].any(axis=1))
+        near = _squared_distances(x[rows] - x[centre], y[columns] - x[centre])
+        block = np.ix_(rows, columns)
+        squared[block] = np.where(cancelled[block], near, squared[block])
+        cancelled[block] = False
 
 
 def _two_sets(predicted: ArrayLike, observed: ArrayLike) -> tuple[np.ndarray, np.ndarray]:

@@ -6,22 +6,42 @@ The comparisons take one perturbation: log fold changes and adjusted p-values ov
 
 from __future__ import annotations
 
-import contextlib
-import io
+from collections.abc import Callable
+from functools import partial
+from types import FunctionType
 
+import illico
 import loguru
+import numba
 import numpy as np
 import pandas as pd
 from anndata import AnnData
-from illico import asymptotic_wilcoxon
 from numpy.typing import ArrayLike
 from scipy import sparse, stats
+from tqdm import tqdm
 
-from virtualcell._threads import torch_threads_kept
+from virtualcell._threads import count_threads, torch_threads_kept
 from virtualcell.metrics._profiles import largest
 
 # What scanpy adds to both means, so that a gene that is absent on one side has a finite fold change.
 _PSEUDOCOUNT = 1e-9
+# Genes that are tested at a time: more take memory, fewer take time to begin.
+_FEWEST_GENES, _MOST_GENES = 256, 1024
+
+
+def _without_bar(function: FunctionType) -> Callable:
+    """Return a copy of a function that draws a `tqdm` bar; the copy draws none.
+
+    It leaves the module of the function as it is, for other users of it, and `sys.stderr`, which all threads share.
+    """
+    names = function.__globals__ | {"tqdm": partial(tqdm, disable=True)}
+    copy = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+_asymptotic_wilcoxon = _without_bar(illico.asymptotic_wilcoxon)
+loguru.logger.disable("illico")  # it reports every call on stderr, past `logging`
 
 
 def differential_expression(
@@ -41,18 +61,19 @@ def differential_expression(
     Parameters
     ----------
     cells
-        log(1 + counts per 10,000), (n_cells, n_genes).
+        Expression as log(1 + counts per 10,000), (n_cells, n_genes), sparse or dense.
     perturbations
         Label of each cell, (n_cells,).
     control
-        The label of control cells.
+        Label that control cells have.
     genes
         Names of the columns; their numbers by default.
     pseudocount
-        Added to both means of the fold change log2((expm1(m_p) + c) / (expm1(m_0) + c)), with m the means of `cells`,
-        as in scanpy. With 0, a gene that is absent from one group has an infinite one.
+        Number c that is added to both means of the fold change log2((expm1(m_p) + c) / (expm1(m_0) + c)), with m the
+        means of `cells`; the default is that of scanpy. With 1 it is the difference of the means divided by ln 2, which
+        is small for genes with few counts. With 0, a gene that is absent from one group has an infinite fold change.
     n_jobs
-        Threads.
+        Number of threads; -1 takes one per core.
 
     Returns
     -------
@@ -101,17 +122,17 @@ def rank_sum_test(
     n_groups = int(codes.max())
     names = [f"{i:09d}" for i in range(n_groups + 1)]  # sort as numbers do
     obs = pd.DataFrame({"group": pd.Categorical.from_codes(codes, names)}, index=np.arange(len(codes)).astype(str))
-    loguru.logger.disable("illico")  # it reports every call on stderr, past `logging`, and draws a bar there
-    with contextlib.redirect_stderr(io.StringIO()), torch_threads_kept():
-        result = asymptotic_wilcoxon(
+    n_genes = matrix.shape[1]
+    n_threads = min(count_threads(n_jobs), numba.config.NUMBA_NUM_THREADS)  # illico takes no more
+    with torch_threads_kept():
+        result = _asymptotic_wilcoxon(
             AnnData(matrix, obs=obs),
             is_log1p=False,  # its fold changes are not used
             group_keys="group",
             reference=names[0],
-            n_threads=n_jobs,
-            batch_size=max(256, min(1024, -(-matrix.shape[1] // n_jobs))),
+            n_threads=n_threads,
+            batch_size=int(np.clip(-(-n_genes // n_threads), _FEWEST_GENES, _MOST_GENES)),
         )
-    n_genes = matrix.shape[1]
     found = pd.Index(result.index.get_level_values(0)[::n_genes])
     order = found.get_indexer(names[1:])
     p, u = (result[c].to_numpy().reshape(-1, n_genes)[order] for c in ("p_value", "statistic"))
@@ -122,7 +143,7 @@ def rank_sum_test(
 
 
 def log2_fold_change(means: np.ndarray, control: np.ndarray, *, pseudocount: float = _PSEUDOCOUNT) -> np.ndarray:
-    """log2 ratio of means of log(1 + x), each put back to the scale of x."""
+    """log2 ratio of means of log(1 + x), each put back to the scale of x, with `pseudocount` added; the only one."""
     with np.errstate(divide="ignore", invalid="ignore"):
         change = np.log2((np.expm1(means) + pseudocount) / (np.expm1(control) + pseudocount))
     change[np.isnan(change)] = 0  # absent from both groups
@@ -163,7 +184,7 @@ def de_overlap(
     k
         Compare only the k significant genes of largest absolute log fold change on either side (`overlap_at_k`).
     threshold
-        Of the adjusted p-value.
+        Adjusted p-value below which a gene is significant.
 
     Returns
     -------

@@ -34,9 +34,10 @@ def discrimination_score(
     control
         Profile of the real control cells, (n_genes,), or one per perturbation, (n_perturbations, n_genes).
     metric
-        "l1", "l2" or "cosine". The first two reward scaling the effect; cosine does not.
+        Distance between effects: "l1", "l2" or "cosine". The first two reward scaling the effect; cosine does not.
     target_genes
-        Column of each perturbation's own target, which is left out of its comparison, or -1; (n_perturbations,).
+        Column of each perturbation's own target, which is left out of its comparison, or -1 where it has none;
+        (n_perturbations,).
     ties
         What a real effect at the same distance as the right one counts in r_p: a half ("midrank"), or nothing ("rank",
         the letter of the definition, by which a prediction of no effect is perfect in cosine distance).
@@ -77,7 +78,7 @@ def pdisc_norm(scores: ArrayLike) -> np.ndarray:
     Parameters
     ----------
     scores
-        Of :func:`discrimination_score`, which are 1 - PDisc.
+        What :func:`discrimination_score` returned, which is 1 - PDisc.
 
     Returns
     -------

@@ -70,7 +70,7 @@ def top_overlap(predicted: ArrayLike, observed: ArrayLike, control: ArrayLike, *
     predicted, observed, control
         Profiles of the predicted, the real perturbed and the real control cells, (n_genes,).
     k
-        How many genes; all of them where there are fewer.
+        Number of genes that count as the largest; all genes where there are fewer.
 
     Returns
     -------
