@@ -1,6 +1,12 @@
-"""Every key that virtualcell writes to an AnnData, once."""
+"""Every key that virtualcell writes to an AnnData, and every name with a meaning of its own, once."""
 
 from __future__ import annotations
+
+# parts of a split, in obs[split_key]
+SPLITS = ("train", "val", "test")
+
+# Stands for the context where a design has none, and in tables for "over all contexts" or "over all perturbations".
+ALL = "(all)"
 
 # obs
 SPLIT = "split"

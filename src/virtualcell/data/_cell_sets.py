@@ -1,223 +1,166 @@
-"""Matched sets of cells: which rows go together (the sampler, which owns all randomness) and their tensors."""
+"""Which rows go together in training: groups of cells, and the sets drawn from them. Row numbers only, no matrices."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
-import torch
-from scipy import sparse
-from torch import Tensor
-from torch.utils.data import Dataset, Sampler
-
-logger = logging.getLogger(__name__)
-
-# A matrix up to this size is kept dense: slicing rows of a sparse one costs more than a small training step.
-_DENSE_BYTES = 2**31
 
 
 @dataclass(frozen=True)
-class CellGroup:
-    """Cells of one perturbation in one context (and batch), with the control cells that match them, as rows."""
-
-    perturbation: str
-    context: str
-    batch: int
-    perturbed: np.ndarray
-    control: np.ndarray
-
-
-@dataclass(frozen=True)
-class CellSet:
-    """One training example: S control rows and S perturbed rows."""
-
-    perturbation: str
-    context: str
-    batch: int
-    control: np.ndarray
-    perturbed: np.ndarray
-
-
-def cell_groups(
-    perturbation: np.ndarray,
-    context: np.ndarray,
-    *,
-    control: str,
-    order: np.ndarray,
-    batch: np.ndarray | None = None,
-    target: np.ndarray | None = None,
-    source: np.ndarray | None = None,
-) -> list[CellGroup]:
-    """Match perturbed cells to the control cells of their own context, and of their own batch where it has any.
+class CellGroups:
+    """Cells of one perturbation in one context each, and the control cells that match every one of them.
 
     Parameters
     ----------
     perturbation, context
-        Label of each cell, (n_cells,).
-    control
-        Label of the unperturbed cells.
-    order
-        Names of the cells: groups and rows come sorted by it, so that the order of cells in a file changes nothing.
-    batch
-        Code of each cell's batch.
-    target, source
-        Masks: cells that may be predicted, and control cells that may be drawn (all by default). Control cells are
-        targets too: the network learns that no perturbation changes nothing.
+        Labels of each group.
+    cells
+        Rows of each group's cells.
+    pool_of
+        For each of these cells, the number of the pool that its control cell is drawn from.
+    pools
+        Rows of the control cells of one context and batch each.
     """
-    n = len(perturbation)
-    target = np.ones(n, bool) if target is None else target
-    source = (perturbation == control) & (np.ones(n, bool) if source is None else source)
-    by_name = np.argsort(order, kind="stable")
-    contexts = context[by_name]
-    unmatched = 0
-    groups = []
-    for c in np.unique(context[target]):
-        rows = by_name[contexts == c]
-        pool = rows[source[rows]]
-        if not len(pool):
-            raise ValueError(
-                f"context {str(c)!r} has no control cells ({control!r}) to start from. Drop it or add controls."
-            )
-        rows = rows[target[rows]]
-        batches = np.zeros(len(rows), int) if batch is None else batch[rows]
-        for b in np.unique(batches):
-            in_batch = rows[batches == b]
-            matched = pool if batch is None else pool[batch[pool] == b]
-            if not len(matched):
-                unmatched += len(in_batch)
-                matched = pool
-            names, code = np.unique(perturbation[in_batch], return_inverse=True)
-            cuts = np.cumsum(np.bincount(code))[:-1]
-            cells = np.split(in_batch[np.argsort(code, kind="stable")], cuts)  # each still sorted by name
-            groups += [CellGroup(str(p), str(c), int(b), of_p, matched) for p, of_p in zip(names, cells, strict=True)]
-    if unmatched:
-        logger.warning("%d cells lie in batches without control cells; controls of their context stand in.", unmatched)
-    return groups
+
+    perturbation: list[str]
+    context: list[str]
+    cells: list[np.ndarray]
+    pool_of: list[np.ndarray]
+    pools: list[np.ndarray]
+
+    @classmethod
+    def empty(cls) -> CellGroups:
+        """Return no groups."""
+        return cls([], [], [], [], [])
+
+    def add(self, perturbation: str, context: str, cells: np.ndarray, pool_of: np.ndarray) -> None:
+        """Append a group."""
+        self.perturbation.append(perturbation)
+        self.context.append(context)
+        self.cells.append(cells)
+        self.pool_of.append(pool_of)
+
+    def __len__(self) -> int:
+        return len(self.cells)
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Cells of each group, (n_groups,)."""
+        return np.array([len(c) for c in self.cells], dtype=np.int64)
+
+    def n_sets(self, set_size: int) -> int:
+        """Sets in which every cell of every group has a place."""
+        return int((-(-self.sizes // set_size)).sum())
 
 
-def process_share() -> tuple[int, int]:
-    """Rank and number of processes of the running distributed training; (0, 1) outside one."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
+class CellSets(NamedTuple):
+    """B sets of S rows each: their groups (B,), perturbed and control cells (B, S)."""
+
+    group: np.ndarray
+    perturbed: np.ndarray
+    control: np.ndarray
 
 
-class CellSetSampler(Sampler[list[CellSet]]):
-    """Batches of cell sets. One pass shows every target cell about once.
+class SetSampler:
+    """The sets of every training step, as a function of the step's number: there is no other state.
+
+    Over all steps every cell is shown about equally often, whether its group is small or large, and every group at
+    least once where there are as many sets as groups. The cells of a group are dealt from one shuffling after another,
+    so that each comes again only when all have been; a group smaller than a set is dealt several times over. Control
+    cells are drawn for each perturbed cell from its own pool, without repeating one within a set as long as the pool
+    lasts.
 
     Parameters
     ----------
     groups
-        From :func:`cell_groups`.
-    set_size, sets_per_batch
-        Cells in a set; sets in a training step.
+        From :meth:`virtualcell.data._screen.Screen.groups`.
+    set_size, sets_per_step
+        Cells in a set; sets in a step, over all processes.
+    n_steps
+        Length of the run.
     seed
-        Of all draws, together with the epoch.
-    min_batches
-        Passes are repeated within an epoch until it has so many steps: a screen of 2,000 cells would otherwise spend
-        its time on the bookkeeping between epochs.
-    fixed
-        Draw the same sets every epoch (validation).
-    rank, world_size
-        Share of the batches for this process; as `torch.distributed` says by default.
+        Seed of all draws, together with the number of the step.
     """
 
     def __init__(
-        self,
-        groups: Sequence[CellGroup],
-        *,
-        set_size: int,
-        sets_per_batch: int,
-        seed: int = 0,
-        min_batches: int = 1,
-        fixed: bool = False,
-        rank: int | None = None,
-        world_size: int | None = None,
+        self, groups: CellGroups, *, set_size: int, sets_per_step: int, n_steps: int, seed: int = 0
     ) -> None:
-        self.groups = list(groups)
-        self.set_size, self.sets_per_batch = set_size, sets_per_batch
-        self.seed, self.fixed, self.epoch = seed, fixed, 0
-        self._share = None if rank is None or world_size is None else (rank, world_size)
-        n_sets = sum(-(-len(g.perturbed) // set_size) for g in self.groups)
-        self.n_passes = max(1, -(-min_batches * sets_per_batch // max(n_sets, 1)))
-        self.n_batches = -(-n_sets * self.n_passes // sets_per_batch)
+        self.groups, self.set_size, self.sets_per_step = groups, set_size, sets_per_step
+        self.n_steps, self.seed = n_steps, seed
+        self._group, self._turn = self._plan(np.random.default_rng([seed, 0]))
+        self._length = np.array([len(p) for p in groups.pools], dtype=np.int64)
+        self._start = np.cumsum(self._length) - self._length
+        self._controls = np.concatenate([np.empty(0, np.int64), *groups.pools]).astype(np.int64)
+        self._dealt: dict[int, tuple[int, np.ndarray]] = {}  # the latest shuffling of each group, to be used again
 
-    def __len__(self) -> int:
-        _, world_size = self._share or process_share()
-        return self.n_batches // world_size
+    def _plan(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Group of every set of the run, in order, and which of its group's sets it is."""
+        total, sizes = self.n_steps * self.sets_per_step, self.groups.sizes
+        quota = total * sizes / sizes.sum()
+        if total >= len(sizes):  # those that would have less than one set get one, at the expense of the others
+            small = np.zeros(len(sizes), bool)
+            while (new := (quota < 1) & ~small).any():
+                small |= new
+                quota[small] = 1
+                quota[~small] = (total - small.sum()) * sizes[~small] / sizes[~small].sum()
+        order = rng.permutation(len(sizes))
+        counts = np.empty(len(sizes), np.int64)
+        counts[order] = np.diff(np.floor(np.cumsum(quota[order]) + rng.random()), prepend=0)
+        counts[order[-1]] += total - counts.sum()  # rounding of the last edge
+        group = np.repeat(np.arange(len(sizes)), counts)
+        turn = np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts)
+        place = (turn + rng.random(len(sizes))[group]) / counts[group]  # a group's sets lie evenly over the run
+        at = np.argsort(place, kind="stable")
+        return group[at], turn[at]
 
-    def __iter__(self) -> Iterator[list[CellSet]]:
-        rng = np.random.default_rng([self.seed, 0 if self.fixed else self.epoch])
-        self.epoch += 1
-        sets = [s for _ in range(self.n_passes) for s in self._one_pass(rng)]
-        batches = [sets[i : i + self.sets_per_batch] for i in range(0, len(sets), self.sets_per_batch)]
-        rank, world_size = self._share or process_share()
-        yield from batches[rank : len(self) * world_size : world_size]
+    def step(self, i: int) -> CellSets:
+        """Return the sets of step `i`, from 0 to n_steps - 1."""
+        sets = slice(i * self.sets_per_step, (i + 1) * self.sets_per_step)
+        group = self._group[sets]
+        at = np.stack([self._deal(g, k) for g, k in zip(group, self._turn[sets], strict=True)])
+        perturbed = np.stack([self.groups.cells[g][a] for g, a in zip(group, at, strict=True)])
+        pool = np.stack([self.groups.pool_of[g][a] for g, a in zip(group, at, strict=True)])
+        return CellSets(group, perturbed, self._draw(pool, np.random.default_rng([self.seed, 1, i])))
 
-    def _one_pass(self, rng: np.random.Generator) -> list[CellSet]:
-        s = self.set_size
-        sets = []
-        for g in self.groups:
-            rows = rng.permutation(g.perturbed)
-            short = -len(rows) % s
-            rows = np.concatenate([rows, rng.choice(g.perturbed, short, replace=short > len(g.perturbed))])
-            for i in range(0, len(rows), s):
-                control = rng.choice(g.control, s, replace=len(g.control) < s)
-                sets.append(CellSet(g.perturbation, g.context, g.batch, control, rows[i : i + s]))
-        return [sets[i] for i in rng.permutation(len(sets))]
+    def _deal(self, g: int, k: int) -> np.ndarray:
+        """Places, within group `g`, of the cells of its set number `k`, (set_size,)."""
+        n, s = len(self.groups.cells[g]), self.set_size
+        length = -(-s // n) * n  # one or more shufflings, dealt as one
+        first, rest = divmod(k * s, length)
+        dealt = self._shuffled(g, first, n, length)[rest : rest + s]
+        return dealt if len(dealt) == s else np.concatenate([dealt, self._shuffled(g, first + 1, n, length)[: s - len(dealt)]])
+
+    def _shuffled(self, g: int, which: int, n: int, length: int) -> np.ndarray:
+        number, places = self._dealt.get(g, (-1, None))
+        if number != which:
+            rng = np.random.default_rng([self.seed, 2, g, which])
+            places = rng.permuted(np.tile(np.arange(n), (length // n, 1)), axis=1).ravel()
+            self._dealt[g] = which, places
+        return places
+
+    def _draw(self, pool: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Draw one control cell for every place from its pool, (B, S), all different within a set where they can be."""
+        sets = np.repeat(np.arange(len(pool)), pool.shape[1])
+        pool = pool.ravel()
+        of_set, wanted = np.unique(sets * len(self._length) + pool, return_inverse=True, return_counts=True)[1:]
+        wanted, length = wanted[of_set], self._length[pool]
+        place = (rng.random(len(pool)) * length).astype(np.int64)
+        scarce = 2 * wanted > length  # so few that drawing again would take long: dealt from a shuffling
+        for pair in np.unique(of_set[scarce]):
+            where = np.flatnonzero(of_set == pair)
+            place[where] = np.resize(rng.permutation(length[where[0]]), len(where))
+        key = sets * (len(self._controls) + 1) + self._start[pool] + place
+        while (again := _repeated(key) & ~scarce).any():
+            place[again] = (rng.random(again.sum()) * length[again]).astype(np.int64)
+            key = sets * (len(self._controls) + 1) + self._start[pool] + place
+        return self._controls[self._start[pool] + place].reshape(-1, self.set_size)
 
 
-class Rows:
-    """Rows of a cells x features matrix by index, as float32 tensors."""
-
-    def __init__(self, matrix: sparse.csr_matrix | np.ndarray) -> None:
-        if sparse.issparse(matrix) and matrix.shape[0] * matrix.shape[1] * 4 <= _DENSE_BYTES:
-            matrix = matrix.toarray()
-        self.matrix = matrix.astype(np.float32, copy=False)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Cells and features."""
-        return self.matrix.shape
-
-    def __getitem__(self, rows: np.ndarray) -> Tensor:
-        """Return the rows (any shape of index), features last."""
-        taken = self.matrix[rows.ravel()]
-        taken = taken.toarray() if sparse.issparse(taken) else taken
-        return torch.from_numpy(taken).unflatten(0, rows.shape)
-
-
-class CellSetDataset(Dataset):
-    """A list of B cell sets becomes tensors.
-
-    "control" (B, S, n_input), "perturbed" (B, S, n_output), "perturbation" (B, n_perturbation), "batch" (B,), and
-    "genes" (B, S, n_genes) where the model decodes genes from an embedding. With a `prior`, a function of perturbation
-    and context, "prior_scale" and "prior_shift" (B, n_output).
-    """
-
-    def __init__(
-        self,
-        cells: Rows,
-        encode: Callable[[Sequence[str]], Tensor],
-        genes: Rows | None = None,
-        prior: Callable[[str, str], tuple[np.ndarray, np.ndarray]] | None = None,
-    ) -> None:
-        self.cells, self.encode, self.genes, self.prior = cells, encode, genes, prior
-
-    def __getitem__(self, sets: list[CellSet]) -> dict[str, Tensor]:
-        perturbed = np.stack([s.perturbed for s in sets])
-        batch = {
-            "control": self.cells[np.stack([s.control for s in sets])],
-            "perturbed": self.cells[perturbed],
-            "perturbation": self.encode([s.perturbation for s in sets]),
-            "batch": torch.tensor([s.batch for s in sets]),
-        }
-        if self.genes is not None:
-            batch["genes"] = self.genes[perturbed]
-        if self.prior is not None:
-            known = [self.prior(s.perturbation, s.context) for s in sets]
-            scale, shift = (torch.from_numpy(np.stack(x)) for x in zip(*known, strict=True))
-            batch |= {"prior_scale": scale, "prior_shift": shift}
-        return batch
+def _repeated(key: np.ndarray) -> np.ndarray:
+    """Mark what has occurred before."""
+    order = np.argsort(key, kind="stable")
+    out = np.zeros(len(key), bool)
+    out[order[1:]] = key[order[1:]] == key[order[:-1]]
+    return out

@@ -1,62 +1,117 @@
-"""Our own model format: `model.safetensors` for the numbers, `model.json` for everything else. Nothing is pickled."""
+"""Our own model format: one safetensors file, with the numbers as tensors and everything else as JSON in its header."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
+import safetensors
 import safetensors.torch
 from torch import Tensor
 
-FORMAT = 1
+FORMAT = 2
+FILE = "model.safetensors"
+_ENTRY = "virtualcell"  # of the file's header
 
 
-def write_folder(folder: str | os.PathLike, meta: dict, tensors: dict[str, Tensor], *, overwrite: bool = False) -> None:
-    """Write a model; an existing one is kept unless `overwrite`."""
+@dataclass
+class State:
+    """What a model is: the name of its class, what JSON can hold, tensors, and the models that it carries by name."""
+
+    kind: str
+    meta: dict
+    tensors: dict[str, Tensor]
+    parts: dict[str, State] = field(default_factory=dict)
+
+
+class Saved(Protocol):
+    """A model that can be saved."""
+
+    def state(self) -> State:
+        """Return what is to be saved."""
+
+
+def save(model: Saved, folder: str | os.PathLike, *, overwrite: bool = False) -> None:
+    """Write a model and the models that it carries into a folder, as one file `model.safetensors`.
+
+    The file is put in place when it is whole: a process that dies leaves the model that was there, or the new one.
+
+    Parameters
+    ----------
+    model
+        Any model of :mod:`virtualcell.models`.
+    folder
+        The folder, made where it is missing.
+    overwrite
+        Replace a model that is there.
+
+    Raises
+    ------
+    FileExistsError
+        If the folder holds a model and `overwrite` is not set.
+    """
     folder = Path(folder)
-    if (folder / "model.json").exists() and not overwrite:
+    if (folder / FILE).exists() and not overwrite:
         raise FileExistsError(f"{folder} holds a model already. Pass overwrite=True to replace it.")
     folder.mkdir(parents=True, exist_ok=True)
-    packed = pack(meta, tensors)
-    files = {"model.safetensors": packed["weights"].tobytes(), "model.json": packed["json"].encode()}
-    for name, content in files.items():
-        (folder / f"{name}.part").write_bytes(content)
-    # the description goes first and comes last: an interrupted save leaves none that stands beside other weights
-    (folder / "model.json").unlink(missing_ok=True)
-    for name in files:
-        (folder / f"{name}.part").replace(folder / name)
+    part = folder / f"{FILE}.part"
+    with part.open("wb") as file:
+        file.write(pack(model).tobytes())
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(folder / FILE)
 
 
-def read_folder(folder: str | os.PathLike) -> tuple[dict, dict[str, Tensor]]:
-    """Read what :func:`write_folder` wrote."""
-    folder = Path(folder)
-    if not (folder / "model.json").exists():
-        raise FileNotFoundError(f"{folder} holds no model.json: it is not a folder written by `model.save`.")
-    return unpack(
-        {
-            "json": (folder / "model.json").read_text(),
-            "weights": np.frombuffer((folder / "model.safetensors").read_bytes(), dtype=np.uint8),
-        }
-    )
+def read_state(folder: str | os.PathLike) -> State:
+    """Read what :func:`save` wrote. Nothing is unpickled."""
+    path = Path(folder) / FILE
+    if not path.exists():
+        raise FileNotFoundError(f"{folder} holds no {FILE}: it is not a folder written by `model.save`.")
+    return unpack(np.frombuffer(path.read_bytes(), dtype=np.uint8), source=str(path))
 
 
-def pack(meta: dict, tensors: dict[str, Tensor]) -> dict[str, str | np.ndarray]:
-    """Return the two files as a string and an array of bytes, which `uns` of an h5ad or zarr can hold."""
-    weights = safetensors.torch.save({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
-    return {
-        "json": json.dumps({"format": FORMAT, **meta}, indent=1, default=_plain),
-        "weights": np.frombuffer(weights, dtype=np.uint8),
-    }
+def pack(model: Saved, *, without: Sequence[str] = ()) -> np.ndarray:
+    """Return the file as bytes, (n,) uint8, which `uns` of an h5ad or zarr can hold, without some carried models."""
+    state = model.state()
+    state.parts = {name: part for name, part in state.parts.items() if name not in without}
+    tensors: dict[str, Tensor] = {}
+    described = json.dumps({"format": FORMAT, **_describe(state, "", tensors)}, default=_plain)
+    return np.frombuffer(safetensors.torch.save(tensors, {_ENTRY: described}), dtype=np.uint8)
 
 
-def unpack(packed: dict[str, str | np.ndarray]) -> tuple[dict, dict[str, Tensor]]:
+def unpack(packed: np.ndarray, *, source: str = "uns") -> State:
     """Read what :func:`pack` packed."""
-    meta = json.loads(str(packed["json"]))
+    content = np.asarray(packed, dtype=np.uint8).tobytes()
+    try:
+        tensors = safetensors.torch.load(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise ValueError(f"{source} is cut off or damaged: {error}. Save the model again.") from error
+    described = header.get("__metadata__", {}).get(_ENTRY)
+    if described is None:
+        raise ValueError(f"{source} holds tensors, but no model of virtualcell.")
+    meta = json.loads(described)
     if meta["format"] > FORMAT:
-        raise ValueError(f"this model has format {meta['format']}, newer than {FORMAT}: update virtualcell.")
-    return meta, safetensors.torch.load(np.asarray(packed["weights"]).tobytes())
+        raise ValueError(f"{source} has format {meta['format']}, newer than {FORMAT}: update virtualcell.")
+    return _restore(meta, "", tensors)
+
+
+def _describe(state: State, prefix: str, tensors: dict[str, Tensor]) -> dict:
+    """Collect the tensors under names of their own, and return the rest."""
+    tensors |= {f"{prefix}{k}": v.detach().cpu().contiguous() for k, v in state.tensors.items()}
+    parts = {name: _describe(part, f"{prefix}{name}/", tensors) for name, part in state.parts.items()}
+    return {"class": state.kind, "meta": state.meta, "tensors": list(state.tensors), "parts": parts}
+
+
+def _restore(described: dict, prefix: str, tensors: dict[str, Tensor]) -> State:
+    own = {name: tensors[f"{prefix}{name}"] for name in described["tensors"]}
+    parts = {name: _restore(part, f"{prefix}{name}/", tensors) for name, part in described["parts"].items()}
+    return State(described["class"], described["meta"], own, parts)
 
 
 def _plain(value: object) -> object:
@@ -65,4 +120,4 @@ def _plain(value: object) -> object:
         return value.tolist()
     if isinstance(value, np.generic):
         return value.item()
-    raise TypeError(f"{type(value).__name__} does not belong into a model.json")
+    raise TypeError(f"{type(value).__name__} does not belong into the description of a model")

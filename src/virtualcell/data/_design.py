@@ -1,0 +1,110 @@
+"""The design of an experiment: which columns mean what, and on which scale the matrix is."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import asdict, dataclass, fields
+from typing import Literal
+
+from anndata import AnnData
+from mudata import MuData
+
+from virtualcell import _keys
+from virtualcell.data._labels import expression_modality
+
+Scale = Literal["counts", "log1p"]
+
+# What belongs to one model or one split, and is not noted beside the data for other calls.
+_NOT_NOTED = ("split_key", "use_rep")
+
+
+@dataclass(frozen=True)
+class Design:
+    """Columns of `obs` and scale of the expression matrix, as the caller stated them.
+
+    Parameters
+    ----------
+    perturbation_key, control
+        Column with the perturbation of each cell (combinations as `A+B`), and its label of unperturbed cells.
+    context_key, batch_key
+        Columns with the context (cell type, cell line) and the experimental batch.
+    split_key
+        Column with `train`, `val` and `test`.
+    gene_key
+        Column of `var` with the names of genes that perturbations go by, where these are not `var_names`.
+    use_rep
+        Key of `obsm` with cell embeddings to work on in place of genes.
+    layer, scale
+        Layer with the expression (`X` where it is `None`), and what it holds: `"counts"` means raw counts, which are
+        divided by the library size, multiplied by `target_sum` and put through log(1 + x); `"log1p"` means that this
+        was done before.
+    library_size_key
+        Column with the library size; by default it is the row sum of the matrix over all its genes.
+    target_sum
+        Counts per cell after the division.
+    n_genes
+        How many genes the library sizes were summed over when a model was fitted.
+    """
+
+    perturbation_key: str
+    control: str
+    context_key: str | None = None
+    batch_key: str | None = None
+    split_key: str | None = None
+    gene_key: str | None = None
+    use_rep: str | None = None
+    layer: str | None = None
+    scale: Scale = "counts"
+    library_size_key: str | None = None
+    target_sum: float = 1e4
+    n_genes: int | None = None
+
+    def __post_init__(self) -> None:
+        check_scale(self.scale)
+
+    def to_uns(self) -> dict:
+        """Entries for `uns` (h5ad holds no None: such entries are left out)."""
+        return {k: v for k, v in asdict(self).items() if v is not None and k not in _NOT_NOTED}
+
+    def restated(self, **stated: object) -> Design:
+        """Return the design with what is stated in place of what it had; `None` states nothing."""
+        stated = {k: v for k, v in stated.items() if v is not None}
+        check_library_sizes(stated.get("scale", self.scale), stated.get("library_size_key"))
+        return dataclasses.replace(self, **stated)
+
+    @classmethod
+    def from_data(cls, data: AnnData | MuData, *, modality: str = "rna", **stated: object) -> Design:
+        """Take what the caller stated, and the rest from what `fit_state` noted in `uns["virtualcell"]`."""
+        stated = {k: v for k, v in stated.items() if v is not None}
+        noted = noted_design(data, modality)
+        found = {f.name: noted[f.name] for f in fields(cls) if f.name in noted} | stated
+        missing = [k for k in ("perturbation_key", "control") if k not in found]
+        if missing:
+            raise ValueError(
+                f"{' and '.join(missing)} must be given: this data holds no design of `vc.tl.fit_state` "
+                f"in uns[{_keys.UNS!r}] to take it from."
+            )
+        return cls(**found)
+
+
+def noted_design(data: AnnData | MuData, modality: str = "rna") -> dict:
+    """Return what `fit_state` noted in `uns["virtualcell"]`, empty where it did not run."""
+    return expression_modality(data, modality).uns.get(_keys.UNS, {}).get("design", {})
+
+
+def check_scale(scale: str, argument: str = "scale") -> None:
+    """Raise unless `scale` is one of the two that are known."""
+    if scale not in ("counts", "log1p"):
+        raise ValueError(
+            f"{argument}={scale!r} is unknown. Say 'counts' for raw counts or 'log1p' for log(1 + counts per 10,000); "
+            "it is never guessed."
+        )
+
+
+def check_library_sizes(scale: str, library_size_key: str | None) -> None:
+    """Raise for library sizes where nothing is divided by them."""
+    if scale == "log1p" and library_size_key is not None:
+        raise ValueError(
+            f"library_size_key={library_size_key!r} has no use with scale='log1p', where cells were divided by their "
+            "totals before. Leave it out, or give raw counts with scale='counts'."
+        )

@@ -1,0 +1,360 @@
+"""A perturbation experiment as models see it: the only reader of `obs`."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.metadata import version
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from mudata import MuData
+from scipy import sparse
+
+from virtualcell._errors import unknown_name
+from virtualcell._keys import ALL, SPLITS, X_STATE
+from virtualcell.data._cell_sets import CellGroups
+from virtualcell.data._design import Design
+from virtualcell.data._expression import Expression, Unit
+from virtualcell.data._labels import expression_modality, obs_column, parts, read_labels
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Screen:
+    """Labels, split and expression of cells, with their design.
+
+    Parameters
+    ----------
+    design
+        Which columns the labels came from, and the scale of the matrix.
+    names
+        Names of the cells.
+    perturbation, context
+        Labels of the cells, with sorted categories. Without a column of contexts, all cells are of the context
+        :data:`virtualcell._keys.ALL`.
+    batch
+        Experimental batch of the cells, or `None` where the design has none.
+    split
+        Part of each cell: "train", "val" or "test"; all "train" where the design names no column.
+    expression
+        The matrix, read only when it is asked for.
+    rep
+        Cell embeddings, (n_cells, n_dims), where the design names some.
+    target_names
+        Name of each gene that perturbations go by, indexed by `var_names`: those themselves, or `var[gene_key]`.
+    """
+
+    design: Design
+    names: pd.Index
+    perturbation: pd.Categorical
+    context: pd.Categorical
+    batch: pd.Categorical | None
+    split: np.ndarray
+    expression: Expression
+    rep: np.ndarray | None = None
+    target_names: pd.Series | None = field(default=None, repr=False)
+
+    @classmethod
+    def from_anndata(
+        cls,
+        data: AnnData | MuData,
+        design: Design,
+        *,
+        modality: str = "rna",
+        genes: Sequence[str] | None = None,
+        unit: Unit = "log1p",
+        side: str = "",
+        scale_argument: str = "scale",
+    ) -> Screen:
+        """Read the labels of all cells; the matrix is looked at when rows are asked for.
+
+        Parameters
+        ----------
+        data
+            Cells x genes, or a MuData with them in `modality`, whose columns of `obs` are looked up there, then in the
+            MuData's.
+        design
+            Which columns to read.
+        modality
+            Modality with the expression.
+        genes, unit, scale_argument
+            As in :class:`virtualcell.data._expression.Expression`.
+        side
+            Name of the argument that `data` was given as, for messages of calls with several.
+
+        Raises
+        ------
+        KeyError
+            For an unknown column, layer, modality or key of `obsm`.
+        ValueError
+            For cells without a label, or a split with other parts than train, val and test.
+        """
+        adata = expression_modality(data, modality)
+        prefix = f"{side}: " if side else ""
+
+        def read(role: str) -> pd.Categorical | None:
+            key = getattr(design, role)
+            if key is None:
+                return None
+            return pd.Categorical(read_labels(data, key, argument=f"{prefix}{role}", modality=modality))
+
+        context, split = read("context_key"), read("split_key")
+        if split is not None and not set(split.categories) <= set(SPLITS):
+            raise ValueError(f"split_key={design.split_key!r} holds {list(split.categories)}; valid are {SPLITS}.")
+        return cls(
+            design=design,
+            names=adata.obs_names,
+            perturbation=read("perturbation_key"),
+            context=pd.Categorical([ALL] * adata.n_obs) if context is None else context,
+            batch=read("batch_key"),
+            split=np.full(adata.n_obs, "train") if split is None else np.asarray(split).astype(str),
+            expression=Expression(
+                adata,
+                layer=design.layer,
+                scale=design.scale,
+                library_size=_library_size(data, design, prefix, modality),
+                library_size_key=design.library_size_key,
+                target_sum=design.target_sum,
+                unit=unit,
+                genes=genes,
+                side=side,
+                scale_argument=scale_argument,
+            ),
+            rep=_embedding(adata, design.use_rep),
+            target_names=_target_names(adata, design.gene_key),
+        )
+
+    # -- what there is ------------------------------------------------------------------------------------------------
+
+    @property
+    def n_cells(self) -> int:
+        """How many cells there are."""
+        return len(self.names)
+
+    @property
+    def genes(self) -> pd.Index:
+        """Names of the genes that are read."""
+        return self.expression.genes
+
+    @cached_property
+    def is_control(self) -> np.ndarray:
+        """Mask of the control cells."""
+        return np.asarray(self.perturbation == self.design.control)
+
+    @cached_property
+    def is_train(self) -> np.ndarray:
+        """Mask of the cells that are learned from."""
+        return self.split == "train"
+
+    @cached_property
+    def is_val(self) -> np.ndarray:
+        """Mask of the validation cells."""
+        return self.split == "val"
+
+    @cached_property
+    def batch_names(self) -> list[str]:
+        """Names of the batches, sorted; none where the design has none."""
+        return [] if self.batch is None else sorted(set(self.batch))
+
+    @cached_property
+    def context_names(self) -> list[str]:
+        """Names of the contexts, sorted."""
+        return sorted(set(self.context))
+
+    @cached_property
+    def perturbation_names(self) -> list[str]:
+        """Names of the perturbations without the control, sorted."""
+        return sorted(set(self.perturbation) - {self.design.control})
+
+    @cached_property
+    def _by_name(self) -> np.ndarray:
+        return np.argsort(self.names.to_numpy(dtype=str), kind="stable")
+
+    def in_order(self, mask: np.ndarray) -> np.ndarray:
+        """Row numbers of the marked cells in the order of their names: the order of a file then changes nothing."""
+        return self._by_name[mask[self._by_name]]
+
+    def pairs(self, mask: np.ndarray | None = None) -> dict[tuple[str, str], np.ndarray]:
+        """Rows of every (context, perturbation), in the order of cell names; the pairs come sorted."""
+        rows = self._by_name if mask is None else self.in_order(mask)
+        n = len(self.perturbation.categories)
+        codes = self.context.codes[rows].astype(np.int64) * n + self.perturbation.codes[rows]
+        found, counts = np.unique(codes, return_counts=True)
+        cells = np.split(rows[np.argsort(codes, kind="stable")], np.cumsum(counts)[:-1])
+        names = [(str(self.context.categories[c // n]), str(self.perturbation.categories[c % n])) for c in found]
+        return dict(zip(names, cells, strict=True))
+
+    def controls(self, context: str | None = None) -> dict[str, np.ndarray]:
+        """Rows of the control cells of one context or of each, in the order of cell names.
+
+        Raises
+        ------
+        KeyError
+            If there are none, or none in that context.
+        ValueError
+            For a `context` where the design has no contexts.
+        """
+        self.require_control()
+        if context is not None and self.design.context_key is None:
+            raise ValueError(f"context={context!r} was given, but the design has no contexts: state context_key.")
+        found = {c: rows for (c, _), rows in self.pairs(self.is_control).items()}
+        if context is None:
+            return found
+        if context not in found:
+            raise unknown_name("context", context, found, "It needs control cells to start from.")
+        return {context: found[context]}
+
+    def targets(self) -> list[str]:
+        """Genes (of `var_names`) that perturbations are named after, sorted; labels of test cells choose none."""
+        labels = set(self.perturbation[self.split != "test"])
+        wanted = {part for label in labels for part in parts(label, self.design.control)}
+        here = self.target_names
+        return sorted(here.index[here.isin(wanted) | here.index.isin(wanted)])
+
+    def registry(self, model: str) -> dict:
+        """Return what scvi-tools would have registered of these cells, for a model that is built from a screen alone."""
+        states = {
+            "X": {"column_names": [str(g) for g in self.genes]},
+            "perturbation": {"categorical_mapping": [*self.perturbation_names, self.design.control]},
+            "context": {"categorical_mapping": self.context_names},
+            "batch": {"categorical_mapping": self.batch_names},
+        }
+        setup = {**dataclasses.asdict(self.design), "modality": "rna"}
+        summaries = {} if self.rep is None else {"rep": {"n_rep": self.rep.shape[1]}}
+        return scvi_registry(model, setup, states | dict.fromkeys(summaries, {}), summaries)
+
+    # -- parts of it --------------------------------------------------------------------------------------------------
+
+    def take(self, rows: np.ndarray) -> Screen:
+        """Return some of the cells: row numbers or a mask."""
+        rows = np.flatnonzero(rows) if np.asarray(rows).dtype == bool else np.asarray(rows)
+        return dataclasses.replace(
+            self,
+            names=self.names[rows],
+            perturbation=self.perturbation[rows],
+            context=self.context[rows],
+            batch=None if self.batch is None else self.batch[rows],
+            split=self.split[rows],
+            expression=self.expression.take(rows),
+            rep=None if self.rep is None else self.rep[rows],
+        )
+
+    def select(self, genes: Sequence[str]) -> Screen:
+        """Return the same cells with some of the genes, by name and in this order."""
+        return dataclasses.replace(self, expression=self.expression.select(genes))
+
+    def with_split(self, split: np.ndarray) -> Screen:
+        """Return the same cells in other parts."""
+        return dataclasses.replace(self, split=split)
+
+    def hold_out(self, fraction: float, seed: int = 0) -> Screen:
+        """Mark that share of the training cells of every context and perturbation "val", rounded down, by name."""
+        rng = np.random.default_rng(seed)
+        split = self.split.copy()
+        for rows in self.pairs(self.is_train).values():
+            split[rng.permutation(rows)[: int(fraction * len(rows))]] = "val"
+        return self.with_split(split)
+
+    def groups(self, mask: np.ndarray) -> CellGroups:
+        """Match the marked cells of each context and perturbation to control cells of their context and batch.
+
+        Control cells are drawn from those that are not "test". Cells of a batch without any are matched to those of
+        the whole context. The control is a group too: a network learns that no perturbation changes nothing.
+        """
+        self.check_controls(mask)
+        pools = {c: rows for (c, _), rows in self.pairs(self.is_control & (self.split != "test")).items()}
+        batch = np.zeros(self.n_cells, int) if self.batch is None else self.batch.codes.astype(int)
+        groups, unmatched = CellGroups.empty(), 0
+        number: dict[tuple[str, int], int] = {}
+        for (context, perturbation), rows in self.pairs(mask).items():
+            pool_of = np.empty(len(rows), int)
+            for b in np.unique(batch[rows]):
+                if (context, b) not in number:
+                    matched = pools[context][batch[pools[context]] == b] if self.batch is not None else pools[context]
+                    unmatched += 0 if len(matched) else int((batch[rows] == b).sum())
+                    groups.pools.append(matched if len(matched) else pools[context])
+                    number[context, b] = len(groups.pools) - 1
+                pool_of[batch[rows] == b] = number[context, b]
+            groups.add(perturbation, context, rows, pool_of)
+        if unmatched:
+            logger.warning(
+                "%d cells lie in batches without control cells; controls of their context stand in.", unmatched
+            )
+        return groups
+
+    # -- checks -------------------------------------------------------------------------------------------------------
+
+    def require_unique_names(self) -> None:
+        """Raise where two cells have one name: what is drawn goes by names."""
+        if not self.names.is_unique:
+            raise ValueError("obs_names repeats cells. Run `adata.obs_names_make_unique()` first.")
+
+    def require_control(self) -> None:
+        """Raise unless there are control cells."""
+        if not self.is_control.any():
+            names = sorted(set(self.perturbation))
+            raise unknown_name("control", self.design.control, names, "It labels the unperturbed cells.")
+
+    def check_controls(self, mask: np.ndarray) -> None:
+        """Raise for a context of the marked cells that has no control cells to start from."""
+        there = set(self.context[self.is_control & (self.split != "test")])
+        for context in sorted(set(self.context[mask])):
+            if context not in there:
+                raise ValueError(
+                    f"context {context!r} has no control cells ({self.design.control!r}) to start from. Drop it or add "
+                    "controls."
+                )
+
+
+def scvi_registry(
+    model: str, setup: dict, states: dict[str, dict], summaries: dict[str, dict] | None = None
+) -> dict:
+    """Return a registry of scvi-tools for data that is not in an AnnData: state and summary by field."""
+    return {
+        "scvi_version": version("scvi-tools"),
+        "model_name": model,
+        "setup_method_name": "setup_anndata",
+        "setup_args": setup,
+        "field_registries": {
+            name: {"data_registry": {}, "state_registry": state, "summary_stats": (summaries or {}).get(name, {})}
+            for name, state in states.items()
+        },
+    }
+
+
+def _library_size(data: AnnData | MuData, design: Design, prefix: str, modality: str) -> np.ndarray | None:
+    key = design.library_size_key
+    if key is None or design.scale == "log1p":
+        return None
+    try:
+        column = obs_column(data, key, argument=f"{prefix}library_size_key", modality=modality)
+    except KeyError as error:
+        raise type(error)(f"{error} Leave it out for row sums.") from error
+    if not pd.api.types.is_numeric_dtype(column):
+        raise ValueError(f"library_size_key={key!r} is a column of {column.dtype} and not of numbers.")
+    return column.to_numpy(dtype=np.float64)
+
+
+def _embedding(adata: AnnData, key: str | None) -> np.ndarray | None:
+    if key is None:
+        return None
+    if key not in adata.obsm:
+        remedy = "Run `vc.tl.embed(adata, model)` first." if key == X_STATE else "Compute it first."
+        raise unknown_name("use_rep", key, adata.obsm, remedy)
+    values = adata.obsm[key]
+    values = values.toarray() if sparse.issparse(values) else np.asarray(values)
+    return values.astype(np.float32, copy=False)
+
+
+def _target_names(adata: AnnData, gene_key: str | None) -> pd.Series:
+    if gene_key is None:
+        return pd.Series(adata.var_names, index=adata.var_names)
+    if gene_key not in adata.var:
+        raise unknown_name("gene_key", gene_key, adata.var.columns, "Leave it out to match genes by var_names.")
+    return adata.var[gene_key].astype(str)
