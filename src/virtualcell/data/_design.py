@@ -72,6 +72,15 @@ class Design:
         check_library_sizes(stated.get("scale", self.scale), stated.get("library_size_key"))
         return dataclasses.replace(self, **stated)
 
+    def plain(self) -> Design:
+        """Return the design without what only models look at: batch, split, names of genes, embedding."""
+        return dataclasses.replace(self, batch_key=None, split_key=None, gene_key=None, use_rep=None)
+
+    def of_predicted(self, scale: Scale = "log1p") -> Design:
+        """Return the design of cells that were predicted for such data, which have their expression in `X`."""
+        key = self.library_size_key if scale == "counts" else None
+        return dataclasses.replace(self.plain(), layer=None, scale=scale, library_size_key=key)
+
     @classmethod
     def from_data(cls, data: AnnData | MuData, *, modality: str = "rna", **stated: object) -> Design:
         """Take what the caller stated, and the rest from what `fit_state` noted in `uns["virtualcell"]`."""

@@ -57,6 +57,9 @@ class Expression:
         Name of the argument that `adata` was given as, for messages of calls with several.
     scale_argument
         Name of the argument that stated the scale, for messages.
+    measured
+        Whether the cells were measured. The totals of predicted cells scatter around `target_sum`, and are let be where
+        they do.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class Expression:
         genes: Sequence[str] | None = None,
         side: str = "",
         scale_argument: str = "scale",
+        measured: bool = True,
     ) -> None:
         check_scale(scale, scale_argument)
         name = "X" if layer is None else f"layers[{layer!r}]"
@@ -82,7 +86,7 @@ class Expression:
         self._columns: np.ndarray | None = None
         self._sizes, self._key = library_size, library_size_key
         self._checked = False
-        self._argument = scale_argument
+        self._argument, self._measured = scale_argument, measured
         self.scale, self.unit, self.target_sum, self.genes = scale, unit, target_sum, adata.var_names
         if genes is not None:
             self._columns, self.genes = columns_of(adata.var_names, genes), pd.Index(genes)
@@ -263,7 +267,7 @@ class Expression:
                 f"counts, with {self._argument}='counts'."
             )
         equal = len(totals) >= _FEW_CELLS and np.mean(np.abs(totals / median - 1) < 1e-3) > 0.9
-        if (equal and off > 0.01) or median > 1.05 * self.target_sum:
+        if (equal and off > 0.01) or (self._measured and median > 1.05 * self.target_sum):
             raise ValueError(
                 f"{stated} was normalised to {median:.4g} counts per cell (median) and not to {self.target_sum:g}: "
                 f"scanpy's normalize_total takes the median where target_sum is left out. {anew}"

@@ -71,6 +71,7 @@ class Screen:
         unit: Unit = "log1p",
         side: str = "",
         scale_argument: str = "scale",
+        measured: bool = True,
     ) -> Screen:
         """Read the labels of all cells; the matrix is looked at when rows are asked for.
 
@@ -83,7 +84,7 @@ class Screen:
             Which columns to read.
         modality
             Modality with the expression.
-        genes, unit, scale_argument
+        genes, unit, scale_argument, measured
             As in :class:`virtualcell.data._expression.Expression`.
         side
             Name of the argument that `data` was given as, for messages of calls with several.
@@ -125,6 +126,7 @@ class Screen:
                 genes=genes,
                 side=side,
                 scale_argument=scale_argument,
+                measured=measured,
             ),
             rep=_embedding(adata, design.use_rep),
             target_names=_target_names(adata, design.gene_key),
