@@ -160,6 +160,11 @@ class Screen:
         return self.split == "val"
 
     @cached_property
+    def is_known(self) -> np.ndarray:
+        """Mask of the cells that effects are measured on: training cells, and all control cells that are not "test"."""
+        return self.is_train | (self.is_control & (self.split != "test"))
+
+    @cached_property
     def batch_names(self) -> list[str]:
         """Names of the batches, sorted; none where the design has none."""
         return [] if self.batch is None else sorted(set(self.batch))

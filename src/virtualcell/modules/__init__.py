@@ -2,22 +2,10 @@
 
 from virtualcell.modules._losses import energy_distance, mean_distance, se_loss, set_loss, sinkhorn_divergence, st_loss
 from virtualcell.modules._se import SEConfig, SENetwork
-from virtualcell.modules._st import (
-    PRIOR_WEIGHT,
-    PRIOR_WEIGHT_UNSEEN,
-    Ensemble,
-    Prior,
-    STConfig,
-    STNetwork,
-    STOutput,
-    networks,
-)
+from virtualcell.modules._st import Ensemble, STConfig, STNetwork, STOutput, networks
 
 __all__ = [
-    "PRIOR_WEIGHT",
-    "PRIOR_WEIGHT_UNSEEN",
     "Ensemble",
-    "Prior",
     "SEConfig",
     "SENetwork",
     "STConfig",

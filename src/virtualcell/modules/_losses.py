@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from virtualcell.modules._se import SENetwork
-from virtualcell.modules._st import Ensemble, Prior, STNetwork
+from virtualcell.modules._st import Ensemble, STNetwork
 
 
 def _distances(x: Tensor, y: Tensor) -> Tensor:
@@ -95,43 +95,65 @@ def contrast(predicted: Tensor, batch: dict[str, Tensor], temperature: float = 0
     """Tell the sets of a batch apart: cross-entropy of the cosines between predicted and observed effects of the mean.
 
     Every prediction has to lie nearer to the effect of its own set than to those of other perturbations (InfoNCE, van
-    den Oord et al. 2018); sets of the same perturbation do not count against each other.
+    den Oord et al. 2018); sets of the same perturbation do not count against each other. Where several processes share
+    a batch, each compares its predictions with the observed sets of all, and the mean over processes is the loss of the
+    whole batch.
     """
     base = batch["control"].float().mean(dim=1)
     effect, target = (F.normalize(x.float().mean(dim=1) - base, dim=-1) for x in (predicted, batch["perturbed"]))
-    vectors = batch["perturbation"]
-    same = (vectors.unsqueeze(0) == vectors.unsqueeze(1)).all(dim=-1)
-    itself = torch.eye(len(vectors), dtype=torch.bool, device=vectors.device)
-    scores = (effect @ target.T / temperature).masked_fill(same & ~itself, -torch.inf)
-    losses = F.cross_entropy(scores, torch.arange(len(vectors), device=vectors.device), reduction="none")
+    own = batch["perturbation"]
+    (targets, vectors), first, n_processes = _from_all_processes(target, own)
+    rows = torch.arange(first, first + len(own), device=own.device)
+    same = (own.unsqueeze(1) == vectors.unsqueeze(0)).all(dim=-1)
+    itself = rows.unsqueeze(1) == torch.arange(len(vectors), device=own.device)
+    scores = (effect @ targets.T / temperature).masked_fill(same & ~itself, -torch.inf)
+    losses = F.cross_entropy(scores, rows, reduction="none")
     perturbed = vectors.any(dim=-1)  # the control has no effect and so no direction
-    return (losses * perturbed).sum() / perturbed.sum().clamp_min(1)
+    return (losses * perturbed[rows]).sum() * n_processes / perturbed.sum().clamp_min(1)
+
+
+def _from_all_processes(*tensors: Tensor) -> tuple[list[Tensor], int, int]:
+    """Tensors of all processes one after another, where those of this one begin, and the number of processes."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return list(tensors), 0, 1
+    rank, n = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    gathered = []
+    for tensor in tensors:
+        parts = [torch.empty_like(tensor) for _ in range(n)]
+        torch.distributed.all_gather(parts, tensor.detach().contiguous())
+        gathered.append(torch.cat(parts))
+    return gathered, rank * len(tensors[0]), n
 
 
 def st_loss(
-    network: STNetwork, batch: dict[str, Tensor], *, kind: str, mean_weight: float, contrast_weight: float = 0.0
+    network: STNetwork | Ensemble,
+    batch: dict[str, Tensor],
+    *,
+    kind: str = "energy",
+    mean_weight: float = 0.0,
+    contrast_weight: float = 0.0,
 ) -> dict[str, Tensor]:
     """Mean set loss over the heads, plus that of decoded genes (weight 1) and of the confidence token, where any are.
 
-    Heads are trained each by itself: pooled, one would learn to make up for the other's errors on cells it has seen.
+    Heads, and the networks of an ensemble, are trained each by itself: averaged, one would learn to make up for the
+    other's errors on cells it has seen.
     """
     if isinstance(network, Ensemble):
-        members = [
-            st_loss(m, batch, kind=kind, mean_weight=mean_weight, contrast_weight=contrast_weight)
-            for m in network.members
-        ]
-        return {name: torch.stack([losses[name] for losses in members]).mean() for name in members[0]}
-    prior = Prior(batch["prior_scale"], batch["prior_shift"]) if "prior_scale" in batch else None
-    out = network(batch["control"], batch["perturbation"], batch["batch"], prior)
-    per_set = torch.stack(
-        [set_loss(cells, batch["perturbed"], kind=kind, mean_weight=mean_weight) for cells in out.learned]
-    ).mean(dim=0)
+        options = {"kind": kind, "mean_weight": mean_weight, "contrast_weight": contrast_weight}
+        each = [st_loss(one, batch, **options) for one in network.networks]
+        return {name: torch.stack([losses[name] for losses in each]).mean() for name in each[0]}
+    out = network(batch["control"], batch["perturbation"], batch.get("batch"))
+
+    def distance(cells: list[Tensor], target: Tensor) -> Tensor:
+        return torch.stack([set_loss(c, target, kind=kind, mean_weight=mean_weight) for c in cells]).mean(dim=0)
+
+    per_set = distance(out.heads, batch["perturbed"])
     losses = {"loss": per_set.mean()}
     if contrast_weight:
-        losses["loss_contrast"] = torch.stack([contrast(cells, batch) for cells in out.learned]).mean()
+        losses["loss_contrast"] = torch.stack([contrast(cells, batch) for cells in out.heads]).mean()
         losses["loss"] = losses["loss"] + contrast_weight * losses["loss_contrast"]
-    if out.genes is not None:
-        losses["loss_genes"] = set_loss(out.genes, batch["genes"], kind=kind, mean_weight=mean_weight).mean()
+    if "genes" in batch:
+        losses["loss_genes"] = distance([network.decode(cells) for cells in out.heads], batch["genes"]).mean()
         losses["loss"] = losses["loss"] + losses["loss_genes"]
     if out.confidence is not None:
         losses["loss_confidence"] = F.mse_loss(out.confidence, 10 * per_set.detach())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, NamedTuple
@@ -12,8 +11,9 @@ from torch import Tensor, nn
 
 from virtualcell.modules._transformer import Llama, mlp
 
-Residual = Literal["both", "expression", "hidden", "all", "none"]
-_RESIDUALS = ("both", "expression", "hidden", "all", "none")
+Head = Literal["both", "shift", "level", "all", "none"]
+_HEADS = ("both", "shift", "level", "all", "none")
+_SHIFTS = ("both", "shift")
 
 
 @dataclass(frozen=True)
@@ -27,22 +27,17 @@ class STConfig:
     n_perturbation
         Width of a perturbation's vector (one-hot or features).
     n_hidden, n_layers, n_heads, head_dim, n_feedforward
-        The Llama backbone. `head_dim` need not be `n_hidden / n_heads`.
+        Sizes of the Llama backbone. `head_dim` need not be `n_hidden / n_heads`.
     n_encoder_layers, n_decoder_layers, dropout
-        The MLPs before and behind it.
+        Layers and dropout of the MLPs before and behind it.
     perturbation_dropout
         Share of the training sets whose perturbation is shown as an average one, by the last entry of its vector alone
         (which counts perturbations): what the network then knows by heart of single features is less.
-    residual
-        Where the control cells come in again, with b = backbone output and c = control encoding:
-        "expression": control + W(b), last layer of W starting at zero (the untrained model predicts no change);
-        "hidden": V(b + c), as published; "both" (our default): the two as separate heads on one backbone, see
-        :func:`pool`; "all": U(W(b) + control) with a bottleneck U, as published for all genes; "none": W(b).
-    prior
-        What a baseline knows is given to the network as a :class:`Prior`. "similar" (our default): its prediction is
-        pooled with that of the heads (1/3, or 2/3 of a perturbation that was never measured), and takes no part in
-        training; "additive": the learned shift comes on top of it,
-        control + prior + W(b).
+    head
+        How cells are predicted from b = backbone output and c = control encoding. `"shift"`: control + W(b), where the
+        last layer of W starts at zero (the untrained model predicts no change); `"level"`: V(b + c), as published;
+        `"both"` (our default): the two as separate heads on one backbone; `"all"`: U(W(b) + control) with a bottleneck
+        U, as published for all genes; `"none"`: W(b).
     relu
         Expression is not negative: apply ReLU to the prediction.
     control_projection
@@ -65,8 +60,7 @@ class STConfig:
     n_decoder_layers: int = 2
     dropout: float = 0.1
     perturbation_dropout: float = 0.0
-    residual: Residual = "expression"
-    prior: Literal["similar", "additive"] | None = None
+    head: Head = "shift"
     relu: bool = True
     control_projection: bool = True
     n_batches: int = 0
@@ -78,76 +72,25 @@ class STConfig:
     decoder_dropout: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.residual not in _RESIDUALS:
-            raise ValueError(f"residual={self.residual!r} is unknown; valid are {list(_RESIDUALS)}.")
-        if self.prior not in (None, "similar", "additive"):
-            raise ValueError(f"prior={self.prior!r} is unknown; valid are 'similar', 'additive' and None.")
-        if self.prior == "additive" and self.residual not in ("both", "expression"):
-            raise ValueError(f"prior='additive' is added to the control cells, which residual={self.residual!r} drops.")
-        if self.residual in ("both", "expression", "all") and self.n_input != self.n_output:
+        if self.head not in _HEADS:
+            raise ValueError(f"head={self.head!r} is unknown; valid are {list(_HEADS)}.")
+        if self.head in (*_SHIFTS, "all") and self.n_input != self.n_output:
             raise ValueError(
-                f"residual={self.residual!r} adds the control cells to the prediction and needs n_input == n_output, "
-                f"got {self.n_input} and {self.n_output}. Use residual='hidden'."
+                f"head={self.head!r} adds the control cells to the prediction and needs n_input == n_output, got "
+                f"{self.n_input} and {self.n_output}. Use head='level'."
             )
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """Names of the heads, in the order in which the network returns their predictions."""
+        return ("shift", "level") if self.head == "both" else (self.head,)
 
 
 class STOutput(NamedTuple):
-    """Predicted cells (B, S, n_output), and the single predictions that they were pooled from, each of that shape.
+    """What each head predicts, (B, S, n_output), and the predicted loss, (B,), of a network with a confidence token."""
 
-    Genes (B, S, n_genes) and confidence (B,), the predicted loss, where the network has them.
-    """
-
-    cells: Tensor
-    genes: Tensor | None
-    confidence: Tensor | None
-    learned: tuple[Tensor, ...] = ()  # what is trained, one for each head
-    baseline: Tensor | None = None  # of the prior
-
-
-# Share of a "similar" prior beside the heads. Of a perturbation that was never measured the heads know less: both lean
-# on one encoding of its features, while the regression of the prior chose its penalty by leaving perturbations out.
-PRIOR_WEIGHT, PRIOR_WEIGHT_UNSEEN = 1 / 3, 2 / 3
-_MOST_RAISE = 2.0  # factor by which expressed genes are raised before anything is added to silent ones
-
-
-class Prior(NamedTuple):
-    """What a baseline predicts, control * scale + shift, both (B, n_output), and its share in the average."""
-
-    scale: Tensor
-    shift: Tensor
-    weight: float = PRIOR_WEIGHT
-
-    def __call__(self, control: Tensor) -> Tensor:
-        return control * self.scale.unsqueeze(1) + self.shift.unsqueeze(1)
-
-
-def pool(predictions: Sequence[Tensor], weights: Tensor, *, nonnegative: bool = True) -> Tensor:
-    """Give the first set of cells the weighted mean of several predictions' means; (B, S, G) each, weights sum to 1.
-
-    A single head errs in its own way (a shift keeps the sampling noise of the control cells, a level predicted from the
-    encoding loses their scatter), so the average of the means is better than any, while the scatter of the cells
-    is that of the first. Expression (`nonnegative`) is moved by a factor, which leaves zeros zero, and what a factor of
-    2 cannot raise is added; embeddings are shifted.
-    """
-    cells = predictions[0]
-    mean = cells.mean(dim=1, keepdim=True)
-    wanted = sum(w * p.mean(dim=1, keepdim=True) for w, p in zip(weights, predictions, strict=True))
-    if not nonnegative:
-        return cells + wanted - mean
-    factor = (wanted / mean.clamp_min(1e-8)).clamp_max(_MOST_RAISE)
-    return cells * factor + (wanted - mean * factor).clamp_min(0)
-
-
-def _combine(
-    heads: list[Tensor], head_weights: Tensor, baseline: Tensor | None, prior: Prior | None, *, nonnegative: bool
-) -> Tensor:
-    """Pool the heads, and what a prior predicts, with its share, where there is one."""
-    if len(heads) == 1 and baseline is None:
-        return heads[0]
-    if baseline is None:
-        return pool(heads, head_weights, nonnegative=nonnegative)
-    weights = torch.cat([head_weights * (1 - prior.weight), head_weights.new_tensor([prior.weight])])
-    return pool([*heads, baseline], weights, nonnegative=nonnegative)
+    heads: tuple[Tensor, ...]
+    confidence: Tensor | None = None
 
 
 class ConfidenceToken(nn.Module):
@@ -203,9 +146,8 @@ class STNetwork(nn.Module):
         )
         self.transformer_backbone = Llama(c.n_layers, h, c.n_heads, c.head_dim, c.n_feedforward)
         self.project_out = mlp(h, h, c.n_output, c.n_decoder_layers, c.dropout)
-        if c.residual == "both":
+        if c.head == "both":
             self.project_level = mlp(h, h, c.n_output, c.n_decoder_layers, c.dropout)
-            self.register_buffer("head_weights", torch.full((2,), 0.5))  # in the average; set after training
             nn.init.zeros_(self.project_level[-1].bias)  # set before training: what is zero starts at the mean cell
         if c.n_batches:
             self.batch_encoder = nn.Embedding(c.n_batches, h)
@@ -213,7 +155,7 @@ class STNetwork(nn.Module):
             self.batch_token = nn.Parameter(torch.randn(1, 1, h) * 0.02)
         if c.confidence_token:
             self.confidence_token = ConfidenceToken(h, c.dropout)
-        if c.residual == "all":
+        if c.head == "all":
             narrow = c.n_output // 8
             self.final_down_then_up = nn.Sequential(
                 nn.Linear(c.n_output, narrow), nn.GELU(), nn.Linear(narrow, c.n_output)
@@ -224,13 +166,11 @@ class STNetwork(nn.Module):
             )
         # a one-hot vector has length 1, not the sqrt(n) of unit-variance inputs that the default start reckons with
         nn.init.uniform_(self.pert_encoder[0].weight, -1, 1)
-        if c.residual in ("both", "expression"):
+        if c.head in _SHIFTS:
             nn.init.zeros_(self.project_out[-1].weight)
             nn.init.zeros_(self.project_out[-1].bias)
 
-    def forward(
-        self, control: Tensor, perturbation: Tensor, batch: Tensor | None = None, prior: Prior | None = None
-    ) -> STOutput:
+    def forward(self, control: Tensor, perturbation: Tensor, batch: Tensor | None = None) -> STOutput:
         """Predict from controls (B, S, n_input), perturbations (B, n_perturbation) and batch codes (B,) or (B, S)."""
         c = self.config
         if self.training and c.perturbation_dropout:
@@ -252,55 +192,36 @@ class STNetwork(nn.Module):
         confidence = self.confidence_token(x[:, -1]) if c.confidence_token else None
         x = x[:, n_front : n_front + control.shape[1]]
 
-        if c.residual in ("both", "expression"):
-            start = prior(control) if c.prior == "additive" and prior is not None else control
-            heads = [start + self.project_out(x)]
-            if c.residual == "both":
+        if c.head in _SHIFTS:
+            heads = [control + self.project_out(x)]
+            if c.head == "both":
                 heads.append(self.project_level(x + control_code))
-        elif c.residual == "hidden":
+        elif c.head == "level":
             heads = [self.project_out(x + control_code)]
-        elif c.residual == "all":
+        elif c.head == "all":
             heads = [self.final_down_then_up(self.project_out(x) + control)]
         else:
             heads = [self.project_out(x)]
-        baseline = prior(control) if c.prior == "similar" and prior is not None else None
         if c.relu:
             # clamp, not relu: its gradient at exactly 0 is 1, so that a gene silent in the controls can be switched on
             # by a network that starts at "no change"
             heads = [cells.clamp_min(0) for cells in heads]
-            baseline = None if baseline is None else baseline.clamp_min(0)
-        weights = self.head_weights if len(heads) > 1 else control.new_ones(1)
-        cells = _combine(heads, weights, baseline, prior, nonnegative=c.relu)
-        genes = self.gene_decoder(cells) if c.n_genes else None
-        return STOutput(cells, genes, confidence, tuple(heads), baseline)
+        return STOutput(tuple(heads), confidence)
+
+    def decode(self, cells: Tensor) -> Tensor:
+        """Genes (..., n_genes) of predicted embeddings (..., n_output), for a network in embedding space."""
+        return self.gene_decoder(cells)
 
 
 class Ensemble(nn.Module):
-    """Networks of one configuration and different first weights; each head is the average over the members."""
+    """Networks of one configuration and different first weights, trained side by side."""
 
-    def __init__(self, config: STConfig, n_members: int) -> None:
+    def __init__(self, config: STConfig, n_networks: int) -> None:
         super().__init__()
         self.config = config
-        self.members = nn.ModuleList(STNetwork(config) for _ in range(n_members))
-
-    def forward(
-        self, control: Tensor, perturbation: Tensor, batch: Tensor | None = None, prior: Prior | None = None
-    ) -> STOutput:
-        """Predict as :class:`STNetwork` does."""
-        outs = [member(control, perturbation, batch, prior) for member in self.members]
-        heads = [torch.stack(cells).mean(dim=0) for cells in zip(*(out.learned for out in outs), strict=True)]
-        baseline = outs[0].baseline
-        weights = (
-            torch.stack([m.head_weights for m in self.members]).mean(dim=0) if len(heads) > 1 else control.new_ones(1)
-        )
-        cells = _combine(heads, weights, baseline, prior, nonnegative=self.config.relu)
-        genes, confidence = (
-            None if getattr(outs[0], name) is None else torch.stack([getattr(out, name) for out in outs]).mean(dim=0)
-            for name in ("genes", "confidence")
-        )
-        return STOutput(cells, genes, confidence, tuple(h for out in outs for h in out.learned), baseline)
+        self.networks = nn.ModuleList(STNetwork(config) for _ in range(n_networks))
 
 
 def networks(module: STNetwork | Ensemble) -> list[STNetwork]:
-    """List the members of an ensemble, or the one network."""
-    return list(module.members) if isinstance(module, Ensemble) else [module]
+    """List the networks of an ensemble, or the one network."""
+    return list(module.networks) if isinstance(module, Ensemble) else [module]
