@@ -11,8 +11,8 @@ from anndata import AnnData
 from matplotlib.axes import Axes
 from matplotlib.text import Text
 
-from virtualcell._design import Design
-from virtualcell.data._matrix import log_expression
+from virtualcell.data._design import Design
+from virtualcell.data._screen import Screen
 
 matplotlib.use("Agg")
 
@@ -49,7 +49,7 @@ def predict():
 
     def predict(adata: AnnData, perturbation: str, *, contexts: list[str]) -> AnnData:
         design = Design.from_data(adata)
-        expression = log_expression(adata, library_size_key=design.library_size_key).toarray()
+        expression = Screen.from_anndata(adata, design).expression.rows().toarray()
         target = adata.obs[design.perturbation_key].astype(str).to_numpy()
         parts = []
         for context in contexts:

@@ -32,6 +32,13 @@ def test_curves_and_the_best_epoch(history):
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("epoch", "loss")
 
 
+def test_a_history_over_steps_says_so(history):
+    steps = {k: pd.DataFrame(v).rename_axis("step") for k, v in history.items()}
+    ax = vc.pl.training_history(steps)
+    assert ax.get_xlabel() == "step"
+    assert ax.get_legend().texts[-1].get_text() == "lowest: 3 (step 12)"
+
+
 def test_metrics_are_chosen_and_axes_are_used(history):
     _, ax = plt.subplots()
     assert vc.pl.training_history(history, metrics=["lr"], ax=ax) is ax

@@ -6,7 +6,8 @@ import pytest
 from matplotlib.colors import to_rgba
 
 import virtualcell as vc
-from virtualcell.data._matrix import log_expression
+from virtualcell.data._design import Design
+from virtualcell.data._screen import Screen
 from virtualcell.pl._style import OBSERVED, PREDICTED
 
 
@@ -19,7 +20,8 @@ def arrows(ax, colour):
 def planes(adata, predicted, contexts):
     """Project by the singular vectors of the centred observed matrix: what PCA is."""
     use = adata[adata.obs["batch"].isin(contexts) & adata.obs["target_gene"].isin(["STAT1", "non-targeting"])]
-    x = log_expression(use, genes=predicted.var_names, library_size_key="total_counts").toarray().astype(float)
+    screen = Screen.from_anndata(use, Design.from_data(use), genes=predicted.var_names)
+    x = screen.expression.rows().toarray().astype(float)
     _, _, v = np.linalg.svd(x - x.mean(0), full_matrices=False)
     return use, (x - x.mean(0)) @ v[:2].T, (predicted.X - x.mean(0)) @ v[:2].T
 

@@ -60,7 +60,7 @@ def test_design_comes_from_the_split(norman):
     ours = {k: v for k, v in KEYS.items() if k != "context_key"}
     vc.pp.split(norman, **ours, holdout={"perturbations": ["PLK4"]})
     ax = vc.pl.split(norman)
-    assert [t.get_text() for t in ax.get_xticklabels()] == ["all cells"]
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["(all)"]
     drawn = tiles(ax).query("part == 'test'")
     plk4 = [t.get_text() for t in ax.get_yticklabels()].index("PLK4")
     assert drawn[["row", "column", "width"]].to_numpy().tolist() == [[plk4, 0, 1.0]]

@@ -7,17 +7,20 @@ from anndata import AnnData
 from matplotlib.axes import Axes
 from mudata import MuData
 
-from virtualcell._design import Design, Scale
-from virtualcell.pl import _style as style
+from virtualcell.data._design import Scale
+from virtualcell.data._screen import Screen
+from virtualcell.metrics._de import log2_fold_change
+from virtualcell.metrics._profiles import largest
 from virtualcell.pl._common import (
-    Cells,
-    cell_labels,
     chosen,
-    observed_cells,
-    predicted_cells,
-    require_controls,
+    contexts_of,
+    mean_profile,
+    observed_design,
+    predicted_screen,
     title,
+    with_controls,
 )
+from virtualcell.pl._style import BLACK, BLUE, GREY, VERMILLION, axes_or_new, despine, legend_below, place_labels
 
 
 def de_agreement(
@@ -79,39 +82,37 @@ def de_agreement(
     ValueError
         If `n_top` is not between 1 and the number of genes.
     """
-    design = Design.from_data(
-        observed, modality=modality, perturbation_key=perturbation_key, control=control, context_key=context_key,
-        layer=layer, scale=scale, library_size_key=library_size_key,
+    design = observed_design(
+        observed, modality, perturbation_key=perturbation_key, control=control, context_key=context_key, layer=layer,
+        scale=scale, library_size_key=library_size_key,
     )  # fmt: skip
     if not 1 <= n_top <= predicted.n_vars:
         raise ValueError(f"n_top={n_top} must lie between 1 and {predicted.n_vars}, the number of predicted genes.")
-    guess = predicted_cells(predicted, design, perturbation=perturbation, context=context)
+    guess = predicted_screen(predicted, design)
+    remedy = "Predict it first: `vc.tl.predict_perturbation`."
+    guess = guess.take(chosen(guess, perturbation=perturbation, context=context, remedy=remedy))
+    screen = Screen.from_anndata(observed, design, modality=modality)
     remedy = "It was predicted, but there are no measured cells to compare with."
-    names, where = cell_labels(observed, design, modality)
-    chosen(names, where, design, perturbation=perturbation, context=context, remedy=remedy)
-    cells = observed_cells(
-        observed, design, perturbation=perturbation, contexts=guess.contexts_of(perturbation),
-        genes=predicted.var_names, modality=modality,
-    )  # fmt: skip
-    contexts = cells.contexts_of(perturbation)
+    chosen(screen, perturbation=perturbation, context=context, remedy=remedy)
+    predicted_in, measured_in = contexts_of(guess, perturbation), contexts_of(screen, perturbation)
+    contexts = [c for c in predicted_in if c in measured_in]
     if not contexts:
         raise ValueError(
-            f"perturbation={perturbation!r} was predicted in {guess.contexts_of(perturbation)}, but measured only in "
-            f"{sorted(set(where[names == perturbation]))}. Predict it in one of these."
+            f"perturbation={perturbation!r} was predicted in {predicted_in}, but measured only in {measured_in}. "
+            "Predict it in one of these."
         )
-    require_controls(cells, design, contexts)
+    screen = with_controls(screen, perturbation, contexts).select(predicted.var_names)
 
-    expected = _effect(guess, cells, perturbation, design.control, contexts)
-    measured = _effect(cells, cells, perturbation, design.control, contexts)
+    expected, measured = (_effect(cells, screen, perturbation, contexts) for cells in (guess, screen))
     top_expected, top_measured = (_largest(e, n_top) for e in (expected, measured))
     both = top_expected & top_measured
 
-    ax = style.axes_or_new(ax, figsize=(5.2, 5.2))
+    ax = axes_or_new(ax, figsize=(5.2, 5.2))
     for label, rows, colour in (
-        ("neither", ~(top_expected | top_measured), style.GREY),
-        ("observed only", top_measured & ~both, style.BLUE),
-        ("predicted only", top_expected & ~both, style.VERMILLION),
-        ("both", both, style.BLACK),
+        ("neither", ~(top_expected | top_measured), GREY),
+        ("observed only", top_measured & ~both, BLUE),
+        ("predicted only", top_expected & ~both, VERMILLION),
+        ("both", both, BLACK),
     ):
         ax.scatter(measured[rows], expected[rows], s=16, c=colour, alpha=0.7, lw=0, label=f"{label} ({rows.sum():,})")
     points = np.column_stack([measured, expected])
@@ -123,24 +124,25 @@ def de_agreement(
     ax.set_ylabel("predicted log$_2$ FC of 1 + CP10k")
     overlap = f"top {n_top}: {both.sum()} shared ({n_top**2 / len(both):.1f} by chance)"
     ax.set_title(f"{title(perturbation, context)}\n{_correlation(expected, measured)}, {overlap}", fontsize=10)
-    style.despine(ax)
-    style.legend_below(ax, columns=2)
+    despine(ax)
+    legend_below(ax, columns=2)
     ax.get_legend().set_title(f"among the {n_top} largest changes", prop={"size": 9})
-    top = np.argsort(-np.abs(points).max(axis=1), kind="stable")[:n_labels]
-    style.place_labels(ax, points[top], list(predicted.var_names[top]), avoid=points)
+    top = largest(np.abs(points).max(axis=1), n_labels)
+    place_labels(ax, points[top], list(predicted.var_names[top]), avoid=points)
     return ax
 
 
-def _effect(cells: Cells, reference: Cells, perturbation: str, control: str, contexts: list[str]) -> np.ndarray:
+def _effect(cells: Screen, reference: Screen, perturbation: str, contexts: list[str]) -> np.ndarray:
     """Log2 fold change of each gene against the control cells of `reference`, as the mean over contexts."""
-    changes = [cells.mean(perturbation, c) - reference.mean(control, c) for c in contexts]
-    return np.mean(changes, axis=0) / np.log(2)
+    control = reference.design.control
+    pairs = [(mean_profile(cells, perturbation, c), mean_profile(reference, control, c)) for c in contexts]
+    return np.mean([log2_fold_change(*pair, pseudocount=1) for pair in pairs], axis=0)
 
 
 def _largest(effect: np.ndarray, n: int) -> np.ndarray:
     """Mark the `n` largest absolute values."""
     marked = np.zeros(len(effect), dtype=bool)
-    marked[np.argsort(-np.abs(effect), kind="stable")[:n]] = True
+    marked[largest(np.abs(effect), n)] = True
     return marked
 
 

@@ -10,12 +10,12 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from virtualcell._errors import unknown_name
-from virtualcell.pl import _style as style
+from virtualcell.pl._style import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION, despine, legend_below
 
 _NEEDED = ["split", "seed", "source", "model", "context", "perturbation", "metric", "value"]
 _DEFAULT = ("pearson_delta", "mae", "energy_distance", "top50_overlap", "discrimination_cosine", "de_overlap")
-_COLOURS = (style.BLUE, style.ORANGE, style.PURPLE, style.SKY, style.VERMILLION, style.BLACK)  # of splits
-_FLOOR, _CEILING = style.GREY, style.GREEN
+_COLOURS = (BLUE, ORANGE, PURPLE, SKY, VERMILLION, BLACK)  # of splits
+_FLOOR, _CEILING = GREY, GREEN
 # Scores of which less is better.
 _LOSSES = (
     "mae",
@@ -99,7 +99,7 @@ def benchmark(
     for ax, metric in zip(axes, metrics, strict=True):
         _panel(ax, runs[runs["metric"] == metric], metric, models)
     if not own_figure or len(axes) == 1:
-        style.legend_below(axes[0], columns=3)
+        legend_below(axes[0], columns=3)
     else:
         _legend_of_figure(axes[0])
     return axes[0] if len(axes) == 1 else np.array(axes, dtype=object)
@@ -165,7 +165,7 @@ def _panel(ax: Axes, runs: pd.DataFrame, metric: str, models: Sequence[str]) -> 
             colour = _COLOURS[i % len(_COLOURS)]
             ax.scatter(values, height, s=16, c=colour, alpha=0.85, lw=0.4, ec="white", zorder=3, label=label)
         label = which if row == 0 else None
-        ax.plot([means.get(model, np.nan)] * 2, [row - 0.33, row + 0.33], c=style.BLACK, lw=1.8, zorder=4, label=label)
+        ax.plot([means.get(model, np.nan)] * 2, [row - 0.33, row + 0.33], c=BLACK, lw=1.8, zorder=4, label=label)
     ax.set(ylim=(len(models) - 0.4, -0.6), yticks=range(len(models)))
     ax.set_yticklabels(models)
     name = _NAMES.get(metric, metric)
@@ -182,7 +182,7 @@ def _panel(ax: Axes, runs: pd.DataFrame, metric: str, models: Sequence[str]) -> 
     _band(ax, ceilings, _CEILING, "ceiling", (0, (5, 2)), upwards=metric not in _LOSSES)
     ax.tick_params(axis="y", length=0)
     ax.locator_params(axis="x", nbins=5)
-    style.despine(ax)
+    despine(ax)
 
 
 def _band(ax: Axes, runs: pd.DataFrame, colour: str, label: str, dashes: tuple, *, upwards: bool) -> None:

@@ -8,10 +8,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from virtualcell._errors import unknown_name
-from virtualcell.pl import _style as style
+from virtualcell.pl._style import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILLION, axes_or_new, despine
 
 _NAMES = {"train_loss_epoch": "train", "train_loss": "train", "validation_loss": "validation", "val_loss": "validation"}
-_COLOURS = (style.BLUE, style.VERMILLION, style.GREEN, style.PURPLE, style.ORANGE, style.SKY, style.BLACK)
+_COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK)
 
 
 def training_history(
@@ -20,16 +20,17 @@ def training_history(
     metrics: Sequence[str] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Draw the training and the validation loss over the epochs.
+    """Draw the training and the validation loss over the steps, or the epochs, of a training.
 
-    A circle marks the epoch with the lowest validation loss.
+    A circle marks where the validation loss was lowest.
 
     Parameters
     ----------
     model
-        A trained model with a `history`, or that history: metric -> Series or one-column DataFrame over epochs.
+        A trained model with a `history`, or that history: metric -> Series or one-column DataFrame over "step" or
+        "epoch", as its index is named.
     metrics
-        Entries of the history to draw. By default the training and the validation loss.
+        Entries of the history to draw; by default the training and the validation loss.
     ax
         Axes to draw in; a new figure by default.
 
@@ -58,19 +59,20 @@ def training_history(
     if len(metrics) > len(_COLOURS):
         raise ValueError(f"{len(metrics)} metrics do not fit one picture; name at most {len(_COLOURS)}: metrics=.")
 
-    ax = style.axes_or_new(ax, figsize=(5.5, 3.6))
+    ax = axes_or_new(ax, figsize=(5.5, 3.6))
+    unit = next((h.index.name for m in metrics if (h := history[m]).index.name), "epoch")
     for metric, colour in zip(metrics, _COLOURS, strict=False):
-        # A metric that is logged every few epochs has gaps, which the line should bridge.
+        # A metric that is logged only now and then has gaps, which the line should bridge.
         curve = pd.DataFrame(history[metric]).iloc[:, 0].astype(float).dropna()
         label = _NAMES.get(metric, metric)
         ax.plot(curve.index, curve, color=colour, lw=1.8, marker="o" if len(curve) < 15 else None, ms=4, label=label)
         if label == "validation" and len(curve):
             best = curve.idxmin()
             ax.plot(best, curve[best], "o", ms=9, mfc="none", mec=colour, mew=1.6)
-            ax.lines[-1].set_label(f"lowest: {curve[best]:.4g} (epoch {best})")
-    ax.set_xlabel("epoch")
+            ax.lines[-1].set_label(f"lowest: {curve[best]:.4g} ({unit} {best})")
+    ax.set_xlabel(unit)
     ax.set_ylabel("loss" if all("loss" in m for m in metrics) else "value")
     ax.xaxis.get_major_locator().set_params(integer=True)
-    style.despine(ax)
+    despine(ax)
     ax.legend(frameon=False)
     return ax

@@ -7,18 +7,21 @@ import numpy as np
 from anndata import AnnData
 from matplotlib.axes import Axes
 from mudata import MuData
+from scipy import sparse
 from sklearn.decomposition import PCA
 
-from virtualcell._design import Design, Scale
-from virtualcell.pl import _style as style
+from virtualcell.data._design import Scale
+from virtualcell.data._screen import Screen
 from virtualcell.pl._common import (
-    EVERYWHERE,
-    cell_labels,
-    observed_cells,
-    predicted_cells,
-    require_controls,
+    chosen,
+    contexts_of,
+    mean_profile,
+    observed_design,
+    predicted_screen,
     title,
+    with_controls,
 )
+from virtualcell.pl._style import CONTROL, OBSERVED, PREDICTED, axes_or_new, despine, legend_below, place_labels
 
 
 def perturbation_shift(
@@ -79,42 +82,46 @@ def perturbation_shift(
     ValueError
         If `predicted` holds several perturbations and none was named.
     """
-    design = Design.from_data(
-        adata, modality=modality, perturbation_key=perturbation_key, control=control, context_key=context_key,
-        layer=layer, scale=scale, library_size_key=library_size_key,
+    design = observed_design(
+        adata, modality, perturbation_key=perturbation_key, control=control, context_key=context_key, layer=layer,
+        scale=scale, library_size_key=library_size_key,
     )  # fmt: skip
+    guess = predicted_screen(predicted, design)
     if perturbation is None:
-        perturbation = _only_perturbation(predicted, design)
-    guess = predicted_cells(predicted, design, perturbation=perturbation, context=context)
-    contexts = guess.contexts_of(perturbation)
-    observed = observed_cells(
-        adata, design, perturbation=perturbation, contexts=contexts, genes=predicted.var_names, modality=modality
-    )
-    require_controls(observed, design, contexts)
+        perturbation = _only_perturbation(guess)
+    remedy = "Predict it first: `vc.tl.predict_perturbation`."
+    guess = guess.take(chosen(guess, perturbation=perturbation, context=context, remedy=remedy))
+    contexts = contexts_of(guess, perturbation)
+    observed = Screen.from_anndata(adata, design, modality=modality)
+    observed = with_controls(observed, perturbation, contexts).select(predicted.var_names)
 
     first, second = (c - 1 for c in components)
-    rank = max(components)
-    if min(components) < 1 or rank >= min(observed.expression.shape):
+    rank, most = max(components), min(observed.n_cells, len(observed.genes)) - 1
+    if min(components) < 1 or rank > most:
         raise ValueError(
-            f"components={components} must lie between 1 and {min(observed.expression.shape) - 1}, the smaller of the "
-            "numbers of cells and genes less one."
+            f"components={components} must lie between 1 and {most}, the smaller of the numbers of cells and genes "
+            "less one."
         )
-    pca = PCA(rank, svd_solver="arpack", random_state=seed).fit(observed.expression)
+    expression = observed.expression.rows()
+    pca = PCA(rank, svd_solver="arpack", random_state=seed).fit(expression)
     share = pca.explained_variance_ratio_
 
-    def project(expression: np.ndarray) -> np.ndarray:
+    def project(expression: np.ndarray | sparse.csr_matrix) -> np.ndarray:
         return pca.transform(expression)[:, [first, second]]
 
-    measured = project(observed.expression)
+    def centre(screen: Screen, name: str, context: str) -> np.ndarray:
+        return project(mean_profile(screen, name, context)[None])[0]
+
+    measured = project(expression)
     treated = observed.perturbation == perturbation
     groups = [
-        (f"control ({np.sum(~treated):,})", style.CONTROL, measured[~treated]),
-        (f"observed ({np.sum(treated):,})", style.OBSERVED, measured[treated]),
-        (f"predicted ({len(guess.perturbation):,})", style.PREDICTED, project(guess.expression)),
+        (f"control ({np.sum(~treated):,})", CONTROL, measured[~treated]),
+        (f"observed ({np.sum(treated):,})", OBSERVED, measured[treated]),
+        (f"predicted ({guess.n_cells:,})", PREDICTED, project(guess.expression.rows().toarray())),
     ]
     groups = [g for g in groups if len(g[2])]
 
-    ax = style.axes_or_new(ax, figsize=(5.5, 4.8))
+    ax = axes_or_new(ax, figsize=(5.5, 4.8))
     points = np.vstack([g[2] for g in groups])
     colours = np.repeat([g[1] for g in groups], [len(g[2]) for g in groups])
     order = np.random.default_rng(seed).permutation(len(points))
@@ -124,25 +131,25 @@ def perturbation_shift(
 
     tips, starts = [], []
     for where in contexts:
-        start = project(observed.mean(design.control, where)[None])[0]
+        start = centre(observed, design.control, where)
         starts.append(start)
-        if where in observed.contexts_of(perturbation):
-            tips.append(_arrow(ax, start, project(observed.mean(perturbation, where)[None])[0], style.OBSERVED, 3.2))
-        tips.append(_arrow(ax, start, project(guess.mean(perturbation, where)[None])[0], style.PREDICTED, 1.6))
+        if where in contexts_of(observed, perturbation):
+            tips.append(_arrow(ax, start, centre(observed, perturbation, where), OBSERVED, 3.2))
+        tips.append(_arrow(ax, start, centre(guess, perturbation, where), PREDICTED, 1.6))
 
     ax.set_xlabel(f"PC{first + 1} ({share[first]:.1%} of variance)")
     ax.set_ylabel(f"PC{second + 1} ({share[second]:.1%} of variance)")
     ax.set_title(title(perturbation, context))
-    style.despine(ax)
-    style.legend_below(ax, columns=3)
-    if contexts != [EVERYWHERE] and len(contexts) > 1:
-        style.place_labels(ax, np.array(starts), contexts, avoid=np.vstack(tips))
+    despine(ax)
+    legend_below(ax, columns=3)
+    if len(contexts) > 1:
+        place_labels(ax, np.array(starts), contexts, avoid=np.vstack(tips))
     return ax
 
 
-def _only_perturbation(predicted: AnnData, design: Design) -> str:
+def _only_perturbation(predicted: Screen) -> str:
     """Return the perturbation that was predicted, if it is one."""
-    names = sorted(set(cell_labels(predicted, design)[0]) - {design.control})
+    names = predicted.perturbation_names
     if len(names) != 1:
         raise ValueError(
             f"predicted holds {len(names)} perturbations ({', '.join(names[:8])}). Name one: perturbation=."

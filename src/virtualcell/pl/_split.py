@@ -13,12 +13,13 @@ from matplotlib.patches import Patch
 from mudata import MuData
 
 from virtualcell import _keys
-from virtualcell._design import Design, expression_modality, labels
 from virtualcell._errors import unknown_name
-from virtualcell.pl import _style as style
-from virtualcell.pl._common import cell_labels
+from virtualcell.data._labels import expression_modality, read_labels
+from virtualcell.data._screen import Screen
+from virtualcell.pl._common import observed_design
+from virtualcell.pl._style import ORANGE, VERMILLION, axes_or_new
 
-_COLOURS = {"train": "#A9D5F0", "val": style.ORANGE, "test": style.VERMILLION}
+_COLOURS = dict(zip(_keys.SPLITS, ("#A9D5F0", ORANGE, VERMILLION), strict=True))
 _LINE = 9.0  # points that a line of text needs
 
 
@@ -66,18 +67,19 @@ def split(
         expression_modality(adata, modality).uns.get(_keys.UNS, {}).get(_keys.SPLIT_MANIFEST, {}).get(split_key, {})
     )
     stated = {k: manifest.get(k) if v is None else v for k, v in stated.items()}
-    design = Design.from_data(adata, modality=modality, **stated)
-    names, contexts = cell_labels(adata, design, modality)
-    part = labels(adata, split_key, argument="split_key", modality=modality)
+    design = observed_design(adata, modality, **stated)
+    screen = Screen.from_anndata(adata, design, modality=modality)
+    part = read_labels(adata, split_key, argument="split_key", modality=modality)
     for name in set(part) - set(_COLOURS):
         raise unknown_name(f"obs[{split_key!r}]", name, _COLOURS, "A split has these parts and no other.")
     parts = [p for p in _COLOURS if (part == p).any()]
-    counts = pd.crosstab([names, contexts], part).reindex(columns=parts)
-    rows = [*(n for n in [design.control] if (names == n).any()), *sorted(set(names) - {design.control})]
-    columns = sorted(set(contexts))
+    counts = pd.crosstab([np.asarray(screen.perturbation), np.asarray(screen.context)], part.to_numpy())
+    counts = counts.reindex(columns=parts)
+    rows = [*([design.control] if screen.is_control.any() else []), *screen.perturbation_names]
+    columns = screen.context_names
 
     size = (2.6 + 0.8 * len(columns), float(np.clip(1.2 + 0.2 * len(rows), 2.4, 9)))
-    ax = style.axes_or_new(ax, figsize=size)
+    ax = axes_or_new(ax, figsize=size)
     y = pd.Index(rows).get_indexer(counts.index.get_level_values(0))
     x = pd.Index(columns).get_indexer(counts.index.get_level_values(1))
     total = counts.to_numpy().sum(axis=1)

@@ -10,10 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 from mudata import MuData
 
-from virtualcell._design import Design, Scale, expression_modality
 from virtualcell._errors import unknown_name
-from virtualcell.pl import _style as style
-from virtualcell.pl._common import cell_labels, chosen, observed_cells, require_controls, title
+from virtualcell.data._design import Scale
+from virtualcell.data._screen import Screen
+from virtualcell.pl._common import chosen, contexts_of, observed_design, title, with_controls
+from virtualcell.pl._style import CONTROL, OBSERVED, axes_or_new, despine, legend_below
 
 
 def target_expression(
@@ -68,35 +69,30 @@ def target_expression(
     ValueError
         If raw counts are asked for and the data holds log1p values.
     """
-    design = Design.from_data(
-        adata, modality=modality, perturbation_key=perturbation_key, control=control, context_key=context_key,
-        layer=layer, scale=scale, library_size_key=library_size_key,
+    design = observed_design(
+        adata, modality, perturbation_key=perturbation_key, control=control, context_key=context_key, layer=layer,
+        scale=scale, library_size_key=library_size_key,
     )  # fmt: skip
     if values not in ("log1p", "counts"):
         raise ValueError(f"values={values!r} is unknown. Say 'log1p' or 'counts'.")
     if values == "counts" and design.scale != "counts":
         raise ValueError("values='counts' was asked for, but scale='log1p' was stated. Give the layer with raw counts.")
     gene = perturbation if gene is None else gene
-    measured = expression_modality(adata, modality).var_names
-    if gene not in measured:
-        raise unknown_name("gene", gene, measured, "Name the target as it was measured: gene=.")
-    names, where = cell_labels(adata, design, modality)
+    screen = Screen.from_anndata(adata, design, modality=modality, unit=values)
+    if gene not in screen.genes:
+        raise unknown_name("gene", gene, screen.genes, "Name the target as it was measured: gene=.")
     remedy = "Name one that has cells in this data and is not the control."
-    keep = chosen(names, where, design, perturbation=perturbation, context=context, remedy=remedy)
-    contexts = sorted(set(where[keep]))
-    cells = observed_cells(
-        adata, design, perturbation=perturbation, contexts=contexts, genes=[gene], modality=modality,
-        normalise=values == "log1p",
-    )  # fmt: skip
-    require_controls(cells, design, contexts)
+    chosen(screen, perturbation=perturbation, context=context, remedy=remedy)
+    contexts = contexts_of(screen, perturbation) if context is None else [context]
+    screen = with_controls(screen, perturbation, contexts).select([gene])
 
-    drawn = cells.expression.toarray().ravel().astype(np.float64)
+    drawn = screen.expression.rows().toarray().ravel().astype(np.float64)
     linear = np.expm1(drawn) if values == "log1p" else drawn
     unit = "CP10k" if values == "log1p" else "counts"
-    ax = style.axes_or_new(ax, figsize=(5.5, 4))
+    ax = axes_or_new(ax, figsize=(5.5, 4))
     means = {}
-    for name, colour in ((design.control, style.CONTROL), (perturbation, style.OBSERVED)):
-        rows = cells.perturbation == name
+    for name, colour in ((design.control, CONTROL), (perturbation, OBSERVED)):
+        rows = screen.perturbation == name
         means[name] = linear[rows].mean()
         label = f"{name} ({rows.sum():,}): mean {means[name]:.3g} {unit}, {np.mean(drawn[rows] > 0):.0%} above 0"
         weights = np.full(rows.sum(), 1 / rows.sum())
@@ -112,8 +108,8 @@ def target_expression(
     subject = "expression" if gene == perturbation else gene
     residual = _residual(means[perturbation], means[design.control])
     ax.set_title(f"{title(perturbation, context)}: {subject} {residual}")
-    style.despine(ax)
-    style.legend_below(ax, columns=1)
+    despine(ax)
+    legend_below(ax, columns=1)
     return ax
 
 

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import loguru
 import numpy as np
 import pandas as pd
 from anndata import AnnData
-from illico import asymptotic_wilcoxon
 from matplotlib.axes import Axes
 from mudata import MuData
 from scipy import sparse
-from scipy.stats import false_discovery_control
 
 from virtualcell import _keys
-from virtualcell._design import Design, Scale, expression_modality
-from virtualcell.pl import _style as style
+from virtualcell.data._design import Design, Scale
+from virtualcell.data._screen import Screen
+from virtualcell.metrics import differential_expression
+from virtualcell.metrics._profiles import largest
 from virtualcell.pl._common import (
-    cell_labels,
     chosen,
+    contexts_of,
     is_prediction,
-    mean_over_cells,
-    observed_cells,
-    require_controls,
+    observed_design,
+    predicted_screen,
     title,
+    with_controls,
 )
+from virtualcell.pl._style import BLUE, GREY, VERMILLION, axes_or_new, despine, legend_below, place_labels
 
 
 def de_volcano(
@@ -82,32 +82,24 @@ def de_volcano(
     UnknownNameError
         If no cell has this perturbation or context, or there are no control cells in the context.
     """
-    design = Design.from_data(
-        adata, modality=modality, perturbation_key=perturbation_key, control=control, context_key=context_key,
-        layer=layer, scale=scale, library_size_key=library_size_key,
+    design = observed_design(
+        adata, modality, perturbation_key=perturbation_key, control=control, context_key=context_key, layer=layer,
+        scale=scale, library_size_key=library_size_key,
     )  # fmt: skip
-    names, where = cell_labels(adata, design, modality)
-    remedy = "Name one that has cells in this data and is not the control."
-    keep = chosen(names, where, design, perturbation=perturbation, context=context, remedy=remedy)
-    if is_prediction(adata):
-        treated, reference = np.asarray(adata.X[keep]), np.asarray(adata.layers[_keys.CONTROL_LAYER][keep])
-    else:
-        contexts = sorted(set(where[keep]))
-        cells = observed_cells(adata, design, perturbation=perturbation, contexts=contexts, modality=modality)
-        require_controls(cells, design, contexts)
-        is_control = cells.perturbation == design.control
-        treated, reference = cells.expression[~is_control], cells.expression[is_control]
-    table = differential_expression(treated, reference, expression_modality(adata, modality).var_names)
+    cells, is_control, genes = _both_groups(adata, design, perturbation, context, modality)
+    table = differential_expression(
+        cells, np.where(is_control, "control", "perturbed"), control="control", genes=genes, pseudocount=1
+    )
 
     # A p-value below the smallest double is 0; it is drawn where that double would be.
-    height = -np.log10(table["p_adjusted"].clip(lower=np.finfo(float).tiny)).to_numpy()
+    height = -np.log10(table["fdr"].clip(lower=np.finfo(float).tiny)).to_numpy()
     change = table["log2_fold_change"].to_numpy()
-    significant = (table["p_adjusted"] < fdr).to_numpy()
-    ax = style.axes_or_new(ax, figsize=(5.5, 4.8))
+    significant = (table["fdr"] < fdr).to_numpy()
+    ax = axes_or_new(ax, figsize=(5.5, 4.8))
     for label, rows, colour in (
-        ("not significant", ~significant, style.GREY),
-        ("down", significant & (change < 0), style.BLUE),
-        ("up", significant & (change > 0), style.VERMILLION),
+        ("not significant", ~significant, GREY),
+        ("down", significant & (change < 0), BLUE),
+        ("up", significant & (change > 0), VERMILLION),
     ):
         ax.scatter(change[rows], height[rows], s=16, c=colour, alpha=0.7, lw=0, label=f"{label} ({rows.sum():,})")
     ax.axhline(-np.log10(fdr), color="0.4", lw=0.8, ls=(0, (4, 3)), zorder=0)
@@ -115,38 +107,34 @@ def de_volcano(
     ax.set_xlabel("log$_2$ fold change of 1 + CP10k")
     ax.set_ylabel("$-$log$_{10}$ adjusted p (Wilcoxon)")
     source = "predicted" if is_prediction(adata) else "observed"
-    size = f"{treated.shape[0]:,} against {reference.shape[0]:,} cells"
+    size = f"{np.sum(~is_control):,} against {np.sum(is_control):,} cells"
     ax.set_title(f"{title(perturbation, context)}\n{source}, {size}", fontsize=10)
     margin = 0.12 * np.ptp(change) or 1.0
     ax.set_xlim(change.min() - margin, change.max() + margin)
     top = 1.12 * max(height.max(), -np.log10(fdr))
     ax.set_ylim(-0.02 * top, top)
-    style.despine(ax)
-    style.legend_below(ax, columns=3)
-    order = np.argsort(-np.abs(change) * height, kind="stable")
+    despine(ax)
+    legend_below(ax, columns=3)
+    order = largest(np.abs(change) * height, None)
     named = order[significant[order]][:n_labels]
     points = np.column_stack([change, height])
-    style.place_labels(ax, points[named], list(table.index[named]), avoid=points)
+    place_labels(ax, points[named], list(genes[named]), avoid=points)
     return ax
 
 
-def differential_expression(
-    treated: sparse.csr_matrix | np.ndarray, reference: sparse.csr_matrix | np.ndarray, genes: pd.Index
-) -> pd.DataFrame:
-    """Compare two groups of cells (log1p CP10k) gene by gene: `log2_fold_change` and `p_adjusted`, one row per gene."""
-    stack = (
-        sparse.vstack([treated, reference], format="csr")
-        if sparse.issparse(treated)
-        else np.vstack([treated, reference])
-    )
-    group = pd.Categorical(["treated"] * treated.shape[0] + ["reference"] * reference.shape[0])
-    both = AnnData(stack, obs=pd.DataFrame({"group": group}, index=[str(i) for i in range(len(group))]))
-    loguru.logger.disable("illico")  # it reports every call on stderr, past `logging`
-    tested = asymptotic_wilcoxon(both, is_log1p=True, group_keys="group", reference="reference").loc["treated"]
-    return pd.DataFrame(
-        {
-            "log2_fold_change": (mean_over_cells(treated) - mean_over_cells(reference)) / np.log(2),
-            "p_adjusted": false_discovery_control(tested["p_value"].to_numpy().clip(0, 1)),
-        },
-        index=genes,
-    )
+def _both_groups(
+    data: AnnData | MuData, design: Design, perturbation: str, context: str | None, modality: str
+) -> tuple[sparse.csr_matrix, np.ndarray, pd.Index]:
+    """Return the perturbed cells and the control cells, which of them are controls, and the genes."""
+    remedy = "Name one that has cells in this data and is not the control."
+    if not is_prediction(data):
+        screen = Screen.from_anndata(data, design, modality=modality)
+        chosen(screen, perturbation=perturbation, context=context, remedy=remedy)
+        contexts = contexts_of(screen, perturbation) if context is None else [context]
+        screen = with_controls(screen, perturbation, contexts)
+        return screen.expression.rows(), screen.is_control, screen.genes
+    screen = predicted_screen(data, design)
+    rows = np.flatnonzero(chosen(screen, perturbation=perturbation, context=context, remedy=remedy))
+    start = predicted_screen(data, design, layer=_keys.CONTROL_LAYER)
+    cells = sparse.vstack([screen.expression.rows(rows), start.expression.rows(rows)], format="csr")
+    return cells, np.repeat([False, True], len(rows)), screen.genes
