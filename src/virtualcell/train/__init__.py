@@ -1,5 +1,5 @@
-"""Optimiser, schedule and the run of a training."""
+"""Options, optimiser, schedule and the run of a training."""
 
-from virtualcell.train._plan import TrainingPlan, run_training
+from virtualcell.train._run import Batches, Loss, TrainOptions, fit
 
-__all__ = ["TrainingPlan", "run_training"]
+__all__ = ["Batches", "Loss", "TrainOptions", "fit"]

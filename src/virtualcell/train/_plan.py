@@ -1,177 +1,232 @@
-"""One training plan for SE and ST: AdamW, linear warm-up, cosine decay; what to minimise comes from the model."""
+"""What happens in each step of a training: learning rate, loss, history, and what stops it."""
 
 from __future__ import annotations
 
-import logging
 import math
-import warnings
-from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
 import torch
-from scvi.train import TrainRunner
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-# A function of the network and a batch: the loss (a scalar) first, then whatever else is to be logged.
-Loss = Callable[[nn.Module, dict[str, Tensor]], dict[str, Tensor]]
+from virtualcell.train._quiet import random_state_kept, set_seed, silence
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from virtualcell.train._options import TrainOptions
+    from virtualcell.train._run import Batches, Loss
+
+LOOK_EVERY = 20  # steps between two looks at whether losses were finite: each waits for the GPU
+NEVER = torch.iinfo(torch.int64).max
+
+
+class Means:
+    """Sums of losses, and the first batch where something was not finite; both stay on the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.weight = 0
+        self.first_bad = torch.full((), NEVER, device=device)
+
+    def add(self, losses: dict[str, Tensor], i: int, *, weight: int = 1) -> None:
+        """Add the losses of batch `i`."""
+        for name, loss in losses.items():
+            value = loss.detach().float() * weight
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.weight += weight
+        self.watch(losses["loss"], i)
+
+    def watch(self, value: Tensor, i: int) -> None:
+        """Remember batch `i` if `value` is not finite, unless an earlier one is remembered."""
+        bad = torch.where(torch.isfinite(value.detach()), NEVER, i)
+        self.first_bad = torch.minimum(self.first_bad, bad)
 
 
 class TrainingPlan(pl.LightningModule):
-    """Minimise `loss(network, batch)["loss"]`.
+    """Minimise `loss(network, batch)["loss"]` over the numbered steps of `batches`; Lightning's batch is the number.
+
+    The schedule depends on the number of the step alone, and history and failure are part of the state
+    (`get_extra_state`), so they come back from spawned processes; a checkpoint of this module and its optimiser is all
+    that going on from a step needs.
 
     Parameters
     ----------
-    network, loss
-        What to train and on what.
-    n_steps
-        Length of the schedule.
-    lr, weight_decay
-        Of AdamW.
-    warmup, final_lr
-        Share of the steps with rising rate; rate at the end as a share of `lr`.
+    network, loss, batches, options, validation, name
+        See :func:`virtualcell.train.fit`; `options` are complete.
     """
 
     def __init__(
         self,
         network: nn.Module,
         loss: Loss,
+        batches: Batches,
+        options: TrainOptions,
         *,
-        n_steps: int,
-        lr: float,
-        weight_decay: float = 0.01,
-        warmup: float = 0.03,
-        final_lr: float = 0.0,
+        validation: Batches | None = None,
+        name: str = "the network",
     ) -> None:
         super().__init__()
-        self.network, self.loss = network, loss
-        self.n_steps, self.lr, self.weight_decay = n_steps, lr, weight_decay
-        self.warmup, self.final_lr = warmup, final_lr
+        self.network, self.loss, self.batches, self.validation = network, loss, batches, validation
+        self.options, self.name = options, name
+        self.validate_every = options.validate_every or max(1, round(options.max_steps / 20))
+        self.history: dict[str, dict[int, float]] = {}  # name -> number of steps done -> value
+        self.failure = ""  # why training had to stop
+        self.steps_done = 0
+        self.shown_loss = math.nan  # mean since the last entry of the history, for the progress bar
 
-    def _log(self, losses: dict[str, Tensor], stage: str, n: int) -> Tensor:
-        for name, value in losses.items():
-            self.log(
-                f"{stage}_{name}",
-                value.detach(),
-                on_epoch=True,
-                on_step=False,
-                batch_size=n,
-                prog_bar=name == "loss",
-                sync_dist=True,
-            )
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        silence()  # a spawned process, which is where plans are unpickled, has loggers of its own
+
+    def get_extra_state(self) -> dict:
+        """Return what is not a tensor."""
+        return {"history": self.history, "failure": self.failure, "steps_done": self.steps_done}
+
+    def set_extra_state(self, state: dict) -> None:
+        """Take over what :meth:`get_extra_state` returned."""
+        self.history, self.failure, self.steps_done = state["history"], state["failure"], state["steps_done"]
+
+    # -- optimiser ----------------------------------------------------------------------------------------------------
+
+    def rate(self, i: int) -> float:
+        """Learning rate of step `i` as a share of `lr`: up from a third of it, then down along a cosine."""
+        n_steps, final = self.options.max_steps, self.options.final_lr
+        n_up = max(1, round(self.options.warmup * n_steps))
+        if i < n_up:
+            return (1 + 2 * (i + 1) / n_up) / 3
+        done = min(1.0, (i - n_up) / max(1, n_steps - n_up))
+        return final + (1 - final) * (1 + math.cos(math.pi * done)) / 2
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Build AdamW."""
+        # one kernel for all weights; under 16-mixed the gradients must be unscaled before they are clipped
+        fused = self.device.type == "cuda" and self.options.precision != "16-mixed"
+        return torch.optim.AdamW(
+            self.network.parameters(),
+            lr=self.options.lr,
+            weight_decay=self.options.weight_decay,
+            eps=1e-8,
+            fused=fused or None,
+        )
+
+    def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: object, **__: object) -> None:
+        """Clip the gradient's norm, and watch it: a finite loss may have a gradient that is not."""
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.options.gradient_clip or math.inf)
+        if self.options.precision != "16-mixed":  # where overflows are expected, and such steps left out
+            self._training.watch(norm, self.steps_done)
+
+    # -- training -----------------------------------------------------------------------------------------------------
+
+    def on_fit_start(self) -> None:
+        """Seed this process, and keep the weights that it starts from."""
+        set_seed(self.options.seed + self.global_rank, self.device)
+        self._training = Means(self.device)
+        self._finite_steps = self.steps_done
+        self._finite_weights = [tensor.detach().clone() for tensor in self._weights()]
+
+    def on_train_batch_start(self, i: int, _: int) -> None:
+        """Set the learning rate."""
+        for group in self.trainer.optimizers[0].param_groups:
+            group["lr"] = self.options.lr * self.rate(i)
+
+    def training_step(self, i: int, _: int) -> Tensor:
+        """Return the loss of this process's share of step `i`."""
+        losses = self.loss(self.network, self._batch(self.batches, i))
+        self._training.add(losses, i)
         return losses["loss"]
 
-    def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
-        """Return the loss of a batch."""
-        return self._log(self.loss(self.network, batch), "train", len(next(iter(batch.values()))))
+    def on_train_batch_end(self, _: object, i: int, __: int) -> None:
+        """Look at the losses every now and then, and end after the last step."""
+        self.steps_done = i + 1
+        last = self.steps_done == self.options.max_steps
+        entry = last or self.steps_done % self.validate_every == 0
+        if entry or self.steps_done % LOOK_EVERY == 0:
+            self._look()
+        if entry and not self.failure:
+            self._enter("train", self._training)
+            self._training = Means(self.device)
+        if last or self.failure:
+            self.trainer.should_stop = True  # after which Lightning validates once more, whatever the step
 
-    def validation_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
-        """Return the loss of a batch; logged as `validation_loss`, which early stopping watches."""
-        return self._log(self.loss(self.network, batch), "validation", len(next(iter(batch.values()))))
+    def on_train_end(self) -> None:
+        """Free the copy of the weights."""
+        del self._training, self._finite_weights
 
-    def rate(self, step: int) -> float:
-        """Learning rate at a step, as a share of `lr`: up from a third of it, then down along a cosine."""
-        n_up = max(1, round(self.warmup * self.n_steps))
-        if step < n_up:
-            return (1 + 2 * (step + 1) / n_up) / 3
-        done = min(1.0, (step - n_up) / max(1, self.n_steps - n_up))
-        return self.final_lr + (1 - self.final_lr) * (1 + math.cos(math.pi * done)) / 2
+    # -- validation ---------------------------------------------------------------------------------------------------
 
-    def configure_optimizers(self) -> dict:
-        """Build AdamW with a rate that changes every step."""
-        optimizer = torch.optim.AdamW(self.network.parameters(), lr=self.lr, weight_decay=self.weight_decay)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+    def on_validation_start(self) -> None:
+        """Draw the same random numbers in each validation, and none of training's."""
+        self._kept = ExitStack()
+        self._kept.enter_context(random_state_kept(self.device))
+        set_seed(self.options.seed + self.global_rank, self.device)
+        self._validating = Means(self.device)
 
+    def validation_step(self, i: int, _: int) -> None:
+        """Add the loss of this process's share of batch `i`, weighted by its size."""
+        if not self.failure:
+            batch = self._batch(self.validation, i)
+            self._validating.add(self.loss(self.network, batch), i, weight=len(next(iter(batch.values()))))
 
-class _Loaders(pl.LightningDataModule):
-    """The loaders as they are; `scvi` asks the data module for them."""
+    def on_validation_end(self) -> None:
+        """Enter the losses into the history, and stop where they are not finite or no longer fall."""
+        self._kept.close()
+        if self.failure:
+            return
+        bad = self._first_bad(self._validating)
+        if bad != NEVER:
+            self._fail(f"The validation loss of {self.name} is not finite ({self.validation.describe(bad)})")
+        else:
+            self._enter("validation", self._validating)
+        if self.failure or self.stops_early:
+            self.trainer.should_stop = True
 
-    def __init__(self, train: DataLoader, validation: DataLoader | None) -> None:
-        super().__init__()
-        self._train, self._validation = train, validation
+    @property
+    def stops_early(self) -> bool:
+        """Whether the validation loss has not fallen for as long as early stopping waits."""
+        losses = list(self.history.get("validation_loss", {}).values())
+        if not self.options.early_stopping or not losses:
+            return False
+        return len(losses) - 1 - losses.index(min(losses)) >= self.options.patience
 
-    def train_dataloader(self) -> DataLoader:
-        return self._train
+    # -- over all processes -------------------------------------------------------------------------------------------
 
-    def val_dataloader(self) -> DataLoader | list:
-        return self._validation if self._validation is not None else []
+    def _batch(self, batches: Batches, i: int) -> dict[str, Tensor]:
+        return batches.step(i, self.global_rank, self.trainer.world_size, self.device)
 
+    def _first_bad(self, means: Means) -> int:
+        return int(self.trainer.strategy.reduce(means.first_bad.clone(), reduce_op="min"))
 
-def run_training(
-    model: object,
-    loss: Loss,
-    train: Iterable,
-    validation: Iterable | None,
-    *,
-    max_epochs: int | None,
-    max_steps: int | None,
-    default_steps: int,
-    lr: float,
-    weight_decay: float,
-    gradient_clip: float,
-    early_stopping: bool,
-    early_stopping_patience: int,
-    accelerator: str,
-    devices: int | list[int] | str,
-    precision: str,
-    seed: int,
-    plan_kwargs: dict | None = None,
-    **trainer_kwargs: object,
-) -> None:
-    """Train `model.module` through scvi's runner, which sets `history`, `is_trained` and the device.
+    def _enter(self, stage: str, means: Means) -> None:
+        totals = torch.stack([*means.sums.values(), torch.tensor(float(means.weight), device=self.device)])
+        *sums, weight = self.trainer.strategy.reduce(totals, reduce_op="sum").tolist()
+        for name, total in zip(means.sums, sums, strict=True):
+            self.history.setdefault(f"{stage}_{name}", {})[self.steps_done] = total / weight
 
-    The length is `max_epochs` or `max_steps`, whichever ends first; `default_steps` where neither is given. `train` and
-    `validation` are loaders whose items are batches.
-    """
-    if early_stopping and validation is None:
-        raise ValueError("early_stopping=True needs validation cells: give val_fraction > 0 or a split with 'val'.")
-    if str(precision).endswith("-true") and precision != "32-true":
-        mixed = "bf16-mixed" if str(precision).startswith("bf16") else "16-mixed"
-        raise ValueError(f"precision={precision!r} is not for these models: weights stay in float32. Use {mixed!r}.")
-    if not len(train):
-        raise ValueError("there is nothing to train on: no perturbed training cells with matching controls.")
-    if max_epochs is None and max_steps is None:
-        max_steps = default_steps
-    steps = min(
-        max_steps if max_steps is not None else math.inf,
-        max_epochs * len(train) if max_epochs is not None else math.inf,
-    )
-    if steps < 1:
-        raise ValueError(f"max_epochs={max_epochs!r}, max_steps={max_steps!r}: at least one step is needed.")
-    if early_stopping and steps < len(train):
-        raise ValueError(
-            f"early_stopping=True judges at the end of an epoch, which has {len(train)} steps, but training ends after "
-            f"{steps}. Give more max_steps, or early_stopping=False."
+    def _look(self) -> None:
+        """Stop all processes if one had a loss that is not finite; otherwise keep these weights."""
+        bad = self._first_bad(self._training)
+        if bad != NEVER:
+            self._fail(
+                f"The training loss of {self.name}, or its gradient, is not finite in step {bad + 1} of "
+                f"{self.options.max_steps} ({self.batches.describe(bad)})"
+            )
+            return
+        self.shown_loss = float(self._training.sums["loss"]) / self._training.weight
+        self._finite_steps = self.steps_done
+        for kept, tensor in zip(self._finite_weights, self._weights(), strict=True):
+            kept.copy_(tensor.detach())
+
+    def _fail(self, what: str) -> None:
+        with torch.no_grad():
+            for kept, tensor in zip(self._finite_weights, self._weights(), strict=True):
+                tensor.copy_(kept)
+        held = (
+            f"those after step {self._finite_steps}, the last" if self._finite_steps else "those of the start, the last"
         )
-    n_epochs = math.ceil(steps / len(train))
-    if validation is not None:
-        # at most some twenty looks at the validation sets, unless every epoch counts
-        trainer_kwargs.setdefault("check_val_every_n_epoch", 1 if early_stopping else max(1, n_epochs // 20))
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), warnings.catch_warnings():
-        torch.manual_seed(seed)
-        model.module.train()  # scvi leaves a trained one in evaluation mode: training on would go without dropout
-        # loaders read from memory here: worker processes would only copy the matrix
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        warnings.filterwarnings("ignore", message=".*number of training batches.*smaller than the logging interval.*")
-        warnings.filterwarnings("ignore", message=".*Checkpoint directory.*")
-        TrainRunner(
-            model,
-            training_plan=TrainingPlan(
-                model.module, loss, n_steps=steps, lr=lr, weight_decay=weight_decay, **(plan_kwargs or {})
-            ),
-            data_splitter=_Loaders(train, validation),
-            max_epochs=n_epochs,
-            max_steps=steps,
-            accelerator=accelerator,
-            devices=devices,
-            precision=precision,
-            gradient_clip_val=gradient_clip,
-            early_stopping=early_stopping,
-            early_stopping_monitor="validation_loss",
-            early_stopping_patience=early_stopping_patience,
-            use_distributed_sampler=False,  # our sampler shards by rank itself
-            **trainer_kwargs,
-        )()
+        self.failure = (
+            f"{what}. The network holds {held} whose losses were finite. Use a lower learning rate (lr="
+            f"{self.options.lr:g} here), and look for extreme or missing values in the data."
+        )
+
+    def _weights(self) -> list[Tensor]:
+        return [*self.network.parameters(), *self.network.buffers()]
