@@ -18,7 +18,7 @@ from scipy import sparse
 from virtualcell._errors import unknown_name
 from virtualcell._keys import ALL, SPLITS, X_STATE
 from virtualcell.data._cell_sets import CellGroups
-from virtualcell.data._design import Design
+from virtualcell.data._design import Design, Scale
 from virtualcell.data._expression import Expression, Unit
 from virtualcell.data._labels import expression_modality, obs_column, parts, read_labels
 
@@ -115,18 +115,17 @@ class Screen:
             context=pd.Categorical([ALL] * adata.n_obs) if context is None else context,
             batch=read("batch_key"),
             split=np.full(adata.n_obs, "train") if split is None else np.asarray(split).astype(str),
-            expression=Expression(
-                adata,
+            expression=read_expression(
+                data,
+                modality=modality,
                 layer=design.layer,
                 scale=design.scale,
-                library_size=_library_size(data, design, prefix, modality),
                 library_size_key=design.library_size_key,
                 target_sum=design.target_sum,
                 unit=unit,
                 genes=genes,
                 side=side,
                 scale_argument=scale_argument,
-                measured=measured,
             ),
             rep=_embedding(adata, design.use_rep),
             target_names=_target_names(adata, design.gene_key),
@@ -182,6 +181,12 @@ class Screen:
     @cached_property
     def _by_name(self) -> np.ndarray:
         return np.argsort(self.names.to_numpy(dtype=str), kind="stable")
+
+    def labels(self) -> pd.DataFrame:
+        """Return perturbation, context and batch of the cells under the names of their columns."""
+        columns = {"perturbation_key": self.perturbation, "context_key": self.context, "batch_key": self.batch}
+        found = {getattr(self.design, k): v for k, v in columns.items() if getattr(self.design, k) is not None}
+        return pd.DataFrame({k: np.asarray(v).astype(str) for k, v in found.items()}, index=self.names)
 
     def in_order(self, mask: np.ndarray) -> np.ndarray:
         """Row numbers of the marked cells in the order of their names: the order of a file then changes nothing."""
@@ -319,9 +324,7 @@ class Screen:
                 )
 
 
-def scvi_registry(
-    model: str, setup: dict, states: dict[str, dict], summaries: dict[str, dict] | None = None
-) -> dict:
+def scvi_registry(model: str, setup: dict, states: dict[str, dict], summaries: dict[str, dict] | None = None) -> dict:
     """Return a registry of scvi-tools for data that is not in an AnnData: state and summary by field."""
     return {
         "scvi_version": version("scvi-tools"),
@@ -335,17 +338,42 @@ def scvi_registry(
     }
 
 
-def _library_size(data: AnnData | MuData, design: Design, prefix: str, modality: str) -> np.ndarray | None:
-    key = design.library_size_key
-    if key is None or design.scale == "log1p":
-        return None
-    try:
-        column = obs_column(data, key, argument=f"{prefix}library_size_key", modality=modality)
-    except KeyError as error:
-        raise type(error)(f"{error} Leave it out for row sums.") from error
-    if not pd.api.types.is_numeric_dtype(column):
-        raise ValueError(f"library_size_key={key!r} is a column of {column.dtype} and not of numbers.")
-    return column.to_numpy(dtype=np.float64)
+def read_expression(
+    data: AnnData | MuData,
+    *,
+    modality: str = "rna",
+    scale: Scale = "counts",
+    library_size_key: str | None = None,
+    side: str = "",
+    **how: object,
+) -> Expression:
+    """Return the expression of all cells, with the library sizes that a column of `obs` holds.
+
+    Parameters
+    ----------
+    data, modality
+        Cells x genes, or a MuData with them in `modality`.
+    scale, library_size_key
+        As in :class:`virtualcell.data._design.Design`.
+    side, how
+        As in :class:`virtualcell.data._expression.Expression`: `layer`, `unit`, `genes` and others.
+    """
+    sizes = None
+    if library_size_key is not None and scale == "counts":
+        argument = f"{side}: library_size_key" if side else "library_size_key"
+        try:
+            column = obs_column(data, library_size_key, argument=argument, modality=modality)
+        except KeyError as error:
+            raise type(error)(f"{error} Leave it out for row sums.") from error
+        if not pd.api.types.is_numeric_dtype(column):
+            raise ValueError(
+                f"library_size_key={library_size_key!r} is a column of {column.dtype} and not of numbers."
+            )
+        sizes = column.to_numpy(dtype=np.float64)
+    adata = expression_modality(data, modality)
+    return Expression(
+        adata, scale=scale, library_size=sizes, library_size_key=library_size_key, side=side, **how
+    )
 
 
 def _embedding(adata: AnnData, key: str | None) -> np.ndarray | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 import yaml
@@ -79,17 +78,3 @@ def config_value(config: dict, key: str, *, source: str) -> object:
             raise ValueError(f"{source} has no entry {key!r}, which this model cannot be built without.")
         value = value[part]
     return value
-
-
-def registry(model: str, setup: dict, states: dict[str, dict], summaries: dict[str, dict] | None = None) -> dict:
-    """Return what scvi-tools would have registered of data that is not here: state and summary by field."""
-    return {
-        "scvi_version": version("scvi-tools"),
-        "model_name": model,
-        "setup_method_name": "setup_anndata",
-        "setup_args": setup,
-        "field_registries": {
-            name: {"data_registry": {}, "state_registry": state, "summary_stats": (summaries or {}).get(name, {})}
-            for name, state in states.items()
-        },
-    }

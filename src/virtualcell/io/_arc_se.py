@@ -16,6 +16,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from virtualcell.data._screen import scvi_registry
 from virtualcell.io._arc import (
     OURS,
     checked_parameters,
@@ -23,7 +24,6 @@ from virtualcell.io._arc import (
     named_parameters,
     plain_config,
     read_config,
-    registry,
 )
 from virtualcell.io._unpickle import read_torch
 from virtualcell.modules import SEConfig, SENetwork
@@ -100,7 +100,7 @@ def read_se(
     setup = {"layer": None, "scale": "counts", "dataset_key": None, "gene_key": None}
     states = {"X": {"column_names": names}, "dataset": {"categorical_mapping": [0]}}
     tensors = {"gene_embeddings": vectors, **{f"network.{k}": v for k, v in state.items()}}
-    return arguments, tensors, registry("SE", setup, states)
+    return arguments, tensors, scvi_registry("SE", setup, states)
 
 
 def write_se(

@@ -13,7 +13,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from virtualcell.io._arc import OURS, checked_parameters, config_value, named_parameters, read_config, registry
+from virtualcell.data._screen import scvi_registry
+from virtualcell.io._arc import OURS, checked_parameters, config_value, named_parameters, read_config
 from virtualcell.io._unpickle import read_pickle, read_torch
 from virtualcell.modules import STConfig, STNetwork
 
@@ -64,6 +65,7 @@ def read_st(
         "context_key": data.get("cell_type_key", "cell_type") if contexts else None,
         "batch_key": data.get("batch_col", "batch") if config.n_batches else None,
         "layer": None,
+        "scale": "log1p",
         "use_rep": None if embed_key in GENE_SPACE else embed_key,
         "split_key": None,
         **ours,
@@ -76,12 +78,12 @@ def read_st(
         "rep": {},
     }
     arguments = {
-        "set_size": int(config_value(h, "cell_set_len", source=str(file))),
+        "sizes": {"set_size": int(config_value(h, "cell_set_len", source=str(file))), "preset": "published"},
         "config": asdict(config),
         "table": {"names": names, "seen": [n for n in names if n != control], "has_features": not one_hot},
     }
     tensors = {"perturbations": vectors, **{f"network.{k}": v for k, v in state.items()}}
-    return arguments, tensors, registry("ST", setup, states, {"rep": {"n_rep": config.n_input}})
+    return arguments, tensors, scvi_registry("ST", setup, states, {"rep": {"n_rep": config.n_input}})
 
 
 def st_config(h: Mapping, state: Mapping[str, Tensor], *, source: str) -> STConfig:
@@ -108,9 +110,9 @@ def st_config(h: Mapping, state: Mapping[str, Tensor], *, source: str) -> STConf
     n_hidden, n_heads = int(value("hidden_dim")), int(value("transformer_backbone_kwargs.num_attention_heads"))
     in_genes = h.get("embed_key") in GENE_SPACE
     decoder = h.get("decoder_cfg") if h.get("gene_decoder_bool", True) and not in_genes else None
-    residual = "none"
+    head = "none"
     if h.get("predict_residual", True):
-        residual = "all" if h.get("output_space") == "all" else "hidden"
+        head = "all" if h.get("output_space") == "all" else "level"
     return STConfig(
         n_input=int(value("input_dim")),
         n_output=int(value("output_dim")),
@@ -123,7 +125,7 @@ def st_config(h: Mapping, state: Mapping[str, Tensor], *, source: str) -> STConf
         n_encoder_layers=int(h.get("n_encoder_layers", _N_LAYERS)),
         n_decoder_layers=int(h.get("n_decoder_layers", _N_LAYERS)),
         dropout=float(h.get("dropout", 0.1)),
-        residual=residual,
+        head=head,
         relu=in_genes or decoder is None,
         control_projection=bool(h.get("use_basal_projection", True)),
         n_batches=int(value("batch_dim")) if h.get("batch_encoder") else 0,

@@ -55,13 +55,12 @@ def write_st(
         Replace a run that is there.
     """
     c = network.config
-    if c.residual in ("both", "expression") or c.prior is not None:
+    if c.head in ("both", "shift"):
         raise ValueError(
-            f"residual={c.residual!r} with prior={c.prior!r} has no counterpart in Arc's format. Train with "
-            "residual='hidden' and prior=None to share a model."
+            f"head={c.head!r} has no counterpart in Arc's format. Train with preset='published' to share a model."
         )
     if not isinstance(network, STNetwork):
-        raise ValueError("n_members: Arc's format holds one network. Train with n_members=1 to share a model.")
+        raise ValueError("n_networks: Arc's format holds one network. Train with n_networks=1 to share a model.")
     in_genes = setup["use_rep"] is None
     if c.relu != (in_genes or not c.n_genes):
         raise ValueError(f"relu={c.relu} has no counterpart in Arc's format, where genes are never negative.")
@@ -83,7 +82,7 @@ def write_st(
     }
     data = {
         "embed_key": "X_hvg" if in_genes else setup["use_rep"],
-        "output_space": "all" if c.residual == "all" else "gene",
+        "output_space": "all" if c.head == "all" else "gene",
         "pert_rep": "onehot",
         "basal_rep": "sample",
         "batch_col": batch_key,
@@ -156,7 +155,7 @@ def _model_options(c: STConfig, set_size: int) -> dict:
         "distributional_loss": "energy",
         "n_encoder_layers": c.n_encoder_layers,
         "n_decoder_layers": c.n_decoder_layers,
-        "predict_residual": c.residual != "none",
+        "predict_residual": c.head != "none",
         "softplus": True,
         "batch_encoder": c.n_batches > 0,
         "use_basal_projection": c.control_projection,

@@ -4,68 +4,22 @@ from __future__ import annotations
 
 import os
 from abc import abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from typing import Self
 
 import numpy as np
 import pandas as pd
 from anndata import AnnData
 from mudata import MuData
-from scipy import sparse
-from scvi.data import AnnDataManager
-from scvi.data import fields as scvi_fields
 from scvi.model.base import BaseModelClass
 
-from virtualcell.data._design import Design, Scale
-from virtualcell.data._labels import expression_modality
+from virtualcell.data._design import Scale
 from virtualcell.data._screen import Screen
 from virtualcell.io._save import State, save
 from virtualcell.models import _common
 from virtualcell.models._mixture import standard_error
-
-
-@dataclass(frozen=True, eq=False)
-class Start:
-    """Control cells of one context that predictions start from, read once, in the order of their names.
-
-    Parameters
-    ----------
-    context
-        The context.
-    names
-        Names of the cells.
-    cells
-        What the model works on, (n_cells, n_features): expression or cell embeddings.
-    base
-        Their mean, (n_features,).
-    batch
-        Name of each cell's batch, where there are batches.
-    """
-
-    context: str
-    names: pd.Index
-    cells: sparse.csr_matrix | np.ndarray
-    base: np.ndarray
-    batch: np.ndarray | None
-
-    def dense(self, rows: np.ndarray) -> np.ndarray:
-        """Return some of the cells, (n, n_features)."""
-        taken = self.cells[rows]
-        return taken.toarray() if sparse.issparse(taken) else taken
-
-    def batch_of(self, rows: np.ndarray) -> np.ndarray | None:
-        """Return the batches of some of the cells."""
-        return None if self.batch is None else self.batch[rows]
-
-
-def starts(screen: Screen, context: str | None = None) -> Iterator[Start]:
-    """Yield the control cells of one context or of each, on the genes of the screen or in its embedding."""
-    for name, rows in screen.controls(context).items():
-        cells = screen.expression.rows(rows) if screen.rep is None else screen.rep[rows]
-        base = np.asarray(cells.mean(axis=0, dtype=np.float64)).ravel().astype(np.float32)
-        batch = None if screen.batch is None else np.asarray(screen.batch[rows]).astype(str)
-        yield Start(name, screen.names[rows], cells, base, batch)
+from virtualcell.models._setup import design_of, register
+from virtualcell.models._start import Start, starts
 
 
 class PerturbationModel(BaseModelClass):
@@ -120,19 +74,7 @@ class PerturbationModel(BaseModelClass):
         split_key
             Column with `train`, `val` and `test`, from :func:`virtualcell.pp.split`; test cells are never seen.
         """
-        setup_method_args = cls._get_setup_method_args(**locals())
-        _check_data(adata, setup_method_args["setup_args"], "rna")
-        anndata_fields = [
-            scvi_fields.LayerField("X", layer, is_count_data=False),
-            scvi_fields.CategoricalObsField("perturbation", perturbation_key),
-            scvi_fields.CategoricalObsField("context", context_key),
-            scvi_fields.CategoricalObsField("batch", batch_key),
-        ]
-        if use_rep is not None:
-            anndata_fields.append(scvi_fields.ObsmField("rep", use_rep))
-        manager = AnnDataManager(fields=anndata_fields, setup_method_args=setup_method_args)
-        manager.register_fields(adata)
-        cls.register_manager(manager)
+        register(cls, adata, cls._get_setup_method_args(**locals()))
 
     @classmethod
     def setup_mudata(
@@ -163,25 +105,7 @@ class PerturbationModel(BaseModelClass):
         perturbation_key, control, context_key, batch_key, layer, scale, library_size_key, use_rep, split_key
             As in :meth:`setup_anndata`.
         """
-        setup_method_args = cls._get_setup_method_args(**locals())
-        _check_data(mdata, setup_method_args["setup_args"], modality)
-        in_modality = expression_modality(mdata, modality).obs.columns
-
-        def column(name: str, key: str | None) -> scvi_fields.MuDataCategoricalObsField:
-            mod_key = modality if key is None or key in in_modality else None
-            return scvi_fields.MuDataCategoricalObsField(name, key, mod_key=mod_key)
-
-        mudata_fields = [
-            scvi_fields.MuDataLayerField("X", layer, mod_key=modality, mod_required=True, is_count_data=False),
-            column("perturbation", perturbation_key),
-            column("context", context_key),
-            column("batch", batch_key),
-        ]
-        if use_rep is not None:
-            mudata_fields.append(scvi_fields.MuDataObsmField("rep", use_rep, mod_key=modality, mod_required=True))
-        manager = AnnDataManager(fields=mudata_fields, setup_method_args=setup_method_args)
-        manager.register_fields(mdata)
-        cls.register_manager(manager)
+        register(cls, mdata, cls._get_setup_method_args(**locals()), modality)
 
     def __init__(self, data: AnnData | MuData | Screen | None = None, *, registry: dict | None = None) -> None:
         if isinstance(data, Screen):
@@ -191,7 +115,7 @@ class PerturbationModel(BaseModelClass):
         setup = self.registry["setup_args"]
         states = {k: v["state_registry"] for k, v in self.registry["field_registries"].items()}
         self.modality = setup.get("modality") or "rna"
-        self.design = _design_of(setup)
+        self.design = design_of(setup)
         self.screen = data if isinstance(data, Screen) else None
         if self.adata is not None:
             self.screen = Screen.from_anndata(self.adata, self.design, modality=self.modality)
@@ -440,19 +364,3 @@ class PerturbationModel(BaseModelClass):
                 "`vc.tl.predict_perturbation` takes several."
             )
         self.check_perturbation(perturbation)
-
-
-def _design_of(setup: dict) -> Design:
-    known = {f.name for f in fields(Design)}
-    stated = {k: v for k, v in setup.items() if k in known}
-    return Design(**{"scale": "log1p", **stated})
-
-
-def _check_data(data: AnnData | MuData, setup: dict, modality: str) -> None:
-    """Raise for what would be found out in the middle of a training."""
-    screen = Screen.from_anndata(data, _design_of(setup), modality=modality)
-    screen.require_unique_names()
-    screen.require_control()
-    if not screen.is_train.any():
-        raise ValueError(f"split_key={setup['split_key']!r} marks no cell as 'train'.")
-    screen.expression.rows(np.arange(min(1, screen.n_cells)))  # the first reading checks the whole matrix

@@ -1,11 +1,10 @@
-"""Continue from a trained model on new data: weights carried over by name, frozen parts, low-rank adapters."""
+"""Continue from a trained model on new data: weights carried over by name."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -13,58 +12,54 @@ import torch
 from anndata import AnnData
 from torch import Tensor, nn
 
-from virtualcell._errors import unknown_name
-from virtualcell.models._perturbations import PerturbationTable, parts
+from virtualcell.data._labels import parts
+from virtualcell.data._screen import Screen
+from virtualcell.models._features import PerturbationTable
 from virtualcell.models._se import SE
 from virtualcell.models._st import ST
-from virtualcell.modules import Ensemble, STNetwork, networks
+from virtualcell.modules import STNetwork
 
 logger = logging.getLogger(__name__)
 
-BACKBONES = ("transformer_backbone", "transformer_encoder")  # of ST, of SE
 _FROM_DATA = ("n_input", "n_output", "n_perturbation", "n_batches", "n_genes")
 _FREE = ("dropout", "decoder_dropout", "perturbation_dropout")  # may differ: no weight depends on them
-_LORA = {"r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "target_modules": "target_modules"}
 
 Places = tuple[Tensor, Tensor]  # where the same names are in the new and in the old model
 
 
 def continue_st(
-    adata: AnnData,
+    screen: Screen,
     old: ST,
     perturbation_features: pd.DataFrame | None,
     *,
     set_size: int | None = None,
     **network: object,
 ) -> ST:
-    """Build an ST on data that is set up, of the sizes of `old`, and carry the weights over."""
-    setup = ST._get_most_recent_anndata_manager(adata, required=True).registry["setup_args"]
-    theirs = dataclasses.asdict(old.config)
+    """Build an ST on the cells of a screen, of the sizes of `old`, and carry the weights over."""
+    theirs = {**dataclasses.asdict(old.config), "n_networks": old.n_networks, "transfer": old.transfer}
+    theirs["preset"] = old.preset
     wrong = [k for k in network if k in theirs and k not in _FREE and network[k] != theirs[k]]
     if wrong:
         told = ", ".join(f"{k}={network[k]!r} (init_from has {theirs[k]!r})" for k in wrong)
-        raise ValueError(f"model_kwargs: {told}. The model goes on as it was built: leave these out.")
-    cells = slice(None) if setup["split_key"] is None else (adata.obs[setup["split_key"]] != "test").to_numpy()
-    labels = adata.obs[setup["perturbation_key"]].astype(str)[cells]
-    table = extend_table(old.table, labels, setup["control"], perturbation_features)
+        raise ValueError(f"network: {told}. The model goes on as it was built: leave these out.")
+    labels = set(screen.perturbation[screen.is_train])
+    unseen = set(screen.perturbation[screen.is_val]) - labels
+    table = extend_table(old.table, labels, screen.design.control, perturbation_features, unseen)
     sizes = {k: v for k, v in theirs.items() if k not in _FROM_DATA}
-    sizes |= {"set_size": set_size or old.set_size, "n_members": old.n_members}
-    new = ST(adata, table=table, **{**sizes, **network})
-    if new.n_members != old.n_members:
-        raise ValueError(f"model_kwargs: n_members={new.n_members}, but init_from has {old.n_members}: leave it out.")
-    if new.setup["use_rep"] is not None and new.config.n_input != old.config.n_input:
+    new = ST(screen, table=table, set_size=set_size or old.set_size, **{**sizes, **network})
+    if new.design.use_rep is not None and new.config.n_input != old.config.n_input:
         raise ValueError(
-            f"obsm[{new.setup['use_rep']!r}] has {new.config.n_input} columns, init_from was trained on "
+            f"obsm[{new.design.use_rep!r}] has {new.config.n_input} columns, init_from was trained on "
             f"{old.config.n_input}: they come from different SE models."
         )
-    if old.prior is not None and (lost := sorted(set(old.prior.perturbations) - set(labels))):
+    if old.transferred is not None and (lost := sorted(set(old.transferred.perturbations) - labels)):
         logger.warning(
-            "The prior is computed from the new data alone, which lacks %d perturbations of init_from: predictions for "
-            "them lose its part. They are %s%s.",
+            "The transferred effect is computed from the new data alone, which lacks %d perturbations of init_from: "
+            "predictions for them lose its part. They are %s%s.",
             *(len(lost), ", ".join(lost[:10]), " ..." if len(lost) > 10 else ""),
         )
-    for theirs, ours in zip(networks(old.module), networks(new.module), strict=True):
-        transfer(
+    for theirs, ours in zip(old.networks, new.networks, strict=True):
+        transfer_weights(
             theirs,
             ours,
             genes=(old.genes, new.genes),
@@ -106,23 +101,28 @@ def genes_to_model(chosen: Sequence[str], old: ST, available: pd.Index) -> list[
 
 
 def extend_table(
-    old: PerturbationTable, labels: Iterable[str], control: str, features: pd.DataFrame | None
+    old: PerturbationTable,
+    labels: Iterable[str],
+    control: str,
+    features: pd.DataFrame | None,
+    unseen: Iterable[str] = (),
 ) -> PerturbationTable:
-    """Return the table of a trained model with what the `labels` of new data lack in it.
+    """Return the table of a trained model with what the `labels` of new training cells lack in it.
 
     Vectors that were there stay what they were. A one-hot table grows by a dimension for each new perturbation; a
     table of features takes rows of `features`, on the scale of its own; `features` replace a one-hot table.
     """
     labels = sorted(set(labels) - {control})
     if features is not None and not old.has_features:
-        return PerturbationTable.from_features(features, labels, control)
+        return PerturbationTable.from_features(features, labels, control, unseen)
     if control != old.control and control in old.names:
         raise ValueError(
             f"control={control!r} is a perturbation of init_from, whose control is {old.control!r}. Give the control "
             "cells of the new data another label."
         )
     names = [control if name == old.control else name for name in old.names]
-    added = sorted({p for label in labels for p in parts(label, control, names)} - set(names))
+    wanted = {*labels, *unseen} if old.has_features else labels
+    added = sorted({p for label in wanted for p in parts(label, control, names)} - set(names))
     vectors = old.vectors
     if old.has_features:
         rows = pd.DataFrame() if features is None else features.set_axis(features.index.astype(str))
@@ -162,7 +162,7 @@ def _on_scale_of(old: PerturbationTable, names: list[str], features: pd.DataFram
 
 
 @torch.no_grad()
-def transfer(
+def transfer_weights(
     old: STNetwork,
     new: STNetwork,
     *,
@@ -230,9 +230,9 @@ def _named_layers(network: STNetwork) -> dict[str, nn.Linear]:
         "control": basal[0] if c.control_projection else basal,
         "out": network.project_out[-1],
     }
-    if c.residual == "both":
+    if c.head == "both":
         layers["level"] = network.project_level[-1]
-    if c.residual == "all":
+    if c.head == "all":
         layers |= {"down": network.final_down_then_up[0], "up": network.final_down_then_up[-1]}
     if c.n_genes:
         decoder = network.gene_decoder
@@ -281,73 +281,3 @@ def _report(what: str, old: Sequence[str], new: Sequence[str]) -> None:
     logger.info("init_from: %d %s kept, %d new, %d dropped.", kept, what, len(set(new) - set(old)), len(dropped))
     if what == "genes" and dropped:
         logger.warning("The model starts without %d genes that are not in the data: %s ...", len(dropped), dropped[:5])
-
-
-@contextmanager
-def partly_trained(
-    network: nn.Module, *, freeze: Sequence[str] = (), lora: dict | None = None, seed: int = 0
-) -> Iterator[None]:
-    """Train only some parameters inside the block; with `lora`, adapters of the backbone, merged at its end."""
-    if isinstance(network, Ensemble) and (freeze or lora is not None):
-        raise ValueError("freeze= and lora= are for a model of one network; init_from has several members.")
-    parameters = dict(network.named_parameters())
-    frozen = _frozen(network, parameters, [freeze] if isinstance(freeze, str) else freeze)
-    backbone = next((name for name in BACKBONES if hasattr(network, name)), None)
-    if lora is not None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            _add_adapters(getattr(network, backbone), lora)
-        frozen |= {name for name in parameters if name.startswith(f"{backbone}.")}
-    for name, parameter in parameters.items():
-        parameter.requires_grad_(name not in frozen)
-    try:
-        learned = sum(p.numel() for p in network.parameters() if p.requires_grad)
-        if not learned:
-            raise ValueError(f"freeze={list(freeze)!r} leaves nothing to train.")
-        if frozen:
-            logger.info("%d parameters are trained, %d frozen.", learned, sum(parameters[n].numel() for n in frozen))
-        yield
-    finally:
-        if lora is not None:
-            _merge_adapters(getattr(network, backbone))
-        for parameter in parameters.values():
-            parameter.requires_grad_(True)
-
-
-def _frozen(network: nn.Module, parameters: dict[str, nn.Parameter], prefixes: Sequence[str]) -> set[str]:
-    frozen: set[str] = set()
-    for prefix in prefixes:
-        found = {name for name in parameters if f"{name}.".startswith(f"{prefix.rstrip('.')}.")}
-        if not found:
-            valid = dict.fromkeys(name.split(".")[0] for name in parameters)
-            deeper = [name for name, _ in network.named_modules() if "." in name]
-            raise unknown_name("freeze", prefix, [*valid, *deeper], "It must be the beginning of a parameter's name.")
-        frozen |= found
-    return frozen
-
-
-def _add_adapters(backbone: nn.Module, lora: dict) -> None:
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise ImportError('lora= needs peft: pip install "virtualcell[lora]"') from error
-    for key in lora:
-        if key not in _LORA:
-            raise unknown_name("lora", key, _LORA, "These are the options of an adapter.")
-    linear = sorted({name.split(".")[-1] for name, m in backbone.named_modules() if isinstance(m, nn.Linear)})
-    for name in lora.get("target_modules", ()):
-        if name not in linear:
-            raise unknown_name("lora['target_modules']", name, linear)
-    options = {"target_modules": linear, **{_LORA[k]: v for k, v in lora.items()}}
-    inject_adapter_in_model(LoraConfig(**options), backbone)
-
-
-def _merge_adapters(backbone: nn.Module) -> None:
-    """Add the product of the two factors to each weight, and put the plain layer back."""
-    from peft.tuners.lora import LoraLayer
-
-    for name, module in list(backbone.named_modules()):
-        if isinstance(module, LoraLayer):
-            module.merge()
-            parent, _, attribute = name.rpartition(".")
-            setattr(backbone.get_submodule(parent), attribute, module.get_base_layer())

@@ -12,8 +12,9 @@ from mudata import MuData
 from scipy import sparse
 from scipy.linalg import lu
 
-from virtualcell._design import Scale, expression_modality
-from virtualcell.data._matrix import columns_by_name, log_expression
+from virtualcell.data._design import Scale
+from virtualcell.data._labels import expression_modality
+from virtualcell.data._screen import read_expression
 
 logger = logging.getLogger(__name__)
 
@@ -70,9 +71,9 @@ def expression_gene_embeddings(
         raise ValueError(f"n_comps={n_comps} must be at least 1.")
     rna = expression_modality(adata, modality)
     genes = sorted(rna.var_names)
-    matrix = columns_by_name(
-        log_expression(rna, layer=layer, scale=scale, library_size_key=library_size_key), rna.var_names, genes
-    )
+    matrix = read_expression(
+        adata, modality=modality, layer=layer, scale=scale, library_size_key=library_size_key, genes=genes
+    ).rows()
     mean, sd = _moments(matrix)
     varies = sd > 0
     if varies.sum() < 2 or rna.n_obs < 3:

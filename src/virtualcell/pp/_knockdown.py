@@ -13,9 +13,10 @@ from mudata import MuData
 from scipy import sparse, stats
 
 from virtualcell import _keys
-from virtualcell._design import Scale, expression_modality, labels
 from virtualcell._errors import unknown_name
-from virtualcell.data._matrix import log_expression
+from virtualcell.data._design import Design, Scale
+from virtualcell.data._labels import expression_modality, parts
+from virtualcell.data._screen import Screen
 
 logger = logging.getLogger(__name__)
 
@@ -108,13 +109,13 @@ def knockdown_efficiency(
     threshold = _THRESHOLDS[direction][0] if threshold is None else threshold
     cell_threshold = _THRESHOLDS[direction][1] if cell_threshold is None else cell_threshold
     expression = expression_modality(adata, modality)
-    label = labels(adata, perturbation_key, argument="perturbation_key", modality=modality).to_numpy()
-    context = np.full(len(label), "all", dtype=object)
-    if context_key is not None:
-        context = labels(adata, context_key, argument="context_key", modality=modality).to_numpy()
-    is_control = label == control
-    if not is_control.any():
-        raise unknown_name("control", control, np.unique(label), f"Name a label of {perturbation_key!r}.")
+    design = Design(
+        perturbation_key, control, context_key, layer=layer, scale=scale, library_size_key=library_size_key
+    )
+    screen = Screen.from_anndata(adata, design, modality=modality)
+    screen.require_control()
+    label, context = (np.asarray(x).astype(str) for x in (screen.perturbation, screen.context))
+    is_control = screen.is_control
     without = sorted(set(context) - set(context[is_control]))
     if without:
         raise ValueError(
@@ -123,11 +124,9 @@ def knockdown_efficiency(
         )
 
     perturbed = np.unique(label[~is_control])
-    targets = {p: [t for t in p.split("+") if t != control] for p in perturbed}
-    genes = _match(expression, sorted({t for parts in targets.values() for t in parts}), gene_key)
-    linear = log_expression(
-        expression, genes=list(genes.values()), layer=layer, scale=scale, library_size_key=library_size_key
-    ).tocsc()
+    targets = {p: parts(p, control) for p in perturbed}
+    genes = _match(expression, sorted({t for of_label in targets.values() for t in of_label}), gene_key)
+    linear = screen.expression.select(list(genes.values())).rows().tocsc()
     linear.data = np.expm1(linear.data.astype(np.float64))
     column_of = {target: i for i, target in enumerate(genes)}
 

@@ -14,12 +14,12 @@ from anndata import AnnData
 from mudata import MuData
 
 from virtualcell import _keys
-from virtualcell._design import expression_modality, labels
 from virtualcell._errors import unknown_name
+from virtualcell._keys import SPLITS
+from virtualcell.data._labels import expression_modality, parts, read_labels
 
 logger = logging.getLogger(__name__)
 
-SPLITS = ("train", "val", "test")
 _KINDS = {
     frozenset({"contexts"}): "zero-shot",
     frozenset({"contexts", "perturbations"}): "few-shot",
@@ -185,7 +185,7 @@ def save_split(
     manifests = expression.uns.get(_keys.UNS, {}).get(_keys.SPLIT_MANIFEST, {})
     if split_key not in manifests:
         raise unknown_name("split_key", split_key, manifests, "Run `vc.pp.split` first.")
-    assigned = labels(adata, split_key, argument="split_key", modality=modality)
+    assigned = read_labels(adata, split_key, argument="split_key", modality=modality)
     record = {k: v for k, v in manifests[split_key].items() if k != "groups"}
     record["cells"] = {name: sorted(assigned.index[assigned == name]) for name in SPLITS}
     # `uns` comes back from a file with numpy scalars and arrays, which JSON does not know.
@@ -233,13 +233,13 @@ def apply_split(
 
 def _cells(adata: AnnData | MuData, perturbation_key: str, context_key: str | None, modality: str) -> pd.DataFrame:
     """Return the context and perturbation of each cell, indexed by its name."""
-    perturbation = labels(adata, perturbation_key, argument="perturbation_key", modality=modality)
+    perturbation = read_labels(adata, perturbation_key, argument="perturbation_key", modality=modality)
     if not perturbation.index.is_unique:
         twice = perturbation.index[perturbation.index.duplicated()]
         raise ValueError(f"obs_names repeats {list(twice[:3])}. Run `adata.obs_names_make_unique()` first.")
     cells = pd.DataFrame({"context": "all", "perturbation": perturbation})
     if context_key is not None:
-        cells["context"] = labels(adata, context_key, argument="context_key", modality=modality)
+        cells["context"] = read_labels(adata, context_key, argument="context_key", modality=modality)
     return cells
 
 
@@ -302,13 +302,8 @@ def _report(cells: pd.DataFrame, assigned: pd.Series, manifest: dict) -> None:
         len(tested),
     )
     if manifest["kind"] == "unseen perturbations":
-        held = set().union(*map(_targets, tested)) - {manifest["control"]}
-        leaks = sorted(label for label in seen if _targets(label) & held)
+        held = {part for label in tested for part in parts(label, manifest["control"])}
+        leaks = sorted(label for label in seen if set(parts(label)) & held)
         if leaks:
             shown = ", ".join(leaks[:8]) + (", ..." if len(leaks) > 8 else "")
             logger.warning("%d training perturbations share a target with a held-out one: %s.", len(leaks), shown)
-
-
-def _targets(label: str) -> set[str]:
-    """Return the targets of a label; those of a combination are joined by "+"."""
-    return set(label.split("+"))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -13,15 +15,20 @@ from anndata import AnnData
 from mudata import MuData
 
 from virtualcell import models as _models
-from virtualcell._design import Design, Scale, check_library_sizes, expression_modality
 from virtualcell._errors import UnknownNameError, unknown_name
-from virtualcell.data._matrix import log_expression
+from virtualcell.data._design import Design, Scale, check_library_sizes
+from virtualcell.data._expression import MOST_EXPRESSION
+from virtualcell.data._screen import Screen
 from virtualcell.models._base import PerturbationModel
-from virtualcell.models._baselines import ShiftModel
-from virtualcell.models._feature_baselines import FeatureShiftModel
+from virtualcell.models._baselines import Baseline
+from virtualcell.models._effects import Effects
+from virtualcell.models._feature_baselines import FeatureBaseline
+from virtualcell.models._start import Start, starts
 from virtualcell.pp import split as split_cells
 from virtualcell.tl._evaluate import evaluate
-from virtualcell.tl._fit import _check_controls, _enough_cells, _genes, _read_obs, _targets, fit_state
+from virtualcell.tl._fit import build_st, train_st
+from virtualcell.tl._fit_options import FitOptions, NetworkOptions, choose_size
+from virtualcell.tl._prepare import choose_genes, prepared
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +36,21 @@ Spec = str | type[PerturbationModel] | tuple[str | type[PerturbationModel], dict
 
 COLUMNS = ["split", "seed", "source", "model", "context", "perturbation", "metric", "value"]
 CEILING = "ceiling"
-_SPLIT = "_split"
-_MOST = np.float32(np.log1p(1e4))  # `evaluate` refuses a matrix above as being on another scale
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What holds for all splits and models."""
+
+    design: Design
+    suite: str | Sequence[str]
+    seeds: Sequence[int]
+    ceiling: bool
+    features: pd.DataFrame | None
+    n_top_genes: int | None
+    min_cells: int
+    n_cells: int | None
+    n_jobs: int
 
 
 def benchmark(
@@ -70,8 +90,9 @@ def benchmark(
     models
         Names in :mod:`virtualcell.models` (`["ST", "Additive"]`), or a dictionary from the name to show to such a
         name, to a class, or to a pair of either and keyword arguments. For ST these are the arguments of
-        :func:`virtualcell.tl.fit_state`, `{"published": ("ST", {"model_kwargs": {"residual": "hidden"}})}`; for others
-        those of the class.
+        :func:`virtualcell.tl.fit_state`, `{"published": ("ST", {"network": {"preset": "published"}})}`, of which
+        `perturbation_features`, `init_from`, `size`, `network` and `training` have a meaning here; for others those of
+        the class.
     perturbation_key, control, context_key, batch_key
         Columns of `obs`, and the label of control cells. Only ST uses the batch.
     split_key, splits
@@ -124,6 +145,7 @@ def benchmark(
             "suite='vcc2026' scores raw counts, which baselines do not predict. Say 'full' or 'vcc2025', or make "
             "counts of a prediction and call `vc.tl.evaluate`."
         )
+    check_library_sizes(scale, library_size_key)
     design = Design(
         perturbation_key=perturbation_key,
         control=control,
@@ -133,50 +155,12 @@ def benchmark(
         scale=scale,
         library_size_key=library_size_key,
     )
-    check_library_sizes(scale, library_size_key)
-    data, adata = adata, expression_modality(adata, modality)
-    matrix = log_expression(adata, layer=layer, scale=scale, library_size_key=library_size_key)
+    settings = _Settings(design, suite, seeds, ceiling, perturbation_features, n_top_genes, min_cells, n_cells, n_jobs)
     frames, n_genes = [], {}
-    for name, obs, split in _splits(data, design, split_key, splits, modality):
-        has_features = perturbation_features is not None
-        seen = (split != "test") & _enough_cells(obs[perturbation_key], split, control, min_cells, has_features)
-        _check_controls(obs, seen, design)
-        # the targets of the test cells too: which genes they are is known beforehand
-        genes = _genes(
-            matrix, adata.var_names, seen, _targets(adata, obs[perturbation_key], control, None), n_top_genes
-        )
-        n_genes[name] = len(genes)
-        work = AnnData(matrix[:, adata.var_names.get_indexer(genes)], obs=obs.copy(), var=pd.DataFrame(index=genes))
-        work.obs[_SPLIT] = np.where(seen, split, "test")
-        is_control = (obs[perturbation_key] == control).to_numpy()
-        test = (split == "test") & ~is_control
-        if not test.any():
-            raise ValueError(f"split {name!r} has no test cells. Hold something out with `vc.pp.split`.")
-        real = work[test | is_control].copy()
-        perturbations = sorted(set(obs.loc[test, perturbation_key]))
-        run = {"features": perturbation_features, "min_cells": min_cells}
-        score = {"suite": suite, "n_jobs": n_jobs, "design": design}
-        missing = set(seeds) if ceiling else set()  # seeds for which the ceiling is still to be taken
-        for label, (kind, kwargs, source) in specs.items():
-            deterministic = issubclass(kind, ShiftModel)
-            for seed in seeds:
-                if deterministic and seed != seeds[0] and seed not in missing:
-                    continue
-                if not deterministic or seed == seeds[0]:
-                    model = _fit(work, kind, kwargs, design, seed=seed, **run)
-                    if (reason := _cannot(model, perturbations)) is not None:
-                        logger.warning("%s is left out of split %r: %s", label, name, reason)
-                        break
-                    predicted = _predict(model, real, design, n_cells=n_cells, seed=seed)
-                scores = _score(predicted, real, ceiling=seed in missing, seed=seed, **score)
-                missing.discard(seed)
-                if deterministic and seed != seeds[0]:
-                    scores = scores[scores["source"] == CEILING]
-                is_model = scores["source"] == "model"
-                scores["model"] = np.where(is_model, label, CEILING)
-                scores["source"] = np.where(is_model, source, CEILING)
-                frames.append(scores.assign(split=name, seed=seed))
-            logger.info("Split %r: %s is done.", name, label)
+    for name, screen in _splits(adata, design, split_key, splits, modality):
+        case = _Case.of(name, screen, settings)
+        n_genes[name] = len(case.screen.genes)
+        frames += case.scores(specs)
     if not frames:
         raise ValueError("none of the models can predict the test cells of any split; the log says why for each.")
     out = pd.concat(frames, ignore_index=True)[COLUMNS]
@@ -213,7 +197,7 @@ def _specs(models: Sequence[str] | Mapping[str, Spec], floor: Sequence[str]) -> 
     if not given:
         raise ValueError(f"models={models!r} names no model.")
     # the ceiling comes with the first score of each seed, so that a model fitted with every seed saves a round
-    return dict(sorted(out.items(), key=lambda item: issubclass(item[1][0], ShiftModel)))
+    return dict(sorted(out.items(), key=lambda item: issubclass(item[1][0], Baseline)))
 
 
 def _splits(
@@ -222,8 +206,8 @@ def _splits(
     split_key: str | None,
     splits: Mapping[str, str | Mapping] | None,
     modality: str,
-) -> Iterator[tuple[str, pd.DataFrame, np.ndarray]]:
-    """Name, labels and split of the cells."""
+) -> Iterator[tuple[str, Screen]]:
+    """Yield the name of each split, and the cells in their parts."""
     if (split_key is None) == (splits is None):
         raise ValueError(
             "give either split_key=, a column of obs that `vc.pp.split` wrote, or splits=, such as "
@@ -232,38 +216,143 @@ def _splits(
     if splits is not None and not len(splits):
         raise ValueError("splits={} holds nothing: name at least one, {'K562 unseen': {'contexts': ['K562']}}.")
     for name, how in ({split_key: split_key} if splits is None else splits).items():
-        obs, split = _read_obs(data, design, how if isinstance(how, str) else None, modality)
-        if not isinstance(how, str):
-            cells = AnnData(obs=obs)
-            keys = {k: getattr(design, k) for k in ("perturbation_key", "control", "context_key")}
-            split_cells(cells, **keys, holdout=how, key_added=_SPLIT)
-            split = cells.obs[_SPLIT].to_numpy().astype(str)
-        yield name, obs, split
+        if isinstance(how, str):
+            yield name, Screen.from_anndata(data, dataclasses.replace(design, split_key=how), modality=modality)
+            continue
+        screen = Screen.from_anndata(data, design, modality=modality)
+        keys = {k: getattr(design, k) for k in ("perturbation_key", "control", "context_key")}
+        cells = AnnData(obs=screen.labels())
+        split_cells(cells, **keys, holdout=how, key_added=name)
+        # a split of its own, whatever it is called: no other cells are held out for validation
+        design_of = dataclasses.replace(design, split_key=name)
+        yield name, dataclasses.replace(screen, design=design_of, split=cells.obs[name].to_numpy().astype(str))
 
 
-def _fit(
-    work: AnnData, kind: type, kwargs: dict, design: Design, *, features: pd.DataFrame | None, min_cells: int, seed: int
-) -> PerturbationModel:
-    """Fit a model on the cells of `work` that are not test."""
-    keys = {k: getattr(design, k) for k in ("perturbation_key", "control", "context_key")} | {"split_key": _SPLIT}
-    if issubclass(kind, _models.ST):
-        defaults = {
-            "batch_key": design.batch_key,
-            "perturbation_features": features,
-            "min_cells": min_cells,
-            "se": False,
-            "store_model": False,
-            "validate": False,
-            "enable_progress_bar": False,
-        }
-        return fit_state(work, **keys, scale="log1p", n_top_genes=None, seed=seed, **{**defaults, **kwargs})
-    if issubclass(kind, FeatureShiftModel):
-        kwargs = {"perturbation_features": features, **kwargs}
-    kind.setup_anndata(work, **keys)
-    model = kind(work, **kwargs)
-    model.train()
-    model.forget_data()
-    return model
+@dataclass(frozen=True)
+class _Case:
+    """One split: its cells on the genes to model, what the training cells tell, and the test cells to predict.
+
+    Control cells are read once, for all models and perturbations.
+    """
+
+    name: str
+    screen: Screen
+    effects: Effects
+    starts: list[Start]
+    real: AnnData
+    pairs: list[tuple[str, str]]
+    settings: _Settings
+
+    @classmethod
+    def of(cls, name: str, screen: Screen, settings: _Settings) -> _Case:
+        is_test = (screen.split == "test") & ~screen.is_control
+        if not is_test.any():
+            raise ValueError(f"split {name!r} has no test cells. Hold something out with `vc.pp.split`.")
+        targets = screen.with_split(np.full(screen.n_cells, "train")).targets()  # known beforehand, of test cells too
+        screen = prepared(screen, min_cells=settings.min_cells, has_features=settings.features is not None)
+        screen = screen.select(choose_genes(screen, settings.n_top_genes, targets=targets))
+        scored = screen.take(is_test | screen.is_control)
+        real = AnnData(scored.expression.rows(), obs=scored.labels(), var=pd.DataFrame(index=list(screen.genes)))
+        pairs = sorted((p, c) for c, p in screen.pairs(is_test))
+        effects = Effects.measure(screen, screen.is_known)
+        return cls(name, screen, effects, list(starts(screen.take(screen.is_control))), real, pairs, settings)
+
+    def scores(self, specs: dict[str, tuple[type, dict, str]]) -> list[pd.DataFrame]:
+        """Scores of every model that can predict the test cells, with every seed."""
+        settings, frames = self.settings, []
+        missing = set(settings.seeds) if settings.ceiling else set()  # seeds for which the ceiling is still to be taken
+        for label, (kind, kwargs, source) in specs.items():
+            deterministic = issubclass(kind, Baseline)
+            for seed in settings.seeds:
+                first = seed == settings.seeds[0]
+                if deterministic and not first and seed not in missing:
+                    continue
+                if not deterministic or first:
+                    model = self._fit(kind, kwargs, seed)
+                    if (reason := _cannot(model, sorted({p for p, _ in self.pairs}))) is not None:
+                        logger.warning("%s is left out of split %r: %s", label, self.name, reason)
+                        break
+                    predicted = self._predict(model, seed)
+                scores = self._score(predicted, ceiling=seed in missing, seed=seed)
+                missing.discard(seed)
+                if deterministic and not first:
+                    scores = scores[scores["source"] == CEILING]
+                is_model = scores["source"] == "model"
+                scores["model"] = np.where(is_model, label, CEILING)
+                scores["source"] = np.where(is_model, source, CEILING)
+                frames.append(scores.assign(split=self.name, seed=seed))
+            logger.info("Split %r: %s is done.", self.name, label)
+        return frames
+
+    def _fit(self, kind: type, kwargs: dict, seed: int) -> PerturbationModel:
+        """Fit a model on the cells that are not test."""
+        features = self.settings.features
+        if issubclass(kind, _models.ST):
+            return _fit_st(self.screen, {"perturbation_features": features, **kwargs}, seed)
+        if issubclass(kind, FeatureBaseline):
+            kwargs = {"perturbation_features": features, **kwargs}
+        model = kind(self.screen, **kwargs)
+        model.train(self.effects)
+        model.forget_data()
+        return model
+
+    def _predict(self, model: PerturbationModel, seed: int) -> tuple[np.ndarray, pd.DataFrame]:
+        """Predict every perturbation and context of the test cells from the control cells: expression and labels."""
+        design, of_context = self.screen.design, {start.context: start for start in self.starts}
+        keys = [k for k in (design.perturbation_key, design.context_key) if k is not None]
+        cells, labels = [], []
+        for perturbation, context in self.pairs:
+            start = of_context[context]
+            predicted = model.predict_from(start, perturbation, n_cells=self.settings.n_cells, seed=seed)[1]
+            cells.append(predicted.astype(np.float32, copy=False))
+            pair = (perturbation, context)[: len(keys)]
+            labels.append(pd.DataFrame([pair] * len(predicted), columns=keys))
+        expression = np.concatenate(cells)
+        if (beyond := int((expression > MOST_EXPRESSION).sum())) > 0:
+            logger.warning("%r predicts more than all counts of a cell in %d entries; cut to that.", model, beyond)
+        return np.minimum(expression, MOST_EXPRESSION), pd.concat(labels, ignore_index=True)
+
+    def _score(self, predicted: tuple[np.ndarray, pd.DataFrame], *, ceiling: bool, seed: int) -> pd.DataFrame:
+        cells, obs = predicted
+        index = "predicted_" + obs.index.astype(str)
+        adata = AnnData(cells, obs=obs.set_index(index), var=pd.DataFrame(index=self.real.var_names))
+        design, settings = self.settings.design, self.settings
+        return evaluate(
+            adata,
+            self.real,
+            perturbation_key=design.perturbation_key,
+            control=design.control,
+            context_key=design.context_key,
+            suite=settings.suite,
+            scale="log1p",
+            ceiling=ceiling,
+            n_jobs=settings.n_jobs,
+            seed=seed,
+        )
+
+
+_OF_ST = ("perturbation_features", "init_from", "size", "network", "training", "validate")
+
+
+def _fit_st(screen: Screen, kwargs: dict, seed: int) -> _models.ST:
+    """Fit an ST with arguments of `fit_state` on a screen whose genes are chosen."""
+    for name in kwargs:
+        if name not in _OF_ST:
+            raise unknown_name("argument of ST", name, _OF_ST, "Data and design are the same for all models.")
+    options = FitOptions.from_(kwargs.get("training"), seed=seed, progress_bar=False)
+    features = kwargs["perturbation_features"]
+    init_from = kwargs.get("init_from")
+    st = build_st(
+        screen,
+        features=features,
+        init_from=init_from,
+        size=choose_size(kwargs.get("size", "auto"), screen.n_cells),
+        network=NetworkOptions.of(kwargs.get("network")),
+        options=options,
+    )
+    validate = kwargs.get("validate", False)
+    train_st(st, options=options, features=features, validate=validate, partly=isinstance(init_from, _models.ST))
+    return st
 
 
 def _cannot(model: PerturbationModel, perturbations: Sequence[str]) -> UnknownNameError | None:
@@ -274,51 +363,3 @@ def _cannot(model: PerturbationModel, perturbations: Sequence[str]) -> UnknownNa
         except UnknownNameError as reason:
             return reason
     return None
-
-
-def _predict(
-    model: PerturbationModel, real: AnnData, design: Design, *, n_cells: int | None, seed: int
-) -> tuple[np.ndarray, pd.DataFrame]:
-    """Predict every perturbation and context of `real` from its control cells: expression and labels."""
-    keys = [k for k in (design.perturbation_key, design.context_key) if k is not None]
-    is_control = (real.obs[design.perturbation_key] == design.control).to_numpy()
-    pairs = real.obs.loc[~is_control, keys].drop_duplicates().sort_values(keys)
-    controls = real[is_control].copy()
-    cells, labels = [], []
-    for pair in pairs.itertuples(index=False):
-        context = pair[1] if len(pair) > 1 else None
-        predicted = model.predict(controls, pair[0], context=context, n_cells=n_cells, seed=seed)
-        cells.append(predicted[list(real.var_names)].to_numpy(np.float32))
-        labels.append(pd.DataFrame([pair] * len(predicted), columns=keys))
-    expression = np.concatenate(cells)
-    if (beyond := int((expression > _MOST).sum())) > 0:
-        logger.warning("%r predicts more than all counts of a cell in %d entries; cut to that.", model, beyond)
-    return np.minimum(expression, _MOST), pd.concat(labels, ignore_index=True)
-
-
-def _score(
-    predicted: tuple[np.ndarray, pd.DataFrame],
-    real: AnnData,
-    *,
-    suite: str | Sequence[str],
-    design: Design,
-    ceiling: bool,
-    n_jobs: int,
-    seed: int,
-) -> pd.DataFrame:
-    cells, obs = predicted
-    adata = AnnData(
-        cells, obs=obs.set_index("predicted_" + obs.index.astype(str)), var=pd.DataFrame(index=real.var_names)
-    )
-    return evaluate(
-        adata,
-        real,
-        perturbation_key=design.perturbation_key,
-        control=design.control,
-        context_key=design.context_key,
-        suite=suite,
-        scale="log1p",
-        ceiling=ceiling,
-        n_jobs=n_jobs,
-        seed=seed,
-    )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import anndata as ad
@@ -16,13 +17,15 @@ from mudata import MuData
 from scipy import sparse
 
 from virtualcell import _keys
-from virtualcell._design import Design, Scale, expression_modality, labels
 from virtualcell._errors import UnknownNameError, unknown_name
-from virtualcell.data._matrix import log_expression, matrix_name, raw_matrix
+from virtualcell.data._design import Design, Scale
+from virtualcell.data._labels import expression_modality
+from virtualcell.data._screen import Screen
 from virtualcell.io._save import unpack
 from virtualcell.models import ST
 from virtualcell.models._base import PerturbationModel
-from virtualcell.models._feature_baselines import load_baseline
+from virtualcell.models._common import model_of, put_on
+from virtualcell.models._start import Start, starts
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +70,7 @@ def predict_perturbation(
     model
         A fitted :class:`virtualcell.models.ST` or one of the baselines; by default the ST in `uns["virtualcell"]`.
     n_cells
-        Predicted cells per perturbation and context; by default one for every control cell.
+        Number of predicted cells per perturbation and context; by default one for every control cell.
     n_samples
         Estimate standard errors from so many draws of the control cells (20 are plenty; each costs as much as the
         prediction), see :meth:`virtualcell.models.ST.uncertainty`.
@@ -83,7 +86,7 @@ def predict_perturbation(
         Share of the model's genes that `adata` must have, by name. Below 1.0 the missing ones enter as 0, which the
         model never saw for a gene that is expressed, and are left out of the result.
     seed
-        Of the draw of control cells. The order of cells and genes in `adata` does not matter.
+        Seed of the draw of control cells. The order of cells and genes in `adata` does not matter.
     modality
         Expression modality of a MuData.
 
@@ -105,60 +108,45 @@ def predict_perturbation(
     """
     if context is not None and not isinstance(context, str):
         raise TypeError(f"context={context!r} must be one label, as a string; leave it out for all contexts.")
-    data, adata = adata, expression_modality(adata, modality)
-    model = _stored_model(adata) if model is None else model
-    if not isinstance(model, PerturbationModel):
-        raise TypeError(f"model={model!r} is not a fitted model. Load a saved one with `vc.models.ST.load(folder)`.")
-    if drug is not None:
-        if perturbation is not None:
-            raise ValueError(f"perturbation={perturbation!r} and drug={drug!r} were both given: give one of them.")
-        if not isinstance(model, ST):
-            raise TypeError(f"drug={drug!r} is found in the names of an ST, and model is a {type(model).__name__}.")
-        perturbation = model.perturbation_name(drug=drug, dose=dose)
-    names = _names(perturbation)
+    if n_cells is not None and n_cells < 1:
+        raise ValueError(f"n_cells={n_cells!r}: at least one cell is needed.")
+    if n_samples is not None and n_samples < 2:
+        raise ValueError(f"n_samples={n_samples!r}: at least 2 draws are needed for a standard error.")
+    stated = {"layer": layer, "scale": scale, "library_size_key": library_size_key, "context_key": context_key}
+    stated |= {"perturbation_key": perturbation_key, "control": control, "batch_key": batch_key}
+    expression = expression_modality(adata, modality)
+    model = _checked(_stored_model(expression) if model is None else model)
+    names = _names(_of_drug(model, perturbation, drug, dose))
     for name in names:
         model.check_perturbation(name)
     if fallback is not None:
         model = _better_one(model, fallback, names)
-    stated = {"layer": layer, "scale": scale, "library_size_key": library_size_key}
-    stated |= {"perturbation_key": perturbation_key, "control": control}
-    stated |= {"context_key": context_key, "batch_key": batch_key}
     for key in ("context_key", "batch_key"):
         if stated[key] is not None and getattr(model.design, key) is None:
             raise ValueError(f"{key}={stated[key]!r} was given, but the model was set up without {key}.")
-    design = dataclasses.replace(model.design, **{k: v for k, v in stated.items() if v is not None})
-    work = _control_cells(data, model, design, modality, min_gene_coverage, everywhere=context is None)
-    their_obs = work.obs
-    work.obs = _obs_of_model(model, design, their_obs)
-
-    genes = adata.var_names[adata.var_names.isin(model.genes)]
-    predicted = []
-    for name in names:
-        cells = model.predict(work, name, context=context, n_cells=n_cells, seed=seed)
-        obs = their_obs.loc[cells.index].rename_axis(_keys.CONTROL_BARCODE).reset_index()
-        obs[design.perturbation_key] = name
-        keys = [k for k in (design.perturbation_key, design.context_key, design.batch_key) if k is not None]
-        # a control cell occurs several times where more cells than controls were asked for
-        obs.index = make_index_unique(pd.Index([f"{barcode}-{name}" for barcode in obs[_keys.CONTROL_BARCODE]]))
-        one = AnnData(cells[genes].to_numpy(np.float32), obs=obs[[*keys, _keys.CONTROL_BARCODE]])
-        one.layers[_keys.CONTROL_LAYER] = work[cells.index, genes].X.toarray()
-        if n_samples is not None:
-            error = model.uncertainty(work, name, context=context, n_samples=n_samples, seed=seed)[genes]
-            of_cell = [""] * one.n_obs if design.context_key is None else one.obs[design.context_key].astype(str)
-            one.layers[_keys.STANDARD_ERROR] = error.loc[of_cell].to_numpy(np.float32)
-            # the mean absolute value of a normal variable is sqrt(2 / pi) of its standard deviation
-            one.obs[_keys.EXPECTED_ERROR] = np.sqrt(2 / np.pi) * error.loc[of_cell].mean(axis=1).to_numpy()
-        predicted.append(one)
-    out = ad.concat(predicted)
-    out.var = adata.var.loc[genes].copy()
-    for key in keys:
-        out.obs[key] = pd.Categorical(out.obs[key])
-    on_this_scale = Design(
-        perturbation_key=design.perturbation_key,
-        control=design.control,
-        context_key=design.context_key,
-        batch_key=design.batch_key,
-        scale="log1p",
+    design = dataclasses.replace(model.design.restated(**stated), split_key=None, gene_key=None)
+    controls = _controls(Screen.from_anndata(adata, design, modality=modality), context)
+    coverage = min_gene_coverage if design.use_rep is None else None  # where genes are no input, they may lack
+    genes = _common_genes(expression.var_names, model.genes, coverage)
+    _warn_of_fewer_genes(design, expression.n_vars)
+    predicted: dict[str, list[AnnData]] = {name: [] for name in names}
+    for start, log in _starts(controls.select(genes), model):
+        for name in names:
+            rows, cells = model.predict_from(start, name, n_cells=n_cells, seed=seed)
+            one = _cells(start, controls, rows, cells[:, pd.Index(model.genes).get_indexer(genes)], name)
+            one.layers[_keys.CONTROL_LAYER] = log[rows].toarray()
+            if n_samples is not None:
+                error = model.error_from(start, name, n_samples=n_samples, seed=seed)
+                error = error[pd.Index(model.genes).get_indexer(genes)]
+                one.layers[_keys.STANDARD_ERROR] = np.tile(error.astype(np.float32), (one.n_obs, 1))
+                # the mean absolute value of a normal variable is sqrt(2 / pi) of its standard deviation
+                one.obs[_keys.EXPECTED_ERROR] = np.sqrt(2 / np.pi) * error.mean()
+            predicted[name].append(one)
+    out = _joined(predicted, genes)
+    out = out[:, expression.var_names[expression.var_names.isin(genes)]].copy()
+    out.var = expression.var.loc[out.var_names].copy()
+    on_this_scale = dataclasses.replace(
+        design, layer=None, scale="log1p", library_size_key=None, use_rep=None, n_genes=None
     )
     out.uns[_keys.UNS] = {"design": on_this_scale.to_uns(), "predicted_by": type(model).__name__}
     out.uns["log1p"] = {}  # tells scanpy that logarithms were taken
@@ -175,17 +163,43 @@ def _names(perturbation: str | Sequence[str] | None) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def _of_drug(
+    model: PerturbationModel, perturbation: str | Sequence[str] | None, drug: str | None, dose: float | None
+) -> str | Sequence[str] | None:
+    """Return the perturbation, or the name of a drug at a dose in its place."""
+    if drug is None:
+        return perturbation
+    if perturbation is not None:
+        raise ValueError(f"perturbation={perturbation!r} and drug={drug!r} were both given: give one of them.")
+    if not isinstance(model, ST):
+        raise TypeError(f"drug={drug!r} is found in the names of an ST, and model is a {type(model).__name__}.")
+    return model.perturbation_name(drug=drug, dose=dose)
+
+
+def _checked(model: object) -> PerturbationModel:
+    if not isinstance(model, PerturbationModel):
+        raise TypeError(f"model={model!r} is not a fitted model. Load a saved one with `vc.models.ST.load(folder)`.")
+    model._check_if_trained(warn=False)
+    return model
+
+
+# Models by the bytes in `uns` that they were read from, for as long as these are there.
+_LOADED: dict[int, tuple[weakref.ref, ST]] = {}
+
+
 def _stored_model(adata: AnnData) -> ST:
-    left = adata.uns.get(_keys.UNS, {})
-    if "st" not in left:
+    """Return the model in `uns`, read once however many predictions are made with it."""
+    stored = adata.uns.get(_keys.UNS, {}).get("st")
+    if stored is None:
         raise ValueError(
             f"uns[{_keys.UNS!r}] holds no fitted model: run `vc.tl.fit_state(adata, ...)` first, or pass model= "
             "(`vc.models.ST.load(folder)`)."
         )
-    model = ST._from_saved(*unpack(left["st"]))._put_on()
-    if "fallback" in left:
-        model.fallback = load_baseline(*unpack(left["fallback"]))
-    return model
+    key = id(stored)
+    if key not in _LOADED or _LOADED[key][0]() is not stored:
+        model = put_on(model_of(unpack(stored, source=f"uns[{_keys.UNS!r}]['st']")))
+        _LOADED[key] = weakref.ref(stored, lambda _: _LOADED.pop(key, None)), model
+    return _LOADED[key][1]
 
 
 def _better_one(model: PerturbationModel, fallback: str, names: Sequence[str]) -> PerturbationModel:
@@ -211,80 +225,71 @@ def _better_one(model: PerturbationModel, fallback: str, names: Sequence[str]) -
     return model.fallback
 
 
-def _obs_of_model(model: PerturbationModel, design: Design, obs: pd.DataFrame) -> pd.DataFrame:
-    """Give columns and control label the names that the model was set up with."""
-    keys = [k for k in ("perturbation_key", "context_key", "batch_key") if getattr(design, k) is not None]
-    obs = pd.DataFrame({model.setup[k]: obs[getattr(design, k)] for k in keys}, index=obs.index)
-    obs[model.setup["perturbation_key"]] = model.control
-    return obs
-
-
-def _control_cells(
-    data: AnnData | MuData,
-    model: PerturbationModel,
-    design: Design,
-    modality: str,
-    min_gene_coverage: float,
-    *,
-    everywhere: bool,
-) -> AnnData:
-    """Control cells of `data`: the model's genes, log1p CP10k, and the columns of obs that it needs.
-
-    Contexts without any are named in a warning where predictions are wanted `everywhere`.
-    """
-    adata = expression_modality(data, modality)
-    roles = {"perturbation_key": design.perturbation_key}
-    roles |= {r: getattr(design, r) for r in ("context_key", "batch_key") if getattr(design, r) is not None}
-    obs = pd.DataFrame(
-        {key: labels(data, key, argument=role, modality=modality) for role, key in roles.items()}, index=adata.obs_names
-    )
-    is_control = (obs[design.perturbation_key] == design.control).to_numpy()
-    if not is_control.any():
-        raise ValueError(
-            f"obs[{design.perturbation_key!r}] has no {design.control!r} cells: predictions start from control cells."
-        )
-    if everywhere and design.context_key is not None:
-        contexts = obs[design.context_key]
-        if without := sorted(set(contexts) - set(contexts[is_control])):
+def _controls(screen: Screen, context: str | None) -> Screen:
+    """Return the control cells to start from; where all contexts are wanted, those without any are named."""
+    rows = np.concatenate(list(screen.controls(context).values()))
+    if context is None:
+        with_controls = set(screen.context[rows])
+        if without := sorted(set(screen.context_names) - with_controls):
             logger.warning("No prediction for %s, which has no control cells to start from.", ", ".join(without))
-    controls = adata[is_control]
-    if not controls.obs_names.is_unique:
+    controls = screen.take(np.sort(rows))
+    if not controls.names.is_unique:
         raise ValueError("obs_names repeats control cells. Run `adata.obs_names_make_unique()` first.")
-    rep = model.setup["use_rep"]
-    if rep is not None:
-        min_gene_coverage = None  # genes are no input here: those that the data lacks are only left out of the result
-    genes = _common_genes(adata.var_names, model.genes, min_gene_coverage)
-    fewer = design.n_genes is not None and adata.n_vars < 0.9 * design.n_genes
+    return controls
+
+
+def _starts(controls: Screen, model: PerturbationModel) -> Iterator[tuple[Start, sparse.csr_matrix]]:
+    """Yield what the model starts from in each context, and the expression of these cells.
+
+    Genes of the model that the data lacks enter as 0.
+    """
+    in_genes = dataclasses.replace(controls, rep=None)
+    place = pd.Index(model.genes).get_indexer(controls.genes)
+    of_rep = starts(controls) if controls.rep is not None else None
+    for start in starts(in_genes):
+        log = start.cells
+        if of_rep is not None or len(place) == len(model.genes):
+            yield start if of_rep is None else next(of_rep), log
+            continue
+        shape = (len(place), len(model.genes))
+        wide = sparse.csr_matrix((np.ones(len(place), np.float32), (np.arange(len(place)), place)), shape=shape)
+        base = np.zeros(len(model.genes), np.float32)
+        base[place] = start.base
+        yield dataclasses.replace(start, cells=sparse.csr_matrix(log @ wide), base=base), log
+
+
+def _cells(start: Start, controls: Screen, rows: np.ndarray, cells: np.ndarray, name: str) -> AnnData:
+    """Predicted cells of one perturbation and context, with their labels."""
+    design, barcodes = controls.design, start.names[rows]
+    obs = {design.perturbation_key: name}
+    if design.context_key is not None:
+        obs[design.context_key] = start.context
+    if design.batch_key is not None:
+        obs[design.batch_key] = start.batch_of(rows)
+    index = pd.Index([f"{barcode}-{name}" for barcode in barcodes])
+    frame = pd.DataFrame({**obs, _keys.CONTROL_BARCODE: np.asarray(barcodes)}, index=index)
+    return AnnData(np.ascontiguousarray(cells, dtype=np.float32), obs=frame)
+
+
+def _joined(predicted: dict[str, list[AnnData]], genes: Sequence[str]) -> AnnData:
+    """Put the cells together, perturbation by perturbation; labels become categories."""
+    out = ad.concat([cells for of_name in predicted.values() for cells in of_name])
+    out.var_names = list(genes)
+    # a control cell occurs several times where more cells than controls were asked for
+    out.obs_names = make_index_unique(pd.Index(out.obs_names))
+    for key in out.obs.columns.difference([_keys.CONTROL_BARCODE, _keys.EXPECTED_ERROR]):
+        out.obs[key] = pd.Categorical(out.obs[key])
+    return out
+
+
+def _warn_of_fewer_genes(design: Design, n_genes: int) -> None:
+    fewer = design.n_genes is not None and n_genes < 0.9 * design.n_genes
     if fewer and design.scale == "counts" and design.library_size_key is None:
         logger.warning(
             "The data has %d genes, the training data had %d: library sizes, summed over fewer genes, come out too "
             "small and expression too large. Keep all genes, or name the true totals with library_size_key=.",
-            *(adata.n_vars, design.n_genes),
+            *(n_genes, design.n_genes),
         )
-    matrix = log_expression(
-        controls,
-        genes=genes,
-        layer=design.layer,
-        scale=design.scale,
-        library_size_key=design.library_size_key,
-        target_sum=design.target_sum,
-    )
-    if design.scale == "log1p":
-        _check_log1p(raw_matrix(controls, design.layer), design)
-    if len(genes) < len(model.genes):
-        place = pd.Index(model.genes).get_indexer(genes)
-        shape = (len(genes), len(model.genes))
-        ones = np.ones(len(genes), np.float32)
-        matrix = sparse.csr_matrix(matrix @ sparse.csr_matrix((ones, (np.arange(len(genes)), place)), shape=shape))
-    work = AnnData(matrix, obs=obs[is_control], var=pd.DataFrame(index=model.genes))
-    if model.setup["layer"] is not None:  # where a model that was set up by hand looks
-        work.layers[model.setup["layer"]] = work.X
-    if rep is not None:
-        if rep not in controls.obsm:
-            remedy = "Run `vc.tl.embed(adata, model.se)` first." if rep == _keys.X_STATE else "Compute it first."
-            raise KeyError(f"the model works on obsm[{rep!r}], which this data does not have. {remedy}")
-        work.obsm[rep] = np.asarray(controls.obsm[rep], dtype=np.float32)
-    return work
 
 
 def _common_genes(here: pd.Index, wanted: Sequence[str], min_coverage: float | None) -> list[str]:
@@ -307,20 +312,3 @@ def _common_genes(here: pd.Index, wanted: Sequence[str], min_coverage: float | N
         how = "left out of the result" if min_coverage is None else "filled with 0"
         logger.warning("%d of the model's genes are %s.", len(wanted) - len(genes), how)
     return genes
-
-
-def _check_log1p(matrix: sparse.csr_matrix, design: Design) -> None:
-    """Raise where log1p was stated, but cells do not add up to 10,000 counts or fewer."""
-    where = matrix_name(design.layer)
-    counts = matrix.expm1()
-    total = float(np.median(np.asarray(counts.sum(axis=1))))
-    if abs(total / design.target_sum - 1) > 0.05 and np.allclose(counts.data, np.rint(counts.data), rtol=0, atol=0.01):
-        raise ValueError(
-            f"scale='log1p', but {where} holds logarithms of whole numbers: of raw counts, not divided by their total. "
-            "Give the raw counts, with scale='counts'."
-        )
-    if total > 1.05 * design.target_sum:
-        raise ValueError(
-            f"scale='log1p', but {where} holds {total:.4g} counts per cell (median) and not {design.target_sum:g}: it "
-            "was normalised to another total. Normalise anew from raw counts, or give those with scale='counts'."
-        )

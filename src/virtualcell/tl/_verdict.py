@@ -2,86 +2,108 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 
 import numpy as np
 import pandas as pd
-from anndata import AnnData
 
 from virtualcell._errors import UnknownNameError
+from virtualcell.data._screen import Screen
 from virtualcell.metrics import mae, pearson_delta
 from virtualcell.models import ST, Additive, ContextMean, NearestContext, NoChange, PerturbationMean, Ridge
 from virtualcell.models._base import PerturbationModel
-from virtualcell.models._baselines import ShiftModel
+from virtualcell.models._effects import Effects
+from virtualcell.models._start import starts
 
 logger = logging.getLogger(__name__)
 
 _BASELINES = (NoChange, ContextMean, PerturbationMean, Additive, NearestContext)
 _MOST_GROUPS = 200  # of (context, perturbation), drawn where there are more
 _N_CELLS = 256  # predicted for each
-_SPLIT = "_verdict"
+
+Groups = dict[tuple[str, str], np.ndarray]
 
 
 def judge(
-    st: ST, cells: AnnData, validation: np.ndarray, features: pd.DataFrame | None, *, seed: int
-) -> tuple[pd.DataFrame, ShiftModel]:
+    st: ST, screen: Screen, effects: Effects, features: pd.DataFrame | None, *, seed: int = 0
+) -> tuple[pd.DataFrame, PerturbationModel]:
     """Score ST and the baselines on validation cells, and say in one line what came out.
+
+    Control cells are read once per context, for all models and perturbations.
 
     Parameters
     ----------
     st
-        Trained on the cells that are neither test nor validation.
-    cells
-        All cells, as ST was set up with.
-    validation
-        Mask of the validation cells.
+        Trained on the training cells of the screen.
+    screen
+        All cells, with their parts.
+    effects
+        Measured effects of the training cells, from which the baselines learn.
     features
         Features of perturbations: ridge regression joins then.
     seed
-        Of the draws of groups and of control cells.
+        Seed of the draws of groups and of control cells.
 
     Returns
     -------
     Mean `pearson_delta` and `mae` over the validation groups, and how many those were, for each model, with the highest
-    Pearson delta first; and the best baseline, fitted on what ST was.
+    Pearson delta first; and the best baseline.
     """
-    keys = {k: st.setup[k] for k in ("perturbation_key", "control", "context_key")}
-    is_control = st._labels(cells, "perturbation") == st.control
-    hidden = (validation & ~is_control) | ~st._training_rows(cells)  # control cells are what predictions start from
-    cells = AnnData(cells.X, obs=cells.obs.copy(), var=cells.var, obsm=dict(cells.obsm))
-    cells.obs[_SPLIT] = np.where(hidden, "test", "train")
+    in_genes = dataclasses.replace(screen, rep=None, design=dataclasses.replace(screen.design, use_rep=None))
     models: dict[str, PerturbationModel] = {"ST": st}
     for kind in (*_BASELINES, *([Ridge] if features is not None else [])):
-        kind.setup_anndata(cells, **keys, split_key=_SPLIT)
-        model = kind(cells, features) if kind is Ridge else kind(cells)
-        model.train()
+        model = kind(in_genes, features) if kind is Ridge else kind(in_genes)
+        model.train(effects)
         model.forget_data()
         models[kind.__name__] = model
-    groups = _groups(st, cells, validation, np.random.default_rng(seed))
+    groups = _groups(screen, np.random.default_rng(seed))
     for name, model in list(models.items()):
         try:
-            for _, perturbation, _ in groups:
+            for _, perturbation in groups:
                 model.check_perturbation(perturbation)
         except UnknownNameError as reason:
             logger.info("%s cannot predict all that is validated on and is left out: %s", name, reason)
             del models[name]
-    rows = []
-    controls = is_control & ~hidden
-    for context, perturbation, members in groups:
-        here = controls & (st._labels(cells, "context") == context)
-        base, n_cells = _mean(cells, here), min(int(here.sum()), _N_CELLS)
-        observed = _mean(cells, members)
-        for name, model in models.items():
-            within = context if st.setup["context_key"] is not None else None
-            predicted = model.predict(cells[controls], perturbation, context=within, n_cells=n_cells, seed=seed)
-            mean = predicted.to_numpy().mean(axis=0)
-            rows.append((name, pearson_delta(mean, observed, base), mae(mean, observed)))
-    scores = pd.DataFrame(rows, columns=["model", "pearson_delta", "mae"]).groupby("model").mean()
+    scores = pd.DataFrame(_rows(models, screen, in_genes, groups, seed), columns=["model", "pearson_delta", "mae"])
+    scores = scores.groupby("model").mean()
     scores["n_groups"] = len(groups)
     scores = scores.sort_values("pearson_delta", ascending=False)
     best = next(name for name in scores.index if name != "ST")
     _say(scores, best)
     return scores, models[best]
+
+
+def _groups(screen: Screen, rng: np.random.Generator) -> Groups:
+    """Rows of the validation cells of every context and perturbation, or of as many as are drawn."""
+    found = screen.pairs(screen.is_val & ~screen.is_control)
+    if len(found) <= _MOST_GROUPS:
+        return found
+    names = list(found)
+    drawn = sorted(rng.choice(len(names), _MOST_GROUPS, replace=False))
+    return {names[i]: found[names[i]] for i in drawn}
+
+
+def _rows(
+    models: dict[str, PerturbationModel], screen: Screen, in_genes: Screen, groups: Groups, seed: int
+) -> list[tuple[str, float, float]]:
+    """Scores of every model on every group."""
+    observed = dict(zip(groups, screen.expression.moments(list(groups.values())).mean, strict=True))
+    is_start = screen.is_control & (screen.split != "test") & screen.context.isin({c for c, _ in groups})
+    rows = []
+    of_rep = None if screen.rep is None else starts(screen.take(is_start))
+    for of_genes in starts(in_genes.take(is_start)):
+        for_st = of_genes if of_rep is None else next(of_rep)
+        n_cells = min(len(of_genes.names), _N_CELLS)
+        for context, perturbation in groups:
+            if context != of_genes.context:
+                continue
+            for name, model in models.items():
+                begin = for_st if name == "ST" else of_genes
+                mean = model.predict_from(begin, perturbation, n_cells=n_cells, seed=seed)[1].mean(axis=0)
+                real = observed[context, perturbation]
+                rows.append((name, pearson_delta(mean, real, of_genes.base), mae(mean, real)))
+    return rows
 
 
 def _say(scores: pd.DataFrame, best: str) -> None:
@@ -97,19 +119,3 @@ def _say(scores: pd.DataFrame, best: str) -> None:
             'ST does not beat the baseline %s: %s. `predict_perturbation(..., fallback="best")` uses the better one.',
             *(best, figures),
         )
-
-
-def _groups(
-    st: ST, cells: AnnData, validation: np.ndarray, rng: np.random.Generator
-) -> list[tuple[str, str, np.ndarray]]:
-    """Context, perturbation and members of every group of validation cells, in the order of their names."""
-    perturbation, context = st._labels(cells, "perturbation"), st._labels(cells, "context")
-    taken = validation & (perturbation != st.control)
-    named = sorted(set(zip(context[taken], perturbation[taken], strict=True)))
-    if len(named) > _MOST_GROUPS:
-        named = [named[i] for i in sorted(rng.choice(len(named), _MOST_GROUPS, replace=False))]
-    return [(str(c), str(p), taken & (context == c) & (perturbation == p)) for c, p in named]
-
-
-def _mean(cells: AnnData, mask: np.ndarray) -> np.ndarray:
-    return np.asarray(cells.X[np.flatnonzero(mask)].mean(axis=0), dtype=np.float64).ravel()

@@ -1,0 +1,96 @@
+"""Numbered batches of cell sets, from rows that live on the training device."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from virtualcell.data._cell_sets import CellGroups, SetSampler
+from virtualcell.data._packed import DenseRows, PackedRows
+from virtualcell.models._features import PerturbationTable
+
+# A validation looks at no more sets than this many batches hold, spread over all groups.
+MOST_VALIDATION_STEPS = 64
+_PASSES, _FEWEST_STEPS, _MANY_STEPS = 20, 400, 20_000
+_SETS_ON_CPU, _SETS_ON_GPU = 8, 64
+
+
+class SetBatches:
+    """Batches of sets as tensors: a function of the number of the step, see :class:`virtualcell.train.Batches`.
+
+    "control" (B, S, n_input), "perturbed" (B, S, n_output), "perturbation" (B, n_perturbation), with batches "batch"
+    (B, S), and "genes" (B, S, n_genes) where the model decodes genes from an embedding.
+
+    Parameters
+    ----------
+    sampler
+        Which rows go together.
+    rows
+        What the network works on: packed expression, or cell embeddings.
+    table
+        Vectors of the perturbations.
+    batch
+        Code of each cell's batch, (n_cells,), or `None`.
+    genes
+        Expression to decode to, of a model in embedding space.
+    is_validation
+        Whether these are the batches of a validation, whose number is that of the sampler's steps.
+    """
+
+    def __init__(
+        self,
+        sampler: SetSampler,
+        rows: PackedRows | DenseRows,
+        table: PerturbationTable,
+        *,
+        batch: np.ndarray | None = None,
+        genes: PackedRows | None = None,
+        is_validation: bool = False,
+    ) -> None:
+        self.sampler, self.rows, self.genes, self.batch = sampler, rows, genes, batch
+        self.n_steps = sampler.n_steps if is_validation else None
+        names = sorted(set(sampler.groups.perturbation))
+        self.vectors = table.encode(names)
+        code = {name: i for i, name in enumerate(names)}
+        self.code = np.array([code[name] for name in sampler.groups.perturbation])
+
+    def step(self, i: int, rank: int, world_size: int, device: torch.device) -> dict[str, Tensor]:
+        """Return the share of the sets of step `i` that belongs to a process."""
+        group, perturbed, control = (part[rank::world_size] for part in self.sampler.step(i))
+        self.rows = self.rows.to(device)
+        batch = {
+            "control": self.rows.rows(control),
+            "perturbed": self.rows.rows(perturbed),
+            "perturbation": self.vectors[self.code[group]].to(device),
+        }
+        if self.batch is not None:
+            batch["batch"] = torch.from_numpy(self.batch[perturbed]).to(device)
+        if self.genes is not None:
+            self.genes = self.genes.to(device)
+            batch["genes"] = self.genes.rows(perturbed)
+        return batch
+
+    def describe(self, i: int) -> str:
+        """Name the contexts of step `i`."""
+        contexts = sorted({self.sampler.groups.context[g] for g in self.sampler.step(i).group})
+        return f"contexts {', '.join(contexts[:10])}{', ...' if len(contexts) > 10 else ''}"
+
+
+def auto_batch_size(groups: CellGroups, set_size: int, *, on_gpu: bool, n_devices: int = 1) -> int:
+    """Sets per step: 8 on a CPU; on a GPU, where a step costs the same with many, up to 64 as the data allow."""
+    if not on_gpu:
+        return _SETS_ON_CPU * n_devices
+    fitting = _PASSES * groups.n_sets(set_size) // _FEWEST_STEPS
+    return int(np.clip(fitting // 8 * 8, _SETS_ON_CPU, _SETS_ON_GPU)) * n_devices
+
+
+def default_steps(groups: CellGroups, set_size: int, batch_size: int) -> int:
+    """Steps for 20 passes over the cells, at least 400; above 20,000 fewer passes, but at least one."""
+    one_pass = -(-groups.n_sets(set_size) // batch_size)
+    return max(min(max(_PASSES * one_pass, _FEWEST_STEPS), _MANY_STEPS), one_pass)
+
+
+def validation_steps(groups: CellGroups, set_size: int, batch_size: int) -> int:
+    """Steps in which every validation cell has a place, up to a limit."""
+    return min(-(-groups.n_sets(set_size) // batch_size), MOST_VALIDATION_STEPS)

@@ -1,0 +1,69 @@
+"""From a screen to what a model learns: perturbations with enough cells, validation cells, genes."""
+
+from __future__ import annotations
+
+import logging
+
+import pandas as pd
+import scanpy as sc
+from anndata import AnnData
+
+from virtualcell._threads import torch_threads_kept
+from virtualcell.data._screen import Screen
+
+logger = logging.getLogger(__name__)
+
+
+def with_enough_cells(screen: Screen, min_cells: int, *, has_features: bool) -> Screen:
+    """Mark the cells of perturbations with fewer training cells than that "test", with a warning that names them.
+
+    With features a perturbation may be met for the first time in validation.
+    """
+    control = screen.design.control
+    counts = pd.Series(screen.perturbation[screen.is_train]).value_counts()
+    counts = counts[counts > 0]
+    if not has_features:
+        counts = counts.reindex(pd.Index(screen.perturbation[screen.split != "test"]).unique(), fill_value=0)
+    few = sorted(set(counts.index[counts < min_cells]) - {control})
+    if few:
+        logger.warning(
+            "%d perturbations have fewer than min_cells=%d training cells and are left out: %s%s.",
+            *(len(few), min_cells, ", ".join(few[:10]), " ..." if len(few) > 10 else ""),
+        )
+    if not set(counts.index) - set(few) - {control}:
+        raise ValueError(f"no perturbation has min_cells={min_cells} training cells: there is nothing to train on.")
+    split = screen.split.copy()
+    split[screen.perturbation.isin(few)] = "test"
+    return screen.with_split(split)
+
+
+def prepared(screen: Screen, *, min_cells: int, has_features: bool, val_fraction: float = 0.1, seed: int = 0) -> Screen:
+    """Check names and controls, leave out perturbations with few cells, and hold out validation cells.
+
+    They are held out here, before anything is chosen or learned, where the design names no split of its own.
+    """
+    screen.require_unique_names()
+    screen.require_control()
+    screen = with_enough_cells(screen, min_cells, has_features=has_features)
+    screen.check_controls(screen.split != "test")
+    if screen.design.split_key is None:
+        screen = screen.hold_out(val_fraction, seed)
+    return screen
+
+
+def choose_genes(screen: Screen, n_top_genes: int | None, *, targets: list[str]) -> list[str]:
+    """Names of the genes to model: the most variable ones of the training cells, and targets.
+
+    They come sorted, so that the order of genes in a file changes nothing.
+    """
+    names = screen.genes
+    if not names.is_unique:
+        raise ValueError("var_names repeats genes. Run `adata.var_names_make_unique()` first.")
+    if n_top_genes is not None and n_top_genes < 1:
+        raise ValueError(f"n_top_genes={n_top_genes!r}: at least one gene is needed. Say None for all genes.")
+    if n_top_genes is None or n_top_genes >= len(names):
+        return sorted(names)
+    cells = AnnData(screen.expression.rows(screen.in_order(screen.is_train)), var=pd.DataFrame(index=names))
+    with torch_threads_kept():
+        table = sc.pp.highly_variable_genes(cells, n_top_genes=n_top_genes, flavor="seurat", inplace=False)
+    return sorted(set(names[table["highly_variable"].to_numpy()]) | set(targets))
