@@ -114,6 +114,12 @@ class Expression:
         out._sizes = None if self._sizes is None else self._sizes[rows]
         return out
 
+    def read_as(self, unit: Unit) -> Expression:
+        """Return the same cells and genes in another unit."""
+        out = copy.copy(self)
+        out.unit, out._checked = unit, False
+        return out
+
     def rows(self, index: np.ndarray | slice | None = None) -> sparse.csr_matrix:
         """Return cells, all by default, as float32 CSR (n, n_genes), which may share memory and is only to be read."""
         self._check()
@@ -259,7 +265,9 @@ class Expression:
             return
         median, stated = float(np.median(totals)), f"{self._argument}='log1p' was stated, but {self._where}"
         off = abs(median / self.target_sum - 1)
-        anew = f"Normalise anew with `sc.pp.normalize_total(adata, target_sum={self.target_sum:g})`, or give raw counts "
+        anew = (
+            f"Normalise anew with `sc.pp.normalize_total(adata, target_sum={self.target_sum:g})`, or give raw counts "
+        )
         anew += f"with {self._argument}='counts'."
         if off > 0.05 and np.allclose(counts.data, np.rint(counts.data), rtol=0, atol=0.01):
             raise ValueError(

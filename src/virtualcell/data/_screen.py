@@ -261,6 +261,10 @@ class Screen:
         """Return the same cells with some of the genes, by name and in this order."""
         return dataclasses.replace(self, expression=self.expression.select(genes))
 
+    def read_as(self, unit: Unit) -> Screen:
+        """Return the same cells with their expression in another unit."""
+        return dataclasses.replace(self, expression=self.expression.read_as(unit))
+
     def with_split(self, split: np.ndarray) -> Screen:
         """Return the same cells in other parts."""
         return dataclasses.replace(self, split=split)
