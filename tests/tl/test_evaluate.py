@@ -315,7 +315,7 @@ def test_errors_name_the_argument_and_the_remedy(halves, papalexi_log_halves, sc
     stated = {**KEYS, "scale": "log1p"}
     with pytest.raises(ValueError, match="scale must be given"):
         vc.tl.evaluate(predicted, observed, **KEYS)
-    with pytest.raises(ValueError, match=r"^observed: scale='counts' was stated, but X holds fractions"):
+    with pytest.raises(ValueError, match=r"^scale='counts' was stated, but X of observed holds fractions"):
         vc.tl.evaluate(predicted, observed, **KEYS, scale="counts")
     with pytest.raises(ValueError, match="perturbation_key must be given"):
         vc.tl.evaluate(predicted, observed, control=CONTROL, scale="log1p")
@@ -327,7 +327,7 @@ def test_errors_name_the_argument_and_the_remedy(halves, papalexi_log_halves, sc
         vc.tl.evaluate(predicted, observed, **stated, suite="mae")
     with pytest.raises(ValueError, match="predicted_scale='raw' is unknown"):
         vc.tl.evaluate(predicted, observed, **stated, predicted_scale="raw")
-    with pytest.raises(ValueError, match=r"^predicted: predicted_scale='counts' was stated, but X holds fractions"):
+    with pytest.raises(ValueError, match=r"^predicted_scale='counts' was stated, but X of predicted holds fractions"):
         vc.tl.evaluate(predicted, observed, **stated, predicted_scale="counts")
     for genes in ("STAT1", []):
         with pytest.raises(ValueError, match="must be a list of one or more names"):

@@ -94,7 +94,7 @@ def test_it_needs_counts(halves):
             vc.tl.evaluate(halves[0], halves[2], **{**COUNTS, **stated})
     fractions = halves[0].copy()
     fractions.X = fractions.X * 0.5
-    with pytest.raises(ValueError, match="scale='counts' was stated, but X holds fractions"):
+    with pytest.raises(ValueError, match="predicted_scale='counts' was stated, but X of predicted holds fractions"):
         vc.tl.evaluate(fractions, halves[2], **COUNTS)
     with pytest.raises(TypeError, match=r"baseline='generic' must be predicted cells.*with suite='vcc2026'"):
         vc.tl.evaluate(halves[0], halves[2], **{**COUNTS, "suite": "vcc2025"}, baseline="generic")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Literal
 
@@ -12,22 +13,18 @@ import pandas as pd
 from anndata import AnnData
 from joblib import Parallel, delayed
 from mudata import MuData
-from scipy import sparse
 
-from virtualcell._design import Design, Scale, check_library_sizes, check_scale, expression_modality, left_design
-from virtualcell.data._matrix import check_matches_scale, columns_by_name, log_expression, matrix_name, raw_matrix
+from virtualcell._keys import ALL
+from virtualcell._threads import count_threads
+from virtualcell.data._design import Design, Scale, check_library_sizes, check_scale, noted_design
 from virtualcell.tl._evaluate_checks import (
-    ALL,
     COLUMNS,
-    SIDES,
     Suite,
-    check_groups,
-    check_totals,
-    contexts_of,
-    groups_of,
+    Task,
+    check_baseline,
     metric_names,
     scored_before,
-    shared_genes,
+    task_of,
 )
 from virtualcell.tl._scores import METRICS, Cells, Comparison
 
@@ -69,37 +66,40 @@ def evaluate(
     observed
         Real cells, perturbed and control.
     perturbation_key, context_key
-        Columns of `obs` on both sides; without `context_key`, all cells are one context.
+        Columns of `obs` on both sides with the perturbation and the context; without `context_key`, all cells are of
+        one context.
     control
-        Label of control cells.
+        Label that control cells have.
     suite
         "vcc2025", the three metrics of the Virtual Cell Challenge 2025 and discrimination by cosine; "vcc2026", that of
         2026 by its official scorer (`pip install "virtualcell[eval]"`), on raw counts; "full"; or names of metrics.
     scale
-        Of `observed`: "counts" or "log1p" (of counts per 10,000); never guessed, and checked. It, the columns,
-        `control`, `layer` and `library_size_key` are by default as :func:`virtualcell.tl.fit_state` left them in
-        `observed.uns`.
+        Scale of `observed`: "counts" or "log1p" (of counts per 10,000); it is never guessed, and checked. It, the
+        columns, `control`, `layer` and `library_size_key` are by default as :func:`virtualcell.tl.fit_state` noted them
+        in `observed.uns`.
     predicted_scale
-        Of `predicted`, in its `X`.
+        Scale of `predicted`, whose expression is in its `X`.
     layer, library_size_key
-        Where `observed` has its expression and, for counts, their totals; `X`, and sums over all its genes.
+        Layer with the expression of `observed`, and column with the totals of counts; by default these are `X`, and
+        sums over all its genes.
     genes
-        Score only these. Without it, both sides must have the same genes, in any order.
+        Names of the genes to score. Without it, both sides must have the same genes, in any order.
     predicted_control
-        Take predicted effects against control cells among the predicted ones: the convention of cell-eval.
+        Whether predicted effects are taken against control cells among the predicted ones: the convention of cell-eval.
     ceiling
-        Score the real data against itself too: one half of the cells of each perturbation predicts the other half; mean
-        of five splits. Both halves share the control cells, or have half of them each with `predicted_control`.
+        Whether the real data is scored against itself too: one half of the cells of each perturbation predicts the
+        other half, and the mean of five splits is given. Both halves share the control cells, or have half of them each
+        with `predicted_control`.
     baseline
         Predicted cells of a baseline, or what `evaluate` returned for them with the same arguments; for "vcc2026" also
         "generic", the mean response over perturbations as the official scorer builds it.
     n_jobs
-        Threads.
+        Number of threads; -1 takes one per core.
     seed
-        Of the ceiling's splits, and of the draw where there are more than 2,000 cells (500 on principal components) of
-        a perturbation to measure distances between.
+        Seed of the ceiling's splits, and of the draw where there are more than 2,000 cells (500 on principal
+        components) of a perturbation to measure distances between.
     modality
-        Expression modality of a MuData.
+        Modality of a MuData that holds gene expression.
 
     Returns
     -------
@@ -115,103 +115,31 @@ def evaluate(
     ValueError
         If a matrix is not on the stated scale.
     """
-    if scale is None and "scale" not in left_design(observed, modality):
-        raise ValueError(
-            "scale must be given, 'counts' or 'log1p' for log(1 + counts per 10,000); it is never guessed."
-        )
-    design = Design.from_data(
-        observed,
-        modality=modality,
-        perturbation_key=perturbation_key,
-        control=control,
-        context_key=context_key,
-        scale=scale,
-        layer=layer,
-        library_size_key=library_size_key,
-    )
+    stated = {"perturbation_key": perturbation_key, "control": control, "context_key": context_key}
+    stated |= {"scale": scale, "layer": layer, "library_size_key": library_size_key}
+    design = _design(observed, modality, stated)
     check_scale(predicted_scale, "predicted_scale")
-    check_library_sizes(design.scale, library_size_key)
     names = metric_names(suite)
-    sides = {"model": predicted}
-    if isinstance(baseline, AnnData | MuData):
-        sides["baseline"] = baseline
-    elif (
-        baseline is not None and not isinstance(baseline, pd.DataFrame) and (baseline, suite) != ("generic", "vcc2026")
-    ):
-        raise TypeError(
-            f"baseline={baseline!r} must be predicted cells, scores of `vc.tl.evaluate`, or, with suite='vcc2026', "
-            "'generic'."
-        )
-    groups = {s: groups_of(data, design, modality, SIDES[s]) for s, data in sides.items()}
-    real = groups_of(observed, design, modality, "observed")
-    for source, found in groups.items():
-        check_groups(source, found, real, design.control, predicted_control)
-    wanted = contexts_of(groups["model"], design.control)
-    if "baseline" in groups and contexts_of(groups["baseline"], design.control) != wanted:
+    check_baseline(baseline, suite)
+    official = isinstance(suite, str) and suite == "vcc2026"
+    if official and (design.scale, predicted_scale) != ("counts", "counts"):
         raise ValueError(
-            "baseline has other perturbations or contexts than predicted. Predict both for the same ones, because "
-            "discrimination depends on which perturbations compete."
+            f"suite='vcc2026' needs raw counts on both sides, not scale={design.scale!r} and predicted_scale="
+            f"{predicted_scale!r}. Make counts of the predictions, and say predicted_scale='counts'."
         )
-    shared = shared_genes(sides, observed, genes, modality)
-
-    arguments = {"predicted_control": predicted_control, "ceiling": ceiling, "n_jobs": n_jobs, "seed": seed}
-    if suite == "vcc2026":
+    given = {"model": predicted, "baseline": baseline, "observed": observed}
+    task = task_of(
+        {side: data for side, data in given.items() if isinstance(data, AnnData | MuData)}, design,
+        predicted_scale=predicted_scale, counts=official, genes=genes, modality=modality,
+        predicted_control=predicted_control, ceiling=ceiling, n_jobs=count_threads(n_jobs), seed=seed,
+    )  # fmt: skip
+    if official:
         from virtualcell.tl._vcc2026 import score  # an optional dependency
 
-        if (design.scale, predicted_scale) != ("counts", "counts"):
-            raise ValueError(
-                f"suite='vcc2026' needs raw counts on both sides, not scale={design.scale!r} and predicted_scale="
-                f"{predicted_scale!r}. Make counts of the predictions, and say predicted_scale='counts'."
-            )
-        adatas = {s: expression_modality(d, modality) for s, d in sides.items()}
-        parts = score(
-            adatas,
-            expression_modality(observed, modality),
-            groups=groups,
-            real=real,
-            genes=shared,
-            design=design,
-            generic=isinstance(baseline, str),
-            **arguments,
-        )
+        parts = score(task, generic=isinstance(baseline, str))
     else:
-        in_threads = Parallel(n_jobs, prefer="threads")
-        adatas = {s: expression_modality(d, modality) for s, d in {"observed": observed, **sides}.items()}
-        if predicted_scale == "counts":
-            check_totals(adatas, design)
-        matrix, *matrices = in_threads(
-            delayed(_log1p)(
-                adata,
-                shared,
-                design.scale if side == "observed" else predicted_scale,
-                side=side,
-                layer=design.layer if side == "observed" else None,
-                library_size_key=design.library_size_key,
-            )
-            for side, adata in adatas.items()
-        )
-        parts = []
-        for context, perturbations in wanted.items():
-            kept = {"control": design.control, "genes": np.asarray(shared), "seed": seed, "n_jobs": n_jobs}
-            kept |= {"perturbations": perturbations, "metrics": names}
-            rows = {p: real[context, p] for p in [*perturbations, design.control]}
-            found = [{p: r for (c, p), r in groups[s].items() if c == context} for s in sides]
-            real_cells, *cells = in_threads(
-                delayed(Cells)(m, r) for m, r in zip([matrix, *matrices], [rows, *found], strict=True)
-            )
-            for source, simulated in zip(sides, cells, strict=True):
-                parts.append(_rows(Comparison(simulated, real_cells, **kept), source, context))
-            if ceiling:
-                parts.append(_ceiling(matrix, rows, context, predicted_control, kept))
-    counted = {
-        "predicted_control": predicted_control,
-        "n_genes": len(shared),
-        "n_cells": {
-            "predicted": sum(map(len, groups["model"].values())),
-            "observed": sum(len(real[c, p]) for c, p in groups["model"] if p != design.control),
-            "control": sum(len(real[c, design.control]) for c in wanted),
-        },
-    }
+        parts = _score(task, names)
+    counted = task.counted()
     if isinstance(baseline, pd.DataFrame):
         parts.append(scored_before(baseline, parts, counted))
     scores = pd.concat(parts, ignore_index=True)[COLUMNS]
@@ -224,30 +152,39 @@ def evaluate(
         "predicted_scale": predicted_scale,
         "seed": seed,
         **counted,
-        "versions": {p: version(p) for p in ("virtualcell", "cell-eval2" if suite == "vcc2026" else "illico")},
+        "versions": {p: version(p) for p in ("virtualcell", "cell-eval2" if official else "illico")},
     }
     return scores
 
 
-# -- expression -------------------------------------------------------------------------------------------------------
+def _design(observed: AnnData | MuData, modality: str, stated: dict) -> Design:
+    """Return the design of the real cells, of which the scale is never guessed."""
+    if stated["scale"] is None and "scale" not in noted_design(observed, modality):
+        raise ValueError(
+            "scale must be given, 'counts' or 'log1p' for log(1 + counts per 10,000); it is never guessed."
+        )
+    design = Design.from_data(observed, modality=modality, **stated)
+    check_library_sizes(design.scale, stated["library_size_key"])
+    return replace(design.plain(), gene_key=design.gene_key, target_sum=1e4)
 
 
-def _log1p(
-    adata: AnnData, genes: list[str], scale: Scale, *, side: str, layer: str | None, library_size_key: str | None
-) -> sparse.csr_matrix:
-    """log1p CP10k of some genes; shares memory with `adata` where it can, and is only read."""
-    try:
-        if scale == "counts":
-            return log_expression(adata, genes=genes, layer=layer, scale=scale, library_size_key=library_size_key)
-        matrix = raw_matrix(adata, layer)
-        check_matches_scale(matrix, scale, matrix_name(layer), target_sum=1e4)
-    except ValueError as error:
-        text = str(error) if side == "observed" else str(error).replace("scale=", "predicted_scale=")
-        raise ValueError(f"{SIDES[side]}: {text}") from error
-    return columns_by_name(matrix, adata.var_names, genes)
-
-
-# -- rows of the result -----------------------------------------------------------------------------------------------
+def _score(task: Task, metrics: Sequence[str]) -> list[pd.DataFrame]:
+    """Score every source in every context; the cells of one context are in memory at a time."""
+    in_threads = Parallel(task.n_jobs, prefer="threads")
+    targets_by = task.screens["observed"].target_names[task.genes].to_numpy()
+    parts = []
+    for context, perturbations in task.contexts.items():
+        sides = ["observed", *task.sources]
+        real, *cells = in_threads(
+            delayed(Cells.read)(task.screens[side].expression, task.rows(side, context)) for side in sides
+        )
+        kept = {"control": task.control, "genes": np.asarray(task.genes), "targets_by": targets_by}
+        kept |= {"perturbations": perturbations, "metrics": metrics, "seed": task.seed, "n_jobs": task.n_jobs}
+        for source, simulated in zip(task.sources, cells, strict=True):
+            parts.append(_rows(Comparison(simulated, real, **kept), source, context))
+        if task.ceiling:
+            parts.append(_ceiling(real, context, task.predicted_control, kept))
+    return parts
 
 
 def _rows(comparison: Comparison, source: str, context: str) -> pd.DataFrame:
@@ -257,13 +194,14 @@ def _rows(comparison: Comparison, source: str, context: str) -> pd.DataFrame:
         of = [ALL] if np.ndim(value) == 0 else comparison.perturbations
         frames.append(pd.DataFrame({"perturbation": of, "metric": name, "value": np.ravel(value).astype(float)}))
     sizes = len(comparison.metrics), len(comparison.perturbations)
-    logger.info("%s, %s: %d metrics of %d perturbations.", source, context, *sizes)
+    logger.info("Scored the %s in context %s: %d metrics of %d perturbations.", source, context, *sizes)
     return pd.concat(frames).assign(source=source, context=context)
 
 
-def _ceiling(matrix: sparse.csr_matrix, rows: dict, context: str, own_control: bool, kept: dict) -> pd.DataFrame:
+def _ceiling(cells: Cells, context: str, own_control: bool, kept: dict) -> pd.DataFrame:
     """Mean over five splits of each perturbation's cells into halves, the one predicting the other."""
     control, perturbations = kept["control"], kept["perturbations"]
+    rows = {name: np.arange(*cells.span[name]) for name in cells.names}
     split = [p for p in perturbations if len(rows[p]) > 1]
     if len(split) < len(perturbations):
         logger.warning("%d perturbations of %s have one cell and no ceiling.", len(perturbations) - len(split), context)
@@ -275,7 +213,7 @@ def _ceiling(matrix: sparse.csr_matrix, rows: dict, context: str, own_control: b
             shuffled = rng.permutation(rows[p])
             middle = len(shuffled) // 2
             halves[0][p], halves[1][p] = shuffled[:middle], shuffled[middle : 2 * middle]
-        sides = [Cells(matrix, h) for h in halves]
+        sides = [cells.take(h) for h in halves]
         runs.append(_rows(Comparison(*sides, **{**kept, "perturbations": split}), "ceiling", context))
     if not runs:
         return pd.DataFrame(columns=COLUMNS)

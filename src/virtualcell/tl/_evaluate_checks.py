@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -11,18 +12,130 @@ import pandas as pd
 from anndata import AnnData
 from mudata import MuData
 
-from virtualcell._design import Design, expression_modality, labels
 from virtualcell._errors import unknown_name
+from virtualcell._keys import ALL
+from virtualcell.data._design import Design, Scale
+from virtualcell.data._labels import obs_column
+from virtualcell.data._screen import Screen
 from virtualcell.tl._scores import METRICS, SUITES
 
 logger = logging.getLogger(__name__)
 
 Suite = Literal["vcc2025", "vcc2026", "full"]
 
-# Stands for a context where there are none, and for the perturbation of a metric that has one value for all of them.
-ALL = "(all)"
 COLUMNS = ["source", "context", "perturbation", "metric", "value"]
 SIDES = {"model": "predicted", "baseline": "baseline", "observed": "observed"}  # names of the arguments
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be scored: all sides on the same genes, and how.
+
+    Parameters
+    ----------
+    screens
+        Cells of "model", perhaps "baseline", and "observed".
+    pairs
+        Rows of each (context, perturbation) of these.
+    contexts
+        Perturbations to score in each context.
+    predicted_control, ceiling, n_jobs, seed
+        As in :func:`virtualcell.tl.evaluate`.
+    """
+
+    screens: dict[str, Screen]
+    pairs: dict[str, dict[tuple[str, str], np.ndarray]]
+    contexts: dict[str, list[str]]
+    predicted_control: bool
+    ceiling: bool
+    n_jobs: int
+    seed: int
+
+    @property
+    def sources(self) -> list[str]:
+        """Sides that are scored."""
+        return [side for side in self.screens if side != "observed"]
+
+    @property
+    def control(self) -> str:
+        """Label of control cells."""
+        return self.screens["observed"].design.control
+
+    @property
+    def genes(self) -> pd.Index:
+        """Genes that are scored, in the order of `observed`."""
+        return self.screens["observed"].genes
+
+    def rows(self, side: str, context: str) -> dict[str, np.ndarray]:
+        """Rows of one side in a context by perturbation; of `observed` those that are scored, and then the control."""
+        if side == "observed":
+            return {p: self.pairs[side][context, p] for p in [*self.contexts[context], self.control]}
+        return {p: rows for (c, p), rows in self.pairs[side].items() if c == context}
+
+    def counted(self) -> dict:
+        """Return how much is scored, for the attributes of the result."""
+        model, real = self.pairs["model"], self.pairs["observed"]
+        cells = {
+            "predicted": sum(map(len, model.values())),
+            "observed": sum(len(real[c, p]) for c, p in model if p != self.control),
+            "control": sum(len(real[c, self.control]) for c in self.contexts),
+        }
+        return {"predicted_control": self.predicted_control, "n_genes": len(self.genes), "n_cells": cells}
+
+
+def task_of(
+    given: dict[str, AnnData | MuData],
+    design: Design,
+    *,
+    predicted_scale: Scale,
+    counts: bool,
+    genes: Sequence[str] | None,
+    modality: str,
+    predicted_control: bool,
+    **how: object,
+) -> Task:
+    """Read the labels of all sides, "observed" the last, and raise unless they can be compared."""
+    unit = "counts" if counts else "log1p"
+    if counts:  # nothing is divided by library sizes
+        design = replace(design, library_size_key=None)
+    screens = {}
+    for side, data in given.items():
+        name = SIDES[side]
+        if side == "observed":
+            screens[side] = Screen.from_anndata(data, design, modality=modality, unit=unit, side=name)
+            continue
+        of_predicted = design.of_predicted(predicted_scale)
+        _check_library_sizes(data, of_predicted.library_size_key, name, modality)
+        screens[side] = Screen.from_anndata(
+            data, of_predicted, modality=modality, unit=unit, side=name, scale_argument="predicted_scale",
+            measured=False,
+        )  # fmt: skip
+    pairs = {side: screen.pairs() for side, screen in screens.items()}
+    for side in given:
+        if side != "observed":
+            _check_groups(side, pairs[side], pairs["observed"], design.control, predicted_control)
+    contexts = _contexts_of(pairs["model"], design.control)
+    if "baseline" in pairs and _contexts_of(pairs["baseline"], design.control) != contexts:
+        raise ValueError(
+            "baseline has other perturbations or contexts than predicted. Predict both for the same ones, because "
+            "discrimination depends on which perturbations compete."
+        )
+    shared = _shared_genes(screens, genes)
+    if not counts:
+        _warn_of_totals(screens)
+    screens = {side: screen.select(shared) for side, screen in screens.items()}
+    return Task(screens, pairs, contexts, predicted_control=predicted_control, **how)
+
+
+def check_baseline(baseline: object, suite: Suite | Sequence[str]) -> None:
+    """Raise unless a baseline is cells, scores, or what the official scorer builds."""
+    if baseline is None or isinstance(baseline, AnnData | MuData | pd.DataFrame):
+        return
+    if not (isinstance(baseline, str) and isinstance(suite, str) and (baseline, suite) == ("generic", "vcc2026")):
+        raise TypeError(
+            f"baseline={baseline!r} must be predicted cells, scores of `vc.tl.evaluate`, or, with suite='vcc2026', "
+            "'generic'."
+        )
 
 
 def metric_names(suite: Suite | Sequence[str]) -> list[str]:
@@ -41,20 +154,7 @@ def metric_names(suite: Suite | Sequence[str]) -> list[str]:
     return list(dict.fromkeys(suite))
 
 
-def groups_of(data: AnnData | MuData, design: Design, modality: str, side: str) -> dict[tuple[str, str], np.ndarray]:
-    """Rows of each (context, perturbation), by name of the cell, so that the order of cells does not matter."""
-
-    def named(role: str) -> np.ndarray:
-        return labels(data, getattr(design, role), argument=f"{side}: {role}", modality=modality).to_numpy()
-
-    perturbation, names = named("perturbation_key"), expression_modality(data, modality).obs_names
-    context = np.full(len(perturbation), ALL, dtype=object) if design.context_key is None else named("context_key")
-    order = np.argsort(names.astype(str), kind="stable")
-    frame = pd.DataFrame({"context": context[order], "perturbation": perturbation[order]})
-    return {key: order[rows] for key, rows in frame.groupby(["context", "perturbation"]).indices.items()}
-
-
-def check_groups(source: str, found: Iterable, real: Iterable, control: str, own_control: bool) -> None:
+def _check_groups(source: str, found: Iterable, real: Iterable, control: str, own_control: bool) -> None:
     side = SIDES[source]
     for context, perturbation in found:
         if (context, perturbation) not in real and perturbation != control:
@@ -86,7 +186,7 @@ def check_groups(source: str, found: Iterable, real: Iterable, control: str, own
             )
 
 
-def contexts_of(groups: Iterable[tuple[str, str]], control: str) -> dict[str, list[str]]:
+def _contexts_of(groups: Iterable[tuple[str, str]], control: str) -> dict[str, list[str]]:
     out: dict[str, list[str]] = {}
     for context, perturbation in sorted(groups):
         if perturbation != control:
@@ -96,19 +196,16 @@ def contexts_of(groups: Iterable[tuple[str, str]], control: str) -> dict[str, li
     return out
 
 
-def shared_genes(
-    sides: dict[str, AnnData | MuData], observed: AnnData | MuData, genes: Sequence[str] | None, modality: str
-) -> list[str]:
+def _shared_genes(screens: dict[str, Screen], genes: Sequence[str] | None) -> pd.Index:
     """Genes to score, in the order of `observed`."""
-    real = expression_modality(observed, modality).var_names
+    real = screens["observed"].genes
     if isinstance(genes, str) or (genes is not None and not len(genes)):
         raise ValueError(f"genes={genes!r} must be a list of one or more names; leave it out for all genes.")
     remedy = (
         "They are matched by name. Name those to score: genes=observed.var_names.intersection(predicted.var_names)."
     )
-    for source, data in [("observed", observed), *sides.items()]:
-        there = expression_modality(data, modality).var_names
-        name = SIDES[source]
+    for source in ("observed", *(s for s in screens if s != "observed")):
+        there, name = screens[source].genes, SIDES[source]
         if not there.is_unique:
             twice = list(there[there.duplicated()][:3])
             raise ValueError(f"var_names of {name} repeats {twice}. Run `{name}.var_names_make_unique()` first.")
@@ -119,29 +216,32 @@ def shared_genes(
         extra = there[~there.isin(real)]
         if genes is None and len(extra):
             raise unknown_name("genes", extra[0], real, f"{name} has {len(extra)} that observed lacks. {remedy}")
-    return list(real) if genes is None else list(real[real.isin(genes)])
+    return real if genes is None else real[real.isin(genes)]
 
 
-def check_totals(adatas: dict[str, AnnData], design: Design) -> None:
-    """Raise or warn where counts on the two sides would be divided by totals that are not comparable."""
-    key, real = design.library_size_key, adatas["observed"]
-    for source, adata in adatas.items():
-        if source == "observed":
-            continue
-        side = SIDES[source]
-        if key is not None and key not in adata.obs:
-            raise unknown_name(
-                "library_size_key",
-                key,
-                adata.obs.columns,
-                f"The observed counts are divided by that column, and {side}.obs has none of the name: put the "
-                f"library sizes of the predicted cells there, or give {side} as log(1 + counts per 10,000).",
-            )
-        if key is None and design.scale == "counts" and adata.n_vars != real.n_vars:
+def _check_library_sizes(data: AnnData | MuData, key: str | None, side: str, modality: str) -> None:
+    """Raise where the observed counts are divided by a column that predicted counts lack."""
+    if key is None:
+        return
+    try:
+        obs_column(data, key, argument="library_size_key", modality=modality)
+    except KeyError as error:
+        raise type(error)(
+            f"{error} The observed counts are divided by that column, and {side}.obs has none of the name: put the "
+            f"library sizes of the predicted cells there, or give {side} as log(1 + counts per 10,000)."
+        ) from error
+
+
+def _warn_of_totals(screens: dict[str, Screen]) -> None:
+    """Warn where counts on the two sides are divided by sums over other genes."""
+    real = screens["observed"]
+    for side, screen in screens.items():
+        summed = screen.design.library_size_key is None and {screen.design.scale, real.design.scale} == {"counts"}
+        if summed and len(screen.genes) != len(real.genes):
             logger.warning(
                 "%s has %d genes and observed has %d: library sizes are sums over these, and differ for the same cell. "
                 "Give both the same genes, or name the true totals with library_size_key=.",
-                *(side, adata.n_vars, real.n_vars),
+                *(SIDES[side], len(screen.genes), len(real.genes)),
             )
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -14,6 +12,8 @@ from scipy import sparse, stats
 from scipy.linalg import eigh
 
 from virtualcell import metrics
+from virtualcell.data._expression import Expression
+from virtualcell.data._labels import parts
 from virtualcell.metrics._cells import mean_distance, mean_distances
 from virtualcell.metrics._de import log2_fold_change, rank_sum_test
 
@@ -29,19 +29,26 @@ _N_COMPONENTS = 50
 
 
 class Cells:
-    """Cells of one side and context, the groups one after another."""
+    """Cells of one side and context, the groups one after another, `size` of each."""
 
-    def __init__(self, matrix: sparse.csr_matrix, rows: dict[str, np.ndarray]) -> None:
-        self.names = list(rows)
-        self.sizes = np.array([len(r) for r in rows.values()])
-        self.matrix = matrix[np.concatenate(list(rows.values()))]
-        self.start = dict(zip(self.names, np.cumsum(self.sizes) - self.sizes, strict=True))
-        self.size = dict(zip(self.names, self.sizes, strict=True))
+    def __init__(self, matrix: sparse.csr_matrix, size: dict[str, int]) -> None:
+        self.matrix, self.size, self.names = matrix, size, list(size)
+        ends = np.cumsum(list(size.values()))
+        self.span = {n: (end - size[n], end) for n, end in zip(size, ends, strict=True)}
+
+    @classmethod
+    def read(cls, expression: Expression, rows: dict[str, np.ndarray]) -> Cells:
+        """Read the rows of each group."""
+        return cls(expression.rows(np.concatenate(list(rows.values()))), {n: len(r) for n, r in rows.items()})
+
+    def take(self, rows: dict[str, np.ndarray]) -> Cells:
+        """Return some of the cells, by their rows in `matrix`."""
+        return Cells(self.matrix[np.concatenate(list(rows.values()))], {n: len(r) for n, r in rows.items()})
 
     def group(self, name: str) -> sparse.csr_matrix:
         """Cells of one group; shares memory."""
-        rows = slice(self.start[name], self.start[name] + self.size[name] + 1)
-        ends = self.matrix.indptr[rows]
+        start, end = self.span[name]
+        ends = self.matrix.indptr[start : end + 1]
         kept = slice(ends[0], ends[-1])
         cells = sparse.csr_matrix((len(ends) - 1, self.matrix.shape[1]), dtype=self.matrix.dtype)
         # one by one, because the constructor copies what is a small part of a larger array
@@ -65,7 +72,8 @@ class Comparison:
     """Predicted against real cells of the same perturbations in one context; everything is computed once, when needed.
 
     Matrices are log1p CP10k of the same genes. `control` labels control cells, which `observed` has; effects of both
-    sides are taken against them, unless `predicted` has control cells too.
+    sides are taken against them, unless `predicted` has control cells too. `targets_by` are the names by which
+    perturbations call the genes.
     """
 
     predicted: Cells
@@ -73,6 +81,7 @@ class Comparison:
     perturbations: list[str]
     control: str
     genes: np.ndarray
+    targets_by: np.ndarray
     metrics: Sequence[str]
     seed: int = 0
     n_jobs: int = 1
@@ -132,14 +141,15 @@ class Comparison:
     @cached_property
     def targets(self) -> np.ndarray:
         """Column of the gene that each perturbation is named after, or -1."""
-        place = {g: i for i, g in enumerate(self.genes[self.order])}
-        return np.array([place.get(p, -1) for p in self.perturbations])
+        place = {g: i for i, g in enumerate(self.targets_by[self.order])}
+        named = [parts(p, self.control, place) for p in self.perturbations]
+        return np.array([place.get(n[0], -1) if len(n) == 1 else -1 for n in named])
 
     # -- differential expression --------------------------------------------------------------------------------------
 
     def _de(self, cells: Cells, means: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         code_of = {self.control: 0, **{p: i + 1 for i, p in enumerate(self.perturbations)}}
-        codes, matrix = np.repeat([code_of[n] for n in cells.names], cells.sizes), cells.matrix
+        codes, matrix = np.repeat([code_of[n] for n in cells.names], list(cells.size.values())), cells.matrix
         controls = cells if self.control in cells.size else self.observed
         if controls is not cells:
             matrix = sparse.vstack([matrix, controls.group(self.control)], format="csr")
@@ -151,9 +161,7 @@ class Comparison:
     @cached_property
     def _both_de(self) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         sides = [(self.predicted, self.predicted_means), (self.observed, self.observed_means)]
-        # around both threads: `rank_sum_test` silences illico too, but one thread would give back while the other runs
-        with contextlib.redirect_stderr(io.StringIO()):
-            return self._in_threads(self._de, sides)
+        return self._in_threads(self._de, sides)
 
     @property
     def predicted_de(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

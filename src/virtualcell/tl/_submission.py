@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import chain
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -17,19 +16,24 @@ from mudata import MuData
 from scipy import sparse
 
 from virtualcell import _keys
-from virtualcell._design import Design, Scale, expression_modality, labels, obs_column
 from virtualcell._errors import unknown_name
 from virtualcell.data._counts import Sampling, depth_matched_counts
-from virtualcell.data._matrix import check_matches_scale, columns_by_name, log_expression, matrix_name, raw_matrix
+from virtualcell.data._design import Design, Scale
+from virtualcell.data._expression import columns_of
+from virtualcell.data._labels import expression_modality, obs_column
+from virtualcell.data._screen import Screen
 from virtualcell.io._vcc import vcc_meta, write_vcc
 from virtualcell.tl._submission_checks import (
     CELL_TYPE,
     CONTEXT,
-    CONTROL,
-    KEY,
     check_arguments,
+    check_cells,
+    check_genes,
     check_labels,
     check_matrix,
+    check_no_other_genes,
+    check_path,
+    file_labels,
     gene_list,
 )
 
@@ -79,29 +83,30 @@ def prepare_submission(
     Parameters
     ----------
     predicted
-        Predicted cells, as of :func:`virtualcell.tl.predict_perturbation`. It is not changed.
+        Predicted cells, as :func:`virtualcell.tl.predict_perturbation` returns them. They are not changed.
     path
         File to write, ending in `.vcc`.
     year
-        Whose rules.
+        Year of the challenge whose rules hold.
     genes
         The challenge's gene list. Cells must have exactly these genes, in any order; the file has them in this one.
     perturbations
         The challenge's list, the same in every context or one per context; the control in it is passed over. Cells must
-        have exactly these. Needed for 2026, checked for 2025 if given.
+        have exactly these. It is needed for 2026, and checked for 2025 if given.
     contexts
-        2026: the contexts that the file must cover, such as `["A", "B", "C"]` (`D`, `E`, `F` in the final phase).
+        Contexts that the file of 2026 must cover, such as `["A", "B", "C"]` (`D`, `E`, `F` in the final phase).
     n_cells
-        Cells of each perturbation in each context; 400 by default for 2026, not checked by default for 2025.
+        Number of cells of each perturbation in each context; 400 by default for 2026, not checked by default for 2025.
     controls
         Real control cells, and no others. They go into the file of 2025. For 2026 those that `predicted` started from
         give the depths, summed over `genes`.
     controls_layer, controls_scale
-        Where and how expression is stored in `controls`; as `fit_state` noted there, else raw counts in `X`.
+        Layer with the expression of `controls`, and its scale; by default as `fit_state` noted there, or else raw
+        counts in `X`.
     depths
-        2026, in place of `controls`: the total of each cell, or the column of `obs` that holds it.
+        Total of each cell for 2026, or the column of `obs` that holds it, in place of `controls`.
     sampling
-        2026: how counts are drawn; see above.
+        How the counts of 2026 are drawn; see above.
     missing_genes
         What to do where the model predicts only some of `genes`: "control" takes the others from the control cell that
         the prediction started from, which says that nothing happened to them.
@@ -110,11 +115,11 @@ def prepare_submission(
         `predict_perturbation` where left out. The file has the challenge's own names whatever they are. In 2025 a
         `context_key` given here becomes the column `celltype`.
     overwrite
-        Replace the file if there is one.
+        Whether a file that is there is replaced.
     seed
-        Of the draw of counts. The order of genes does not matter to it.
+        Seed of the draw of counts. The order of genes does not matter to it.
     modality
-        Expression modality of a MuData.
+        Modality of a MuData that holds gene expression.
 
     Returns
     -------
@@ -129,13 +134,7 @@ def prepare_submission(
     FileExistsError
         If there is a file and `overwrite` is not set.
     """
-    path = Path(path)
-    if path.suffix != ".vcc":
-        raise ValueError(f"path={str(path)!r} must end in '.vcc'.")
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"path={str(path)!r} exists. Say overwrite=True, or choose another path.")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"path={str(path)!r}: there is no folder {str(path.parent)!r}. Create it first.")
+    path = check_path(path, overwrite)
     check_arguments(year, perturbations, contexts, depths, sampling, missing_genes)
     genes, contexts = gene_list(genes, year), None if contexts is None else list(contexts)
     stated = {"perturbation_key": perturbation_key, "control": control, "context_key": context_key}
@@ -143,27 +142,28 @@ def prepare_submission(
     if year == 2026 and design.context_key is None:
         raise ValueError("context_key must be given: in 2026 every cell names the context it was predicted for.")
     column = CONTEXT if year == 2026 else CELL_TYPE if context_key is not None else None
-    cells = _Cells.read("predicted", predicted, design, column, modality)
+    cells = _read("predicted", predicted, design, column, modality)
+    predicted = expression_modality(predicted, modality)
     if controls is not None:
         stated = {"perturbation_key": design.perturbation_key, "control": design.control, "context_key": context_key}
         stated |= {"layer": controls_layer, "scale": controls_scale}
         of_controls = Design.from_data(controls, modality=modality, **stated)
-        controls = _Cells.read("controls", controls, of_controls, column if year == 2025 else None, modality)
-        controls.check_genes(genes)
-    check_labels(cells.obs, None if controls is None else controls.obs, design, year, perturbations, contexts, n_cells)
+        controls = _read("controls", controls, of_controls, column if year == 2025 else None, modality)
+        check_genes("controls", controls.genes, genes)
+    obs = file_labels(cells, "predicted", column)
+    control_obs = None if controls is None else file_labels(controls, "controls", column)
+    check_labels(obs, control_obs, design, year, perturbations, contexts, n_cells)
 
     if missing_genes == "control":
-        matrix = _filled(cells, controls, genes)
+        matrix = _filled(predicted, cells, controls, genes)
     else:
-        cells.check_genes(genes)
-        matrix = cells.counts(genes) if year == 2026 and design.scale == "counts" else cells.log(genes)
-    obs = cells.obs
+        matrix = _expression(cells, genes, year)
     if year == 2025 and controls is not None:
-        of_controls = controls.log(genes)
-        _check_same_scale(cells, controls, of_controls, genes)
-        matrix, obs = sparse.vstack([matrix, of_controls], format="csr"), pd.concat([obs, controls.obs])
+        _check_same_scale(predicted, cells, controls)
+        matrix = sparse.vstack([matrix, controls.select(genes).expression.rows()], format="csr")
+        obs = pd.concat([obs, control_obs])
     elif year == 2026:
-        totals = _depths(cells, controls, depths, genes)
+        totals = _depths(predicted, cells, controls, depths, genes)
         if totals is not None:
             matrix = depth_matched_counts(matrix, totals, genes=genes, sampling=sampling, seed=seed)
     matrix.sort_indices()
@@ -179,103 +179,62 @@ def prepare_submission(
     return submission
 
 
-@dataclass(frozen=True)
-class _Cells:
-    """Cells as given to the argument `name`, and their `obs` under the challenge's names."""
-
-    name: str
-    adata: AnnData
-    design: Design
-    obs: pd.DataFrame
-
-    @classmethod
-    def read(cls, name: str, data: AnnData | MuData, design: Design, column: str | None, modality: str) -> _Cells:
-        key = design.perturbation_key
-        label = labels(data, key, argument="perturbation_key", modality=modality)
-        if design.control != CONTROL and (label == CONTROL).any():
-            raise ValueError(
-                f"control={design.control!r}, but obs[{key!r}] of {name} has {CONTROL!r} cells too, and that is the "
-                "control's name in the file. Rename them."
-            )
-        obs = pd.DataFrame({KEY: label.mask(label == design.control, CONTROL)})
-        if column is not None:
-            obs[column] = labels(data, design.context_key, argument="context_key", modality=modality)
-        adata = expression_modality(data, modality)
-        if not adata.n_obs:
-            raise ValueError(f"{name} holds no cells.")
-        if len(again := adata.var_names[adata.var_names.duplicated()]):
-            raise ValueError(f"var_names of {name} repeats {again[0]!r}. Keep one column of each gene.")
-        if not adata.obs_names.is_unique and name == "controls":
-            raise ValueError("controls repeats obs_names. Run `controls.obs_names_make_unique()` first.")
-        matrix = adata.X if design.layer is None else adata.layers.get(design.layer)
-        if sparse.issparse(matrix):
-            try:  # compiled code would read outside of a matrix that was put together wrongly
-                matrix.check_format(full_check=True)
-            except ValueError as error:
-                raise ValueError(
-                    f"{matrix_name(design.layer)} of {name} is a broken sparse matrix ({error}). Build it again, with "
-                    "`scipy.sparse.vstack` or `anndata.concat`."
-                ) from error
-        return cls(name, adata, design, obs)
-
-    def check_genes(self, genes: pd.Index) -> None:
-        """Raise unless the cells have exactly these genes."""
-        here = self.adata.var_names
-        if missing := [g for g in genes if g not in here]:
-            remedy = " Fit with n_top_genes=None, or say missing_genes='control'." if self.name == "predicted" else ""
-            raise unknown_name(
-                "genes", missing[0], here, f"{len(missing)} of {len(genes)} genes are missing in {self.name}.{remedy}"
-            )
-        self.check_no_other_genes(genes)
-
-    def check_no_other_genes(self, genes: pd.Index) -> None:
-        """Raise if there is a gene that the list does not have."""
-        if len(extra := self.adata.var_names.difference(genes)):
-            raise unknown_name(
-                f"var_names of {self.name}",
-                extra[0],
-                genes,
-                f"{len(extra)} genes are not in the list: drop them with {self.name}[:, genes].copy().",
-            )
-
-    def log(self, genes: pd.Index) -> sparse.csr_matrix:
-        """Return log(1 + counts per 10,000) of these genes."""
-        names = ("layer", "scale", "library_size_key", "target_sum")
-        return log_expression(self.adata, genes=genes, **{n: getattr(self.design, n) for n in names})
-
-    def counts(self, genes: pd.Index) -> sparse.csr_matrix:
-        """Return raw counts of these genes, in memory of their own."""
-        matrix = raw_matrix(self.adata, self.design.layer)
-        check_matches_scale(matrix, "counts", f"{matrix_name(self.design.layer)} of {self.name}")
-        matrix = columns_by_name(matrix, self.adata.var_names, genes).copy()
-        matrix.eliminate_zeros()
-        return matrix
+def _read(name: str, data: AnnData | MuData, design: Design, column: str | None, modality: str) -> Screen:
+    """Return the cells given to the argument `name`, with their contexts where the file has a column of them."""
+    adata = expression_modality(data, modality)
+    check_cells(name, adata, design.layer)
+    design = design.plain() if column is not None else replace(design.plain(), context_key=None)
+    of_controls = name == "controls"
+    argument = "controls_scale" if of_controls else "scale"
+    return Screen.from_anndata(
+        data, design, modality=modality, side=name, scale_argument=argument, measured=of_controls
+    )
 
 
-def _start_cells(cells: _Cells, controls: _Cells) -> np.ndarray:
+def _expression(cells: Screen, genes: pd.Index, year: int) -> sparse.csr_matrix:
+    """Return whole counts where they are there and wanted, or else log(1 + counts per 10,000), of these genes."""
+    check_genes("predicted", cells.genes, genes)
+    cells = cells.select(genes)
+    if year == 2026 and cells.design.scale == "counts":
+        cells = cells.read_as("counts")
+    matrix = cells.expression.rows(np.arange(cells.n_cells))  # in memory of its own
+    matrix.eliminate_zeros()
+    return matrix
+
+
+def _barcodes(predicted: AnnData) -> pd.Series | None:
+    """Return the names of the control cells that predictions started from, if they are noted."""
+    try:
+        return obs_column(predicted, _keys.CONTROL_BARCODE, argument="control_barcode").astype(str)
+    except KeyError:
+        return None
+
+
+def _start_cells(predicted: AnnData, controls: Screen) -> np.ndarray:
     """Return the rows of `controls` that predictions started from."""
-    if _keys.CONTROL_BARCODE not in cells.adata.obs:
+    barcodes = _barcodes(predicted)
+    if barcodes is None:
         raise KeyError(
             f"predicted.obs has no {_keys.CONTROL_BARCODE!r} to find control cells by. Take predicted from "
             "`vc.tl.predict_perturbation`, or give depths= (and all genes)."
         )
-    barcodes = cells.adata.obs[_keys.CONTROL_BARCODE].astype(str)
-    rows = controls.adata.obs_names.get_indexer(barcodes)
+    rows = controls.names.get_indexer(barcodes)
     if (rows < 0).any():
         remedy = f"{(rows < 0).sum()} predicted cells started from cells that controls= lacks: pass the same ones."
-        raise unknown_name(_keys.CONTROL_BARCODE, barcodes.iloc[np.argmin(rows)], controls.adata.obs_names, remedy)
+        raise unknown_name(_keys.CONTROL_BARCODE, barcodes.iloc[np.argmin(rows)], controls.names, remedy)
     return rows
 
 
-def _check_same_scale(cells: _Cells, controls: _Cells, log: sparse.csr_matrix, genes: pd.Index) -> None:
-    """Raise where control cells, `log`, come out otherwise than as the cells that predictions started from."""
-    adata = cells.adata
-    if _keys.CONTROL_BARCODE not in adata.obs or _keys.CONTROL_LAYER not in adata.layers:
+def _check_same_scale(predicted: AnnData, cells: Screen, controls: Screen) -> None:
+    """Raise where control cells come out otherwise than as the cells that predictions started from."""
+    barcodes = _barcodes(predicted)
+    if barcodes is None or _keys.CONTROL_LAYER not in predicted.layers:
         return
-    rows = controls.adata.obs_names.get_indexer(adata.obs[_keys.CONTROL_BARCODE].astype(str))
+    rows = controls.names.get_indexer(barcodes)
     known = np.flatnonzero(rows >= 0)[:100]
-    before = sparse.csr_matrix(adata.layers[_keys.CONTROL_LAYER][known])
-    off = abs(before - columns_by_name(log[rows[known]], genes, adata.var_names))
+    design = cells.design.of_predicted().restated(layer=_keys.CONTROL_LAYER)
+    before = Screen.from_anndata(predicted, design, side="predicted", measured=False).take(known)
+    off = abs(before.expression.rows() - controls.take(rows[known]).select(before.genes).expression.rows())
     if off.nnz and off.max() > 0.01:
         raise ValueError(
             f"controls differs by up to {off.max():.3g} from layers[{_keys.CONTROL_LAYER!r}] of predicted, the same "
@@ -284,19 +243,21 @@ def _check_same_scale(cells: _Cells, controls: _Cells, log: sparse.csr_matrix, g
         )
 
 
-def _filled(cells: _Cells, controls: _Cells | None, genes: pd.Index) -> sparse.csr_matrix:
+def _filled(predicted: AnnData, cells: Screen, controls: Screen | None, genes: pd.Index) -> sparse.csr_matrix:
     """Return log expression, with the genes that were not predicted as in the control cell."""
     if controls is None or cells.design.scale != "log1p":
         raise ValueError("missing_genes='control' needs controls=, and predictions with scale='log1p'.")
-    cells.check_no_other_genes(genes)
-    rest = genes.difference(cells.adata.var_names, sort=False)
+    check_no_other_genes("predicted", cells.genes, genes)
+    rest = genes.difference(cells.genes, sort=False)
     logger.info("%d of %d genes are not predicted and taken from the control cells.", len(rest), len(genes))
-    joined = sparse.hstack([cells.log(None), controls.log(rest)[_start_cells(cells, controls)]], format="csr")
-    return columns_by_name(joined, cells.adata.var_names.append(rest), genes)
+    start = controls.select(rest).expression.rows(_start_cells(predicted, controls))
+    joined = sparse.hstack([cells.expression.rows(), start], format="csr")
+    columns = columns_of(cells.genes.append(rest), genes)
+    return joined if columns is None else joined[:, columns]
 
 
 def _depths(
-    cells: _Cells, controls: _Cells | None, depths: str | Sequence[int] | None, genes: pd.Index
+    predicted: AnnData, cells: Screen, controls: Screen | None, depths: str | Sequence[int] | None, genes: pd.Index
 ) -> np.ndarray | None:
     """Return the total that each predicted cell is to have; None where it has counts already."""
     if cells.design.scale == "counts":
@@ -304,11 +265,11 @@ def _depths(
             raise ValueError("scale='counts': predicted holds counts already. Leave out controls= and depths=.")
         return None
     if isinstance(depths, str):
-        totals = obs_column(cells.adata, depths, argument="depths").to_numpy(dtype=np.float64)
+        totals = obs_column(predicted, depths, argument="depths").to_numpy(dtype=np.float64)
     elif depths is not None:
         totals = np.asarray(depths, dtype=np.float64)
-        if totals.shape != (cells.adata.n_obs,):
-            raise ValueError(f"depths has shape {totals.shape}: give one number for each of {cells.adata.n_obs} cells.")
+        if totals.shape != (cells.n_cells,):
+            raise ValueError(f"depths has shape {totals.shape}: give one number for each of {cells.n_cells} cells.")
     elif controls is None:
         raise ValueError(
             "controls or depths must be given: counts are drawn at the depth of the control cell that a prediction "
@@ -317,7 +278,8 @@ def _depths(
     elif controls.design.scale != "counts":
         raise ValueError("controls_scale='log1p': depths are read off raw counts. Name their layer, or give depths=.")
     else:
-        totals = np.asarray(controls.counts(genes).sum(axis=1), dtype=np.float64).ravel()[_start_cells(cells, controls)]
+        counts = controls.read_as("counts").select(genes).expression.rows()
+        totals = np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel()[_start_cells(predicted, controls)]
     bad = ~((totals >= 1) & (totals == np.rint(totals)))
     if bad.any():
         raise ValueError(f"depths must be whole numbers from 1: {bad.sum()} are not, among them {totals[bad][0]:g}.")

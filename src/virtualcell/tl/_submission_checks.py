@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import get_args
 
 import numpy as np
 import pandas as pd
 from anndata import AnnData
+from scipy import sparse
 
-from virtualcell._design import Design
 from virtualcell._errors import unknown_name
 from virtualcell.data._counts import Sampling
+from virtualcell.data._design import Design
+from virtualcell.data._screen import Screen
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +27,18 @@ _MAX_CELLS = {2025: 200_000, 2026: 400_000}
 _N_CELLS_2026 = 400
 _MAX_TOTAL_2026 = 1_000_000
 _MAX_STORED_2026 = 4_750_000_000
+
+
+def check_path(path: str | os.PathLike, overwrite: bool) -> Path:
+    """Raise unless the file can be written."""
+    path = Path(path)
+    if path.suffix != ".vcc":
+        raise ValueError(f"path={str(path)!r} must end in '.vcc'.")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"path={str(path)!r} exists. Say overwrite=True, or choose another path.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"path={str(path)!r}: there is no folder {str(path.parent)!r}. Create it first.")
+    return path
 
 
 def check_arguments(
@@ -62,6 +78,61 @@ def gene_list(genes: Sequence[str], year: int) -> pd.Index:
     if len(genes) != _N_GENES[year]:
         logger.warning("genes has %d names; the list of %d had %d.", len(genes), year, _N_GENES[year])
     return genes
+
+
+def check_cells(name: str, adata: AnnData, layer: str | None) -> None:
+    """Raise for cells that cannot be read: none, names that stand twice, a matrix that was put together wrongly."""
+    if not adata.n_obs:
+        raise ValueError(f"{name} holds no cells.")
+    if len(again := adata.var_names[adata.var_names.duplicated()]):
+        raise ValueError(f"var_names of {name} repeats {again[0]!r}. Keep one column of each gene.")
+    if not adata.obs_names.is_unique and name == "controls":
+        raise ValueError("controls repeats obs_names. Run `controls.obs_names_make_unique()` first.")
+    matrix = adata.X if layer is None else adata.layers.get(layer)
+    if sparse.issparse(matrix):
+        try:  # compiled code would read outside of such a matrix
+            matrix.check_format(full_check=True)
+        except ValueError as error:
+            where = "X" if layer is None else f"layers[{layer!r}]"
+            raise ValueError(
+                f"{where} of {name} is a broken sparse matrix ({error}). Build it again, with `scipy.sparse.vstack` or "
+                "`anndata.concat`."
+            ) from error
+
+
+def check_genes(name: str, here: pd.Index, genes: pd.Index) -> None:
+    """Raise unless cells have exactly these genes."""
+    if missing := [g for g in genes if g not in here]:
+        remedy = " Fit with n_top_genes=None, or say missing_genes='control'." if name == "predicted" else ""
+        raise unknown_name(
+            "genes", missing[0], here, f"{len(missing)} of {len(genes)} genes are missing in {name}.{remedy}"
+        )
+    check_no_other_genes(name, here, genes)
+
+
+def check_no_other_genes(name: str, here: pd.Index, genes: pd.Index) -> None:
+    """Raise if there is a gene that the list does not have."""
+    if len(extra := here.difference(genes)):
+        raise unknown_name(
+            f"var_names of {name}",
+            extra[0],
+            genes,
+            f"{len(extra)} genes are not in the list: drop them with {name}[:, genes].copy().",
+        )
+
+
+def file_labels(screen: Screen, name: str, column: str | None) -> pd.DataFrame:
+    """Return the labels of cells under the challenge's names, their contexts in `column` where there is one."""
+    design, label = screen.design, pd.Series(np.asarray(screen.perturbation))
+    if design.control != CONTROL and (label == CONTROL).any():
+        raise ValueError(
+            f"control={design.control!r}, but obs[{design.perturbation_key!r}] of {name} has {CONTROL!r} cells too, "
+            "and that is the control's name in the file. Rename them."
+        )
+    labels = pd.DataFrame({KEY: label.mask(label == design.control, CONTROL)})
+    if column is not None and design.context_key is not None:
+        labels[column] = np.asarray(screen.context)
+    return labels
 
 
 def check_labels(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from virtualcell.tl._evaluate_checks import ALL, check_scores
+from virtualcell._keys import ALL
+from virtualcell.tl._evaluate_checks import check_scores
 from virtualcell.tl._scores import METRICS
 
 # What the challenge of 2025 averages; the cosine beside it is ours.
-_MEMBERS_2025 = ["pdisc_norm_l1", "de_overlap", "mae"]
+_AVERAGED_2025 = ["pdisc_norm_l1", "de_overlap", "mae"]
 CHALLENGE = "challenge_score"
 
 
@@ -25,14 +26,14 @@ def summarize(scores: pd.DataFrame) -> pd.DataFrame:
     Parameters
     ----------
     scores
-        Of :func:`virtualcell.tl.evaluate`, whose `.attrs` say which suite it was.
+        Table that :func:`virtualcell.tl.evaluate` returned, whose `.attrs` say which suite it was.
 
     Returns
     -------
     One row per `context` and `metric`: `value`, the mean over perturbations where the metric is defined, `n` how many
     these are, `baseline` and `ceiling` likewise, `score` and `unclipped`. Rows of the context "(all)" are means over
-    contexts, each of the same weight. The challenges add the metric "challenge_score", the mean of their members'
-    scores, where there is a baseline.
+    contexts, each of the same weight. The challenges add the metric "challenge_score", the mean of the scores of the
+    metrics that they average, where there is a baseline.
 
     Raises
     ------
@@ -56,13 +57,13 @@ def summarize(scores: pd.DataFrame) -> pd.DataFrame:
     out = out.reset_index()
     order = list(dict.fromkeys(scores["metric"]))
 
-    members = _members(suite)
-    if members and out.loc[out["metric"].isin(members), "unclipped"].notna().any():
-        if missing := set(members) - set(out["metric"]):
+    averaged = _averaged(suite)
+    if averaged and out.loc[out["metric"].isin(averaged), "unclipped"].notna().any():
+        if missing := set(averaged) - set(out["metric"]):
             raise ValueError(
                 f"scores lacks {sorted(missing)}, which the score of {suite!r} is made of. Keep all its metrics."
             )
-        total = out[out["metric"].isin(members)].groupby("context")[["score", "unclipped"]].agg(_mean_of_all)
+        total = out[out["metric"].isin(averaged)].groupby("context")[["score", "unclipped"]].agg(_mean_of_all)
         out = pd.concat([out, total.reset_index().assign(metric=CHALLENGE)])
         order.append(CHALLENGE)
     if out["context"].nunique() > 1:
@@ -88,21 +89,23 @@ _ENDS = ["value", "baseline", "ceiling"]
 _NUMBERS = [*_ENDS, "score", "unclipped"]
 
 
-def _members(suite: object) -> list[str]:
+def _averaged(suite: object) -> list[str]:
+    """Metrics that a challenge averages, none for a suite that is no challenge."""
     if suite == "vcc2026":
-        from virtualcell.tl._vcc2026 import members
+        from virtualcell.tl._vcc2026 import averaged_metrics
 
-        return members()
-    return _MEMBERS_2025 if suite == "vcc2025" else []
+        return averaged_metrics()
+    return _AVERAGED_2025 if suite == "vcc2025" else []
 
 
 def _score(metric: str, x: float, b: float, r: float, suite: object) -> float:
     if np.isnan(b):
         return float("nan")
     if suite == "vcc2026":
-        from virtualcell.tl._vcc2026 import challenge_score, members
+        from virtualcell.tl._vcc2026 import averaged_metrics, challenge_score
 
-        return challenge_score(metric, x, b, None if np.isnan(r) else r) if metric in members() else float("nan")
+        known = metric in averaged_metrics()
+        return challenge_score(metric, x, b, None if np.isnan(r) else r) if known else float("nan")
     best = METRICS[metric].best
     if best is None or b == best:  # nothing is better than this baseline
         return float("nan")
