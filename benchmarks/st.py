@@ -245,7 +245,7 @@ def report(name: str, scores: pd.DataFrame, seconds: dict[str, list[float]], arg
     by = scores.pivot_table(index=this.by, columns=["metric", "model"], values="value")
     print(f"\nPearson delta by {this.by}\n{by['pearson_delta'].round(3).to_string()}")
     for form, times in seconds.items():
-        print(f"training of {form}: {np.mean(times):.0f} s, at most {max(times):.0f} s")
+        print(f"fit and scores of {form}: {np.mean(times):.0f} s, at most {max(times):.0f} s")
     result = {
         "tables": out,
         f"by_{this.by}": {m: by[m] for m in metrics},

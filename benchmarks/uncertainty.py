@@ -5,7 +5,7 @@
     ... --seeds 1 --max-steps 5     # to try the script out
 
 * papalexi: replicate 3 as the new context, 17 targets held out there (few-shot); the default ST with each seed, and
-  with three members once.
+  with three networks once.
 * synthetic: four contexts, 40 perturbations, type_4 zero-shot, screen 2026; errors of the same predictions against the
   50 observed cells of each perturbation, and ("truth") against 400 cells drawn from the true effects.
 
@@ -48,10 +48,10 @@ from _splits import (
 from scipy.stats import spearmanr
 
 import virtualcell as vc
-from virtualcell.data._matrix import log_expression
+from virtualcell.data._screen import read_expression
 
 N_SAMPLES, SCREEN_SEED, N_BOOTSTRAPS = 20, 2026, 2000
-MEMBERS = {"ST": 1, "ST, 3 members": 3}
+NETWORKS = {"ST": 1, "ST, 3 networks": 3}
 RANKED_BY = {
     "expected": "expected_error",
     "shift": "size of the shift",
@@ -85,10 +85,8 @@ def run(name: str, label: str, seed: int, args) -> tuple[pd.DataFrame, float]:
         split_key="split",
         se=False,
         validate=False,
-        store_model=False,
-        max_steps=args.max_steps,
-        model_kwargs={"n_members": MEMBERS[label]},
-        enable_progress_bar=False,
+        network={"n_networks": NETWORKS[label]},
+        training={"progress_bar": False} | ({} if args.max_steps is None else {"max_steps": args.max_steps}),
         seed=seed,
     )
     seconds = time.perf_counter() - start
@@ -98,9 +96,8 @@ def run(name: str, label: str, seed: int, args) -> tuple[pd.DataFrame, float]:
     rows = []
     for split, observed in data.items():
         here = observed[(observed.obs[keys["context_key"]] == context).to_numpy()]
-        matrix = log_expression(
-            here, genes=list(predicted.var_names), library_size_key=keys.get("library_size_key")
-        ).toarray()
+        key = keys.get("library_size_key")
+        matrix = read_expression(here, genes=list(predicted.var_names), library_size_key=key).rows().toarray()
         perturbation = here.obs["target_gene"].to_numpy()
         base = matrix[perturbation == "non-targeting"].mean(axis=0)
         for target in names:
@@ -203,7 +200,7 @@ def main() -> None:
     with pool(args.jobs) as run_tasks:
         for name in args.only:
             todo = [(name, "ST", seed, args) for seed in range(args.seeds if name == "papalexi" else 1)]
-            todo += [(name, "ST, 3 members", 0, args)] if name == "papalexi" else []
+            todo += [(name, "ST, 3 networks", 0, args)] if name == "papalexi" else []
             frames, seconds = [], {}
             for task, (rows, taken) in run_tasks(run, todo):
                 frames.append(rows)

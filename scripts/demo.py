@@ -43,7 +43,7 @@ def main() -> None:
         adata.obs[args.context_key] = "all"
     design = {"perturbation_key": args.perturbation_key, "control": args.control, "context_key": args.context_key}
     vc.pp.split(adata, **design, holdout=holdout(adata, args))
-    st = vc.tl.fit_state(adata, **design, scale=args.scale, split_key="split", se_max_steps=SE_STEPS)
+    st = vc.tl.fit_state(adata, **design, scale=args.scale, split_key="split", se={"max_steps": SE_STEPS})
     pairs = test_pairs(adata, st)
     predicted = predict(adata, pairs, design)
     scores = compare(adata, predicted, pairs, design, args.scale)

@@ -4,6 +4,9 @@ from virtualcell.models._baselines import Additive, ContextMean, NearestContext,
 from virtualcell.models._feature_baselines import NearestPerturbations, Ridge
 from virtualcell.models._se import SE
 from virtualcell.models._st import ST
+from virtualcell.models._st_options import STTrainOptions
+from virtualcell.modules import SEConfig, STConfig
+from virtualcell.train import TrainOptions
 
 __all__ = [
     "SE",
@@ -15,4 +18,8 @@ __all__ = [
     "NoChange",
     "PerturbationMean",
     "Ridge",
+    "SEConfig",
+    "STConfig",
+    "STTrainOptions",
+    "TrainOptions",
 ]

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import pandas as pd
 import torch
-from anndata import AnnData
 from torch import Tensor, nn
 
 from virtualcell.data._labels import parts
@@ -69,11 +68,11 @@ def continue_st(
     return new
 
 
-def continue_se(adata: AnnData, old: SE) -> SE:
-    """Build an SE on data that is set up, with the gene table and the weights of `old`."""
+def continue_se(screen: Screen, old: SE) -> SE:
+    """Build an SE on the cells of a screen, with the gene table and the weights of `old`."""
     config = {k: v for k, v in dataclasses.asdict(old.config).items() if k not in ("n_token", "n_datasets")}
     new = SE(
-        adata,
+        screen,
         pd.DataFrame(old.gene_embeddings.numpy(), index=old.gene_names),
         length=old.length,
         n_targets=old.n_targets,

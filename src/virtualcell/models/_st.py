@@ -218,6 +218,7 @@ class ST(PerturbationModel):
         )
         self.history_ = fit(self.module, loss, training, options, validation=validation, name="ST")
         self.is_trained_ = True
+        _common.put_on(self, options.accelerator)
         shown = range(0, options.max_steps, max(1, options.max_steps // _WEIGHING_STEPS))
         self.mixture = self.mixture.weighed(self.networks, (training.step(i, 0, 1, self.device) for i in shown))
         logger.info(self.mixture.describe())

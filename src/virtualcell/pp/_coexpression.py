@@ -13,7 +13,7 @@ from scipy import sparse
 from scipy.linalg import lu
 
 from virtualcell.data._design import Scale
-from virtualcell.data._labels import expression_modality
+from virtualcell.data._expression import Expression
 from virtualcell.data._screen import read_expression
 
 logger = logging.getLogger(__name__)
@@ -67,30 +67,34 @@ def expression_gene_embeddings(
     ValueError
         If the values are not on the stated scale, gene names repeat, or fewer than two genes vary.
     """
+    expression = read_expression(
+        adata, modality=modality, layer=layer, scale=scale, library_size_key=library_size_key
+    )
+    return coexpression_vectors(expression, n_comps=n_comps, seed=seed)
+
+
+def coexpression_vectors(expression: Expression, *, n_comps: int = 256, seed: int = 0) -> pd.DataFrame:
+    """As :func:`expression_gene_embeddings`, of cells that are read already."""
     if n_comps < 1:
         raise ValueError(f"n_comps={n_comps} must be at least 1.")
-    rna = expression_modality(adata, modality)
-    genes = sorted(rna.var_names)
-    matrix = read_expression(
-        adata, modality=modality, layer=layer, scale=scale, library_size_key=library_size_key, genes=genes
-    ).rows()
+    genes, n_cells = sorted(expression.genes), expression.n_cells
+    matrix = expression.select(genes).rows()
     mean, sd = _moments(matrix)
     varies = sd > 0
-    if varies.sum() < 2 or rna.n_obs < 3:
-        raise ValueError(f"{rna.n_obs} cells with {int(varies.sum())} genes that vary are too few for co-expression.")
+    if varies.sum() < 2 or n_cells < 3:
+        raise ValueError(f"{n_cells} cells with {int(varies.sum())} genes that vary are too few for co-expression.")
     if not varies.all():
         logger.info("%d of %d genes do not vary among these cells: no row for them.", (~varies).sum(), len(genes))
-    if not varies.all():
         matrix = matrix[:, varies]
     vectors, explained = _principal_axes(matrix, mean[varies], sd[varies], n_comps, seed)
 
     kept = pd.Index(genes)[varies]
     frame = pd.DataFrame(vectors.astype(np.float32), index=kept.rename("gene"))
     frame.columns = [f"expression_{i}" for i in range(frame.shape[1])]
-    frame = frame.loc[rna.var_names[rna.var_names.isin(kept)].rename("gene")]
+    frame = frame.loc[expression.genes[expression.genes.isin(kept)].rename("gene")]
     frame.attrs = {
         "source": "expression",
-        "n_cells": rna.n_obs,
+        "n_cells": n_cells,
         "n_comps": frame.shape[1],
         "variance_explained": explained,
     }

@@ -11,8 +11,9 @@ from anndata import AnnData
 from mudata import MuData
 
 from virtualcell import _keys
-from virtualcell._design import Scale, expression_modality
-from virtualcell.data._matrix import check_matches_scale, matrix_name, raw_matrix
+from virtualcell.data._design import Scale
+from virtualcell.data._expression import Expression
+from virtualcell.data._labels import expression_modality
 from virtualcell.data._sentences import sentences
 from virtualcell.pp._genes import match_genes
 
@@ -76,16 +77,15 @@ def cell_sentences(
             "Read a file with `vc.pp.read_gene_embeddings(path)`."
         )
     rna = expression_modality(adata, modality)
-    matrix = raw_matrix(rna, layer)
-    check_matches_scale(matrix, scale, matrix_name(layer))
+    expression = Expression(rna, layer=layer, scale=scale, unit="log_counts")
     tokens = match_genes(rna, gene_embeddings.index, gene_key=gene_key, aliases=aliases)
-    sentence, expression = sentences(matrix, tokens, length)
-    if scale == "counts":
-        # After the choice of genes: log1p keeps the order, and padding stays 0.
-        np.log1p(expression, out=expression)
+    sentence = np.empty((rna.n_obs, length), np.int32)
+    values = np.empty((rna.n_obs, length), np.float32)
+    for rows, block in expression.blocks():
+        sentence[rows], values[rows] = sentences(block, tokens, length)
     empty = int((sentence[:, 0] < 0).sum())
     if empty:
         logger.warning("%d of %d cells express no gene of the table: their sentences are empty.", empty, rna.n_obs)
     rna.obsm[_keys.SENTENCE] = sentence
-    rna.obsm[_keys.SENTENCE_EXPRESSION] = expression
+    rna.obsm[_keys.SENTENCE_EXPRESSION] = values
     rna.var[_keys.GENE_TOKEN] = tokens

@@ -165,7 +165,7 @@ def fit_state(
     genes = genes_to_model(genes, init_from, adata.var_names) if isinstance(init_from, ST) else genes
     fitting = {"features": perturbation_features, "init_from": init_from, "size": size, "network": network_options}
     st = None if waits else build_st(screen.select(genes), options=options, **fitting)
-    fitted_se = fit_se(adata, screen, se_options, gene_key=gene_key, size=size)
+    fitted_se = fit_se(data, screen, se_options, modality=modality, size=size)
     embedding = None if fitted_se is None else _embedded(fitted_se, adata, design)
     if waits:
         screen = dataclasses.replace(screen, rep=embedding, design=design)

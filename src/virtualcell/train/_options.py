@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import Self
 
 from virtualcell._errors import unknown_name
 
@@ -134,7 +135,7 @@ class TrainOptions:
         return {name: value for name, value in values.items() if value is not None}
 
     @classmethod
-    def from_(cls, given: TrainOptions | Mapping[str, object] | None = None, **defaults: object) -> TrainOptions:
+    def from_(cls, given: TrainOptions | Mapping[str, object] | None = None, **defaults: object) -> Self:
         """Complete the options that a user gave.
 
         Parameters
@@ -144,7 +145,7 @@ class TrainOptions:
         **defaults
             What the model decides where `given` says nothing.
         """
-        if given is None or isinstance(given, cls):
+        if given is None or isinstance(given, TrainOptions):
             stated = {} if given is None else given.stated
         elif isinstance(given, Mapping):
             names = [field.name for field in dataclasses.fields(cls)]

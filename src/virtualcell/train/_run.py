@@ -164,7 +164,7 @@ def fit(
 
 
 def _checked(options: TrainOptions, validation: Batches | None) -> TrainOptions:
-    options = TrainOptions.from_(options)
+    options = type(options).from_(options)  # a model's own options have further fields
     for argument in ("max_steps", "lr", "batch_size"):
         if getattr(options, argument) is None:
             raise ValueError(f"{argument}=None: a training needs it. State it in TrainOptions.")
