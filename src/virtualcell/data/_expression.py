@@ -4,28 +4,41 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 from anndata import AnnData
+from mudata import MuData
 from scipy import sparse
 
 from virtualcell._errors import unknown_name
 from virtualcell.data._design import Scale, check_scale
+from virtualcell.data._labels import expression_modality, obs_column
+from virtualcell.data._stored import BLOCK, StoredMatrix, row_numbers, row_sums
 
 Unit = Literal["log1p", "log_counts", "counts"]
 
 MOST_EXPRESSION = np.float32(np.log1p(1e4))  # log1p CP10k of a cell that holds one gene only
 
-_LOG1P_MAX = 9.3  # log(1 + 10,000) = 9.2 is the most that log1p CP10k can hold; anything above is some other unit
 _FEW_CELLS = 10  # equal totals of fewer cells than this may be chance
 _SAMPLE = 1000  # cells whose totals are looked at
-_BLOCK = 4096  # cells read at a time
+_GROUPS = 256  # groups whose sums are held at a time
+
+# Other logarithms, and what undoes them: if the cells then have one total, that was it.
+_OTHER_LOGARITHMS = {
+    "was put through log(1 + x) twice": lambda x: np.expm1(np.expm1(x)),
+    "holds logarithms to base 2": lambda x: np.expm1(x * np.log(2)),
+    "holds logarithms to base 10": lambda x: np.expm1(x * np.log(10)),
+}
 
 
 class Moments(NamedTuple):
-    """Mean and sample variance (n - 1) over the cells of each group, (n_groups, n_genes), and their number."""
+    """Mean and sample variance (n - 1) over the cells of each group, (n_groups, n_genes), and their number.
+
+    Both are 0 where a group has no cells, and the variance where it has one.
+    """
 
     mean: np.ndarray
     variance: np.ndarray
@@ -49,8 +62,8 @@ class Expression:
     library_size_key
         Column that the library sizes come from, for messages.
     unit
-        What is read: `"log1p"`, log(1 + counts per `target_sum`); `"log_counts"`, log(1 + count), or the matrix as it is
-        where it holds logarithms already; `"counts"`, the matrix as it is.
+        What is read: `"log1p"`, log(1 + counts per `target_sum`); `"log_counts"`, log(1 + count), or the matrix as it
+        is where it holds logarithms already; `"counts"`, the matrix as it is.
     genes
         Columns to read, by name and in this order; all of them by default.
     side
@@ -80,12 +93,11 @@ class Expression:
         check_scale(scale, scale_argument)
         name = "X" if layer is None else f"layers[{layer!r}]"
         self._where = f"{name} of {side}" if side else name
-        self._matrix = _matrix(adata, layer, self._where)
+        self._matrix = StoredMatrix(adata, layer, self._where)
         self._cells = adata.obs_names
         self._index: np.ndarray | None = None  # rows of the matrix that are covered; None for all
         self._columns: np.ndarray | None = None
-        self._sizes, self._key = library_size, library_size_key
-        self._checked = False
+        self._found, self._key = _Found(library_size), library_size_key
         self._argument, self._measured = scale_argument, measured
         self.scale, self.unit, self.target_sum, self.genes = scale, unit, target_sum, adata.var_names
         if genes is not None:
@@ -94,7 +106,7 @@ class Expression:
     @property
     def n_cells(self) -> int:
         """How many cells there are."""
-        return self._matrix.shape[0] if self._index is None else len(self._index)
+        return len(self._cells)
 
     def select(self, genes: Sequence[str]) -> Expression:
         """Return the same cells with other genes, by name and in this order."""
@@ -107,36 +119,40 @@ class Expression:
 
     def take(self, rows: np.ndarray) -> Expression:
         """Return some of the cells: row numbers or a mask."""
-        rows = np.flatnonzero(rows) if np.asarray(rows).dtype == bool else np.asarray(rows)
+        rows = row_numbers(rows, self.n_cells)
         out = copy.copy(self)
         out._index = rows if self._index is None else self._index[rows]
         out._cells = self._cells[rows]
-        out._sizes = None if self._sizes is None else self._sizes[rows]
+        sizes = self._found.sizes
+        out._found = _Found(None if sizes is None else sizes[rows], self._found.is_checked)
         return out
 
     def read_as(self, unit: Unit) -> Expression:
         """Return the same cells and genes in another unit."""
         out = copy.copy(self)
-        out.unit, out._checked = unit, False
+        out.unit, out._found = unit, _Found(self._found.sizes)
         return out
 
     def rows(self, index: np.ndarray | slice | None = None) -> sparse.csr_matrix:
-        """Return cells, all by default, as float32 CSR (n, n_genes), which may share memory and is only to be read."""
+        """Return cells, all by default, as float32 CSR (n, n_genes), which may share memory and is only to be read.
+
+        Within a row the entries are in the order of the file.
+        """
         self._check()
         block = self._raw(index)
-        shared = index is None and self._index is None
+        shared = self._index is None and (index is None or isinstance(index, slice))
         if self._columns is not None:
             block, shared = block[:, self._columns], False
         if self.unit == "counts" or self.scale == "log1p":
             return block
         block = block.copy() if shared else block
         if self.unit == "log1p":
-            size = self._sizes if index is None else self._sizes[index]
+            size = self._found.sizes if index is None else self._found.sizes[index]
             block.data *= np.repeat((self.target_sum / size).astype(np.float32), np.diff(block.indptr))
         np.log1p(block.data, out=block.data)
         return block
 
-    def blocks(self, n: int = _BLOCK) -> Iterator[tuple[np.ndarray, sparse.csr_matrix]]:
+    def blocks(self, n: int = BLOCK) -> Iterator[tuple[np.ndarray, sparse.csr_matrix]]:
         """Yield row numbers and cells, `n` at a time, in the order of the file: one pass over the matrix."""
         for start in range(0, self.n_cells, n):
             rows = slice(start, min(start + n, self.n_cells))
@@ -146,32 +162,28 @@ class Expression:
         """Return mean and variance of groups of rows, each read once and some at a time.
 
         Sums are taken in double precision and in the order of the rows given, so that with rows in the order of cell
-        names the order of the file does not matter.
+        names the order of the file does not matter. Nor does it matter which other groups are asked for.
         """
         n = np.array([len(g) for g in groups], dtype=np.int64)
-        rows = np.concatenate([np.empty(0, np.int64), *groups]).astype(np.int64)
-        group = np.repeat(np.arange(len(groups)), n)
         shape = (len(groups), len(self.genes))
         mean, variance = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
-        open_group, carried = -1, np.zeros((2, shape[1]))  # sums of a group that goes on in the next block
-        for start in range(0, len(rows), _BLOCK):
-            here = group[start : start + _BLOCK]
-            cells = self.rows(rows[start : start + _BLOCK]).astype(np.float64)
-            first, last = here[0], here[-1]
-            member = sparse.csr_matrix(
-                (np.ones(len(here)), (here - first, np.arange(len(here)))), shape=(last - first + 1, len(here))
-            )
+        before = np.zeros((2, shape[1]))  # sums of the group that goes on in the next pieces
+        for pieces in _pieces(n):
+            group = np.array([g for g, _, _ in pieces])
+            ends = np.cumsum([0, *(stop - start for _, start, stop in pieces)])
+            member = sparse.csr_matrix((np.ones(ends[-1]), np.arange(ends[-1]), ends), shape=(len(pieces), ends[-1]))
+            cells = self.rows(np.concatenate([groups[g][start:stop] for g, start, stop in pieces])).astype(np.float64)
             sums = (member @ cells).toarray()
             cells.data **= 2
             squares = (member @ cells).toarray()
-            if first == open_group:
-                sums[0] += carried[0]
-                squares[0] += carried[1]
-            open_group, carried = last, np.stack([sums[-1], squares[-1]])
-            size = n[first : last + 1, None]
+            if pieces[0][1] > 0:
+                sums[0] += before[0]
+                squares[0] += before[1]
+            before = np.stack([sums[-1], squares[-1]])
+            size = n[group, None]
             m = sums / size
-            mean[first : last + 1] = m
-            variance[first : last + 1] = np.maximum(squares - size * m**2, 0) / np.maximum(size - 1, 1)
+            mean[group] = m  # of a group that goes on, until its last piece
+            variance[group] = np.maximum(squares - size * m**2, 0) / np.maximum(size - 1, 1)
         return Moments(mean, variance, n)
 
     # -- reading and checking -----------------------------------------------------------------------------------------
@@ -182,32 +194,27 @@ class Expression:
             index = self._index
         elif self._index is not None:
             index = self._index[index]
-        block = self._matrix if index is None else self._matrix[index]
-        if not (isinstance(block, sparse.csr_matrix) and block.has_canonical_format):
-            block = sparse.csr_matrix(block, copy=sparse.issparse(block))
-            block.sum_duplicates()  # before any logarithm
-        return block.astype(np.float32, copy=False)
+        return self._matrix.rows(index)
 
     def _check(self) -> None:
         """Raise unless the covered cells can be what the caller stated; sum up their library sizes on the way."""
-        if self._checked:
+        if self._found.is_checked:
             return
         whole, most, sums = True, 0.0, np.zeros(self.n_cells)
-        for start in range(0, self.n_cells, _BLOCK):
-            rows = slice(start, min(start + _BLOCK, self.n_cells))
+        for start in range(0, self.n_cells, BLOCK):
+            rows = slice(start, min(start + BLOCK, self.n_cells))
             block = self._raw(rows)
             self._check_values(block.data)
             whole = whole and np.array_equal(block.data, np.rint(block.data))
             most = max(most, float(block.data.max(initial=0)))
-            sums[rows] = np.asarray(block.sum(axis=1, dtype=np.float64)).ravel()
-            if self.scale == "counts" and not whole:
-                break
+            if self.scale == "counts":
+                sums[rows] = row_sums(block)
         self._check_scale(whole, most)
         if self.scale == "counts" and self.unit == "log1p":
             self._check_sizes(sums)
-        elif self.scale == "log1p":
+        elif self.scale == "log1p" and self.unit != "log_counts":  # which are of any total
             self._check_totals()
-        self._checked = True
+        self._found.is_checked = True
 
     def _check_values(self, values: np.ndarray) -> None:
         if not np.isfinite(values).all():
@@ -220,22 +227,28 @@ class Expression:
 
     def _check_scale(self, whole: bool, most: float) -> None:
         stated, argument = f"{self._argument}={self.scale!r} was stated, but {self._where}", self._argument
+        logs, is_high = f"log(1 + counts per {self.target_sum:,.0f})", most > 1.01 * np.log1p(self.target_sum)
+        if not whole and is_high:
+            raise ValueError(
+                f"{stated} holds fractions and reaches {most:.4g}: these are neither raw counts nor {logs}. Give the "
+                f"layer with raw counts (layer=), or round counts that were corrected with `np.rint` and say "
+                f"{argument}='counts'."
+            )
         if self.scale == "counts" and not whole:
             raise ValueError(
-                f"{stated} holds fractions. Give the layer with raw counts (layer=), or say {argument}='log1p' if these "
-                "are log(1 + counts per 10,000)."
+                f"{stated} holds fractions. Give the layer with raw counts (layer=), or say {argument}='log1p' if "
+                f"these are {logs}."
             )
-        if self.scale == "log1p" and most > _LOG1P_MAX:
+        if self.scale == "log1p" and is_high:
             raise ValueError(
-                f"{stated} reaches {most:.4g}, more than log1p of counts per 10,000 can. Say {argument}='counts' if "
-                "these are raw counts."
+                f"{stated} reaches {most:.4g}, more than {logs} can. Say {argument}='counts' if these are raw counts."
             )
         if self.scale == "log1p" and whole and most > 0:
             raise ValueError(f"{stated} holds whole numbers only. Say {argument}='counts' for raw counts.")
 
     def _check_sizes(self, sums: np.ndarray) -> None:
         """Raise for cells that cannot be divided by their library size, and take sums where none was given."""
-        size, key = sums if self._sizes is None else self._sizes, self._key
+        size, key = sums if self._found.sizes is None else self._found.sizes, self._key
         empty = self._cells[~(np.isfinite(size) & (size > 0))]
         if len(empty):
             which = "no counts" if key is None else f"no positive number in obs[{key!r}]"
@@ -250,52 +263,106 @@ class Expression:
                 f"them {list(self._cells[small][:3])}: a library holds all counts of its cell. Leave it out for row "
                 "sums."
             )
-        self._sizes = size
+        self._found.sizes = size
 
     def _check_totals(self) -> None:
         """Raise where logarithms are of something else than counts per `target_sum`.
 
-        Genes that were left out make totals smaller and unequal, which is as it should be.
+        Genes that were left out make totals smaller and unequal, which is as it should be. An empty cell has no total.
         """
-        sample = np.unique(np.linspace(0, self.n_cells - 1, min(_SAMPLE, self.n_cells)).astype(int))
-        counts = self._raw(sample).expm1()
-        totals = np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel()
-        totals = totals[totals > 0]
-        if not len(totals):
+        logs = self._raw(np.unique(np.linspace(0, self.n_cells - 1, min(_SAMPLE, self.n_cells)).astype(int)))
+        logs = logs.astype(np.float64)
+        counts = logs.expm1()
+        totals = row_sums(counts)
+        if not totals.any():
             return
-        median, stated = float(np.median(totals)), f"{self._argument}='log1p' was stated, but {self._where}"
-        off = abs(median / self.target_sum - 1)
+        median, stated = float(np.median(totals[totals > 0])), f"{self._argument}='log1p' was stated, but {self._where}"
         anew = (
             f"Normalise anew with `sc.pp.normalize_total(adata, target_sum={self.target_sum:g})`, or give raw counts "
+            f"with {self._argument}='counts'."
         )
-        anew += f"with {self._argument}='counts'."
-        if off > 0.05 and np.allclose(counts.data, np.rint(counts.data), rtol=0, atol=0.01):
+        on_target = np.mean(np.abs(totals[totals > 0] / self.target_sum - 1) < 1e-3) > 0.9
+        if not on_target and np.allclose(counts.data, np.rint(counts.data), rtol=0, atol=0.01):
             raise ValueError(
                 f"{stated} holds logarithms of whole numbers: of raw counts, not divided by their total. Give the raw "
                 f"counts, with {self._argument}='counts'."
             )
-        equal = len(totals) >= _FEW_CELLS and np.mean(np.abs(totals / median - 1) < 1e-3) > 0.9
-        if (equal and off > 0.01) or (self._measured and median > 1.05 * self.target_sum):
+        off, is_one = abs(median / self.target_sum - 1), _is_one_total(totals)
+        if (is_one and off > 0.01) or (self._measured and median > 1.05 * self.target_sum):
             raise ValueError(
                 f"{stated} was normalised to {median:.4g} counts per cell (median) and not to {self.target_sum:g}: "
                 f"scanpy's normalize_total takes the median where target_sum is left out. {anew}"
             )
+        for what, undone in () if is_one else _OTHER_LOGARITHMS.items():
+            with np.errstate(over="ignore"):
+                other = sparse.csr_matrix((undone(logs.data), logs.indices, logs.indptr), shape=logs.shape)
+            if _is_one_total(row_sums(other)):
+                raise ValueError(f"{stated} {what}. {anew}")
 
 
-def _matrix(adata: AnnData, layer: str | None, where: str) -> sparse.csr_matrix | np.ndarray:
-    """Return `X` or a layer as it is in memory, rows first."""
-    if adata.isbacked:
-        raise ValueError("the AnnData is backed by its file, which is not supported. Load it: `adata.to_memory()`.")
-    if layer is not None and layer not in adata.layers:
-        raise unknown_name("layer", layer, adata.layers, "Leave it out to use X.")
-    matrix = adata.X if layer is None else adata.layers[layer]
-    if matrix is None:
-        raise ValueError(f"{where} is empty.")
-    if sparse.issparse(matrix):
-        return sparse.csr_matrix(matrix)  # shares memory with what is CSR already
-    if isinstance(matrix, np.ndarray):
-        return np.asarray(matrix)
-    raise TypeError(f"{where} is a {type(matrix).__name__}; give a numpy array or a scipy sparse matrix.")
+@dataclass
+class _Found:
+    """What the first reading found out: library sizes of the cells (or those given), and that all is as stated."""
+
+    sizes: np.ndarray | None = None
+    is_checked: bool = False
+
+
+def _pieces(lengths: np.ndarray) -> Iterator[list[tuple[int, int, int]]]:
+    """Cut groups into pieces (group, start, stop) of at most `BLOCK` cells, and yield as many as go together."""
+    pieces, size = [], 0
+    for g, length in enumerate(lengths.tolist()):
+        for start in range(0, length, BLOCK):
+            stop = min(start + BLOCK, length)
+            if pieces and (size + stop - start > BLOCK or len(pieces) == _GROUPS):
+                yield pieces
+                pieces, size = [], 0
+            pieces.append((g, start, stop))
+            size += stop - start
+    if pieces:
+        yield pieces
+
+
+def _is_one_total(totals: np.ndarray) -> bool:
+    """Tell whether cells were divided by their totals. Those of copies of one cell are equal to the last bit."""
+    totals = totals[totals > 0]
+    if len(totals) < _FEW_CELLS or np.ptp(totals) == 0 or not np.isfinite(totals).all():
+        return False
+    return bool(np.mean(np.abs(totals / np.median(totals) - 1) < 1e-3) > 0.9)
+
+
+def read_expression(
+    data: AnnData | MuData,
+    *,
+    modality: str = "rna",
+    scale: Scale = "counts",
+    library_size_key: str | None = None,
+    side: str = "",
+    **how: object,
+) -> Expression:
+    """Return the expression of all cells, with the library sizes that a column of `obs` holds.
+
+    Parameters
+    ----------
+    data, modality
+        Cells x genes, or a MuData with them in `modality`.
+    scale, library_size_key
+        As in :class:`virtualcell.data._design.Design`.
+    side, how
+        As in :class:`Expression`: `layer`, `unit`, `genes` and others.
+    """
+    sizes = None
+    if library_size_key is not None and scale == "counts":
+        argument = f"{side}: library_size_key" if side else "library_size_key"
+        try:
+            column = obs_column(data, library_size_key, argument=argument, modality=modality)
+        except KeyError as error:
+            raise type(error)(f"{error} Leave it out for row sums.") from error
+        if not pd.api.types.is_numeric_dtype(column):
+            raise ValueError(f"library_size_key={library_size_key!r} is a column of {column.dtype} and not of numbers.")
+        sizes = column.to_numpy(dtype=np.float64, na_value=np.nan)
+    adata = expression_modality(data, modality)
+    return Expression(adata, scale=scale, library_size=sizes, library_size_key=library_size_key, side=side, **how)
 
 
 def columns_of(names: pd.Index, genes: Sequence[str]) -> np.ndarray | None:

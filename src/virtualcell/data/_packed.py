@@ -9,6 +9,7 @@ from typing import Literal, Self
 
 import numpy as np
 import torch
+from scipy import sparse
 from torch import Tensor
 
 from virtualcell.data._expression import Expression
@@ -17,10 +18,10 @@ _INDEX = "packed.json"
 
 
 class PackedRows:
-    """Cells x features as compressed rows whose numbers take few bytes; any rows come out as a dense float32 tensor.
+    """Cells x features as compressed rows; any rows come out as a dense float32 tensor, where the store lives.
 
-    A gene is a 16-bit number where there are at most 32,767 of them, a value 32 or 16 bits. Rows are put together
-    where the store lives, on the CPU or a GPU.
+    On a GPU or on disk a gene is a 16-bit number where there are at most 32,767 of them, and a value 32 or 16 bits. In
+    the memory of a CPU a gene takes 32 bits, with which rows are put together three to seven times as fast.
 
     Parameters
     ----------
@@ -29,11 +30,21 @@ class PackedRows:
     genes, values
         Column and value of each entry, (n_entries,).
     n_genes
-        Columns of a dense row.
+        Number of columns of a dense row.
     """
 
     def __init__(self, indptr: Tensor, genes: Tensor, values: Tensor, n_genes: int) -> None:
         self.indptr, self.genes, self.values, self.n_genes = indptr, genes, values, n_genes
+        self._compressed: sparse.csr_matrix | None = None  # the same memory, where scipy can read it
+        if (
+            (indptr.device.type, genes.dtype, values.dtype) == ("cpu", torch.int32, torch.float32)
+            and len(genes) <= np.iinfo(np.int32).max  # beyond, scipy would copy the genes
+        ):
+            arrays = values.numpy(), genes.numpy(), indptr.numpy()
+            self._compressed = sparse.csr_matrix(arrays, shape=(len(indptr) - 1, n_genes), copy=False)
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.indptr, self.genes, self.values, self.n_genes)  # once, not twice
 
     @classmethod
     def pack(
@@ -50,36 +61,57 @@ class PackedRows:
         expression
             What to read.
         dtype
-            Precision of the values; float16 keeps 3 to 4 digits.
+            Precision of the values; float16 keeps 3 to 4 digits, up to 65,504.
         folder
             Write the store there and map it from disk, in place of holding it in memory.
+
+        Raises
+        ------
+        ValueError
+            For values that float16 cannot hold.
         """
-        gene_type = np.int16 if len(expression.genes) <= np.iinfo(np.int16).max else np.int32
+        n_genes = len(expression.genes)
+        gene_type = np.int32 if folder is None and dtype == "float32" else _gene_type(n_genes)
         sizes, out = [np.zeros(1, np.int64)], _Writer(folder, {"genes": gene_type, "values": np.dtype(dtype)})
         for _, block in expression.blocks():
+            if block.data.max(initial=0) > np.finfo(dtype).max:
+                raise ValueError(f"dtype={dtype!r} cannot hold {block.data.max():.4g}. Say dtype='float32'.")
             sizes.append(np.diff(block.indptr).astype(np.int64))
             out.add(genes=block.indices.astype(gene_type), values=block.data.astype(dtype))
         indptr = np.cumsum(np.concatenate(sizes))
         if folder is None:
-            return cls(torch.from_numpy(indptr), out.tensor("genes"), out.tensor("values"), len(expression.genes))
+            return cls(torch.from_numpy(indptr), out.tensor("genes"), out.tensor("values"), n_genes)
         np.save(Path(folder) / "indptr.npy", indptr)
-        described = {"n_genes": len(expression.genes), "genes": np.dtype(gene_type).name, "values": dtype}
-        (Path(folder) / _INDEX).write_text(json.dumps(described))
+        described = {"n_genes": n_genes, "genes": np.dtype(gene_type).name, "values": dtype}
+        part = Path(folder) / f"{_INDEX}.part"
+        part.write_text(json.dumps(described))
+        part.replace(Path(folder) / _INDEX)
         return cls.open(folder)
 
     @classmethod
     def open(cls, folder: str | os.PathLike) -> Self:
-        """Map a store that :meth:`pack` wrote; rows are read from disk as they are asked for."""
+        """Map a store that :meth:`pack` wrote; rows are read from disk as they are asked for.
+
+        Raises
+        ------
+        FileNotFoundError
+            If the folder holds no store, or one that was not written to the end.
+        ValueError
+            If its files were cut off.
+        """
         folder = Path(folder)
         if not (folder / _INDEX).exists():
-            raise FileNotFoundError(f"{folder} holds no {_INDEX}: it is no store of packed rows.")
+            raise FileNotFoundError(f"{folder} holds no {_INDEX}: it is no store of packed rows, or was interrupted.")
         described = json.loads((folder / _INDEX).read_text())
         indptr = np.load(folder / "indptr.npy")
 
         def mapped(name: str) -> Tensor:
-            if not indptr[-1]:
-                return torch.from_numpy(np.empty(0, described[name]))
-            return torch.from_numpy(np.memmap(folder / name, dtype=described[name], mode="c", shape=(indptr[-1],)))
+            dtype, n = np.dtype(described[name]), int(indptr[-1])
+            if not n:
+                return torch.from_numpy(np.empty(0, dtype))
+            if (folder / name).stat().st_size != n * dtype.itemsize:
+                raise ValueError(f"{folder / name} is cut off or of another store. Pack the cells again.")
+            return torch.from_numpy(np.memmap(folder / name, dtype=dtype, mode="c", shape=(n,)))
 
         return cls(torch.from_numpy(indptr), mapped("genes"), mapped("values"), described["n_genes"])
 
@@ -89,15 +121,38 @@ class PackedRows:
         return sum(t.numel() * t.element_size() for t in (self.indptr, self.genes, self.values))
 
     def to(self, device: torch.device | str) -> Self:
-        """Return the store on another device; itself where it is there already."""
-        if self.indptr.device == torch.device(device):
+        """Return the store on another device, with genes in few bytes; itself where it is there already."""
+        device = torch.device(device)
+        if self.indptr.device.type == device.type and device.index in (None, self.indptr.device.index):
             return self
-        return type(self)(*(t.to(device) for t in (self.indptr, self.genes, self.values)), self.n_genes)
+        genes = self.genes.to(getattr(torch, np.dtype(_gene_type(self.n_genes)).name))
+        return type(self)(*(t.to(device) for t in (self.indptr, genes, self.values)), self.n_genes)
 
     def rows(self, index: np.ndarray) -> Tensor:
         """Return rows, (*shape of index, n_genes), float32, on the device of the store."""
-        device = self.indptr.device
-        flat = torch.from_numpy(np.ravel(index)).to(device)
+        flat = np.ravel(index).astype(np.int64, copy=False)
+        if self._compressed is not None:
+            dense = torch.from_numpy(self._compressed[flat].toarray())
+        elif self.indptr.device.type == "cpu":
+            dense = torch.from_numpy(self._gathered(flat).toarray())
+        else:
+            dense = self.scattered(torch.from_numpy(flat).to(self.indptr.device))
+        return dense.view(*np.shape(index), self.n_genes)
+
+    def _gathered(self, flat: np.ndarray) -> sparse.csr_matrix:
+        """Return rows that are put together from one stretch of the store each."""
+        start, stop = self.indptr.numpy()[flat], self.indptr.numpy()[flat + 1]
+        stretches = [slice(a, b) for a, b in zip(start.tolist(), stop.tolist(), strict=True)]
+        arrays = []
+        for stored, dtype in ((self.values.numpy(), np.float32), (self.genes.numpy(), np.int32)):
+            parts = [np.empty(0, stored.dtype), *(stored[s] for s in stretches)]
+            arrays.append(np.concatenate(parts).astype(dtype, copy=False))
+        ends = np.cumsum(np.concatenate([[0], stop - start]))
+        return sparse.csr_matrix((*arrays, ends), shape=(len(flat), self.n_genes))
+
+    def scattered(self, flat: Tensor) -> Tensor:
+        """Return rows (n, n_genes) that are put together entry by entry, as a GPU does it best."""
+        device = flat.device
         start = self.indptr[flat]
         length = self.indptr[flat + 1] - start
         n = int(length.sum())
@@ -107,7 +162,7 @@ class PackedRows:
         place = row * self.n_genes + self.genes.index_select(0, entry)
         dense = torch.zeros(len(flat) * self.n_genes, device=device)
         dense.scatter_(0, place, self.values.index_select(0, entry).float())
-        return dense.view(*np.shape(index), self.n_genes)
+        return dense.view(len(flat), self.n_genes)
 
 
 class DenseRows:
@@ -116,6 +171,11 @@ class DenseRows:
     def __init__(self, matrix: Tensor) -> None:
         self.matrix, self.n_genes = matrix, matrix.shape[1]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the rows take."""
+        return self.matrix.numel() * self.matrix.element_size()
+
     def to(self, device: torch.device | str) -> DenseRows:
         """Return the rows on another device."""
         return DenseRows(self.matrix.to(device))
@@ -123,6 +183,10 @@ class DenseRows:
     def rows(self, index: np.ndarray) -> Tensor:
         """Return rows, (*shape of index, n_features), float32."""
         return self.matrix[torch.from_numpy(np.asarray(index)).to(self.matrix.device)]
+
+
+def _gene_type(n_genes: int) -> type:
+    return np.int16 if n_genes <= np.iinfo(np.int16).max else np.int32
 
 
 class _Writer:
@@ -146,6 +210,11 @@ class _Writer:
                     array.tofile(file)
 
     def tensor(self, name: str) -> Tensor:
-        """Return all blocks as one, and let go of them."""
-        blocks, self.blocks[name] = self.blocks[name], []
-        return torch.from_numpy(np.concatenate([np.empty(0, self.dtypes[name]), *blocks]))
+        """Return all blocks as one, and let go of each when it is copied."""
+        blocks, self.blocks[name] = self.blocks[name][::-1], []
+        whole, end = np.empty(sum(map(len, blocks)), self.dtypes[name]), 0
+        while blocks:
+            block = blocks.pop()
+            whole[end : end + len(block)] = block
+            end += len(block)
+        return torch.from_numpy(whole)

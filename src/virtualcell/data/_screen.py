@@ -18,9 +18,10 @@ from scipy import sparse
 from virtualcell._errors import unknown_name
 from virtualcell._keys import ALL, SPLITS, X_STATE
 from virtualcell.data._cell_sets import CellGroups
-from virtualcell.data._design import Design, Scale
-from virtualcell.data._expression import Expression, Unit
-from virtualcell.data._labels import expression_modality, obs_column, parts, read_labels
+from virtualcell.data._design import Design
+from virtualcell.data._expression import Expression, Unit, read_expression
+from virtualcell.data._labels import expression_modality, parts, read_labels
+from virtualcell.data._stored import row_numbers
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +127,7 @@ class Screen:
                 genes=genes,
                 side=side,
                 scale_argument=scale_argument,
+                measured=measured,
             ),
             rep=_embedding(adata, design.use_rep),
             target_names=_target_names(adata, design.gene_key),
@@ -166,17 +168,17 @@ class Screen:
     @cached_property
     def batch_names(self) -> list[str]:
         """Names of the batches, sorted; none where the design has none."""
-        return [] if self.batch is None else sorted(set(self.batch))
+        return [] if self.batch is None else _present(self.batch)
 
     @cached_property
     def context_names(self) -> list[str]:
         """Names of the contexts, sorted."""
-        return sorted(set(self.context))
+        return _present(self.context)
 
     @cached_property
     def perturbation_names(self) -> list[str]:
         """Names of the perturbations without the control, sorted."""
-        return sorted(set(self.perturbation) - {self.design.control})
+        return [name for name in _present(self.perturbation) if name != self.design.control]
 
     @cached_property
     def _by_name(self) -> np.ndarray:
@@ -198,7 +200,7 @@ class Screen:
         n = len(self.perturbation.categories)
         codes = self.context.codes[rows].astype(np.int64) * n + self.perturbation.codes[rows]
         found, counts = np.unique(codes, return_counts=True)
-        cells = np.split(rows[np.argsort(codes, kind="stable")], np.cumsum(counts)[:-1])
+        cells = np.split(rows[np.argsort(codes, kind="stable")], np.cumsum(counts))[:-1]
         names = [(str(self.context.categories[c // n]), str(self.perturbation.categories[c % n])) for c in found]
         return dict(zip(names, cells, strict=True))
 
@@ -223,14 +225,14 @@ class Screen:
         return {context: found[context]}
 
     def targets(self) -> list[str]:
-        """Genes (of `var_names`) that perturbations are named after, sorted; labels of test cells choose none."""
-        labels = set(self.perturbation[self.split != "test"])
+        """Genes (of `var_names`) that perturbations of training cells are named after, sorted; others choose none."""
+        labels = _present(self.perturbation[self.is_train])
         wanted = {part for label in labels for part in parts(label, self.design.control)}
         here = self.target_names
         return sorted(here.index[here.isin(wanted) | here.index.isin(wanted)])
 
     def registry(self, model: str) -> dict:
-        """Return what scvi-tools would have registered of these cells, for a model that is built from a screen alone."""
+        """Return what scvi-tools would have registered of these cells, for a model that is built from a screen."""
         states = {
             "X": {"column_names": [str(g) for g in self.genes]},
             "perturbation": {"categorical_mapping": [*self.perturbation_names, self.design.control]},
@@ -239,13 +241,13 @@ class Screen:
         }
         setup = {**dataclasses.asdict(self.design), "modality": "rna"}
         summaries = {} if self.rep is None else {"rep": {"n_rep": self.rep.shape[1]}}
-        return scvi_registry(model, setup, states | dict.fromkeys(summaries, {}), summaries)
+        return scvi_registry(model, setup, states | {name: {} for name in summaries}, summaries)
 
     # -- parts of it --------------------------------------------------------------------------------------------------
 
     def take(self, rows: np.ndarray) -> Screen:
         """Return some of the cells: row numbers or a mask."""
-        rows = np.flatnonzero(rows) if np.asarray(rows).dtype == bool else np.asarray(rows)
+        rows = row_numbers(rows, self.n_cells)
         return dataclasses.replace(
             self,
             names=self.names[rows],
@@ -274,7 +276,8 @@ class Screen:
         rng = np.random.default_rng(seed)
         split = self.split.copy()
         for rows in self.pairs(self.is_train).values():
-            split[rng.permutation(rows)[: int(fraction * len(rows))]] = "val"
+            n = int(fraction * len(rows) + 1e-9)  # a tenth of 30 is 3, whatever 0.1 * 30 is
+            split[rng.permutation(rows)[:n]] = "val"
         return self.with_split(split)
 
     def groups(self, mask: np.ndarray) -> CellGroups:
@@ -288,15 +291,18 @@ class Screen:
         batch = np.zeros(self.n_cells, int) if self.batch is None else self.batch.codes.astype(int)
         groups, unmatched = CellGroups.empty(), 0
         number: dict[tuple[str, int], int] = {}
+        stand_ins: set[int] = set()
         for (context, perturbation), rows in self.pairs(mask).items():
             pool_of = np.empty(len(rows), int)
             for b in np.unique(batch[rows]):
                 if (context, b) not in number:
-                    matched = pools[context][batch[pools[context]] == b] if self.batch is not None else pools[context]
-                    unmatched += 0 if len(matched) else int((batch[rows] == b).sum())
+                    matched = pools[context][batch[pools[context]] == b]
+                    number[context, b] = len(groups.pools)
+                    stand_ins |= set() if len(matched) else {len(groups.pools)}
                     groups.pools.append(matched if len(matched) else pools[context])
-                    number[context, b] = len(groups.pools) - 1
-                pool_of[batch[rows] == b] = number[context, b]
+                here = batch[rows] == b
+                pool_of[here] = number[context, b]
+                unmatched += int(here.sum()) if number[context, b] in stand_ins else 0
             groups.add(perturbation, context, rows, pool_of)
         if unmatched:
             logger.warning(
@@ -314,13 +320,13 @@ class Screen:
     def require_control(self) -> None:
         """Raise unless there are control cells."""
         if not self.is_control.any():
-            names = sorted(set(self.perturbation))
+            names = _present(self.perturbation)
             raise unknown_name("control", self.design.control, names, "It labels the unperturbed cells.")
 
     def check_controls(self, mask: np.ndarray) -> None:
         """Raise for a context of the marked cells that has no control cells to start from."""
-        there = set(self.context[self.is_control & (self.split != "test")])
-        for context in sorted(set(self.context[mask])):
+        there = _present(self.context[self.is_control & (self.split != "test")])
+        for context in _present(self.context[mask]):
             if context not in there:
                 raise ValueError(
                     f"context {context!r} has no control cells ({self.design.control!r}) to start from. Drop it or add "
@@ -342,42 +348,9 @@ def scvi_registry(model: str, setup: dict, states: dict[str, dict], summaries: d
     }
 
 
-def read_expression(
-    data: AnnData | MuData,
-    *,
-    modality: str = "rna",
-    scale: Scale = "counts",
-    library_size_key: str | None = None,
-    side: str = "",
-    **how: object,
-) -> Expression:
-    """Return the expression of all cells, with the library sizes that a column of `obs` holds.
-
-    Parameters
-    ----------
-    data, modality
-        Cells x genes, or a MuData with them in `modality`.
-    scale, library_size_key
-        As in :class:`virtualcell.data._design.Design`.
-    side, how
-        As in :class:`virtualcell.data._expression.Expression`: `layer`, `unit`, `genes` and others.
-    """
-    sizes = None
-    if library_size_key is not None and scale == "counts":
-        argument = f"{side}: library_size_key" if side else "library_size_key"
-        try:
-            column = obs_column(data, library_size_key, argument=argument, modality=modality)
-        except KeyError as error:
-            raise type(error)(f"{error} Leave it out for row sums.") from error
-        if not pd.api.types.is_numeric_dtype(column):
-            raise ValueError(
-                f"library_size_key={library_size_key!r} is a column of {column.dtype} and not of numbers."
-            )
-        sizes = column.to_numpy(dtype=np.float64)
-    adata = expression_modality(data, modality)
-    return Expression(
-        adata, scale=scale, library_size=sizes, library_size_key=library_size_key, side=side, **how
-    )
+def _present(labels: pd.Categorical) -> list[str]:
+    """Return the labels that occur, sorted."""
+    return [str(label) for label in labels.categories[np.unique(labels.codes)]]
 
 
 def _embedding(adata: AnnData, key: str | None) -> np.ndarray | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -48,7 +48,7 @@ def save(model: Saved, folder: str | os.PathLike, *, overwrite: bool = False) ->
     folder
         The folder, made where it is missing.
     overwrite
-        Replace a model that is there.
+        Whether to replace a model that is there.
 
     Raises
     ------
@@ -58,13 +58,19 @@ def save(model: Saved, folder: str | os.PathLike, *, overwrite: bool = False) ->
     folder = Path(folder)
     if (folder / FILE).exists() and not overwrite:
         raise FileExistsError(f"{folder} holds a model already. Pass overwrite=True to replace it.")
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file. Name a folder, which is made where it is missing.")
+    content, part = pack(model), folder / f"{FILE}.part"
     folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f"{FILE}.part"
-    with part.open("wb") as file:
-        file.write(pack(model).tobytes())
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(folder / FILE)
+    try:
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(folder / FILE)
+    except BaseException:  # a full disk, Ctrl-C
+        part.unlink(missing_ok=True)
+        raise
 
 
 def read_state(folder: str | os.PathLike) -> State:
@@ -72,13 +78,13 @@ def read_state(folder: str | os.PathLike) -> State:
     path = Path(folder) / FILE
     if not path.exists():
         raise FileNotFoundError(f"{folder} holds no {FILE}: it is not a folder written by `model.save`.")
-    return unpack(np.frombuffer(path.read_bytes(), dtype=np.uint8), source=str(path))
+    return _unpack(path.read_bytes(), source=str(path))
 
 
 def pack(model: Saved, *, without: Sequence[str] = ()) -> np.ndarray:
     """Return the file as bytes, (n,) uint8, which `uns` of an h5ad or zarr can hold, without some carried models."""
     state = model.state()
-    state.parts = {name: part for name, part in state.parts.items() if name not in without}
+    state = replace(state, parts={name: part for name, part in state.parts.items() if name not in without})
     tensors: dict[str, Tensor] = {}
     described = json.dumps({"format": FORMAT, **_describe(state, "", tensors)}, default=_plain)
     return np.frombuffer(safetensors.torch.save(tensors, {_ENTRY: described}), dtype=np.uint8)
@@ -86,12 +92,15 @@ def pack(model: Saved, *, without: Sequence[str] = ()) -> np.ndarray:
 
 def unpack(packed: np.ndarray, *, source: str = "uns") -> State:
     """Read what :func:`pack` packed."""
-    content = np.asarray(packed, dtype=np.uint8).tobytes()
+    return _unpack(np.asarray(packed, dtype=np.uint8).tobytes(), source=source)
+
+
+def _unpack(content: bytes, *, source: str) -> State:
     try:
         tensors = safetensors.torch.load(content)
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     except (safetensors.SafetensorError, ValueError) as error:
-        raise ValueError(f"{source} is cut off or damaged: {error}. Save the model again.") from error
+        raise ValueError(f"{source} is cut off, damaged or no model: {error}. Save the model again.") from error
     described = header.get("__metadata__", {}).get(_ENTRY)
     if described is None:
         raise ValueError(f"{source} holds tensors, but no model of virtualcell.")
@@ -103,9 +112,20 @@ def unpack(packed: np.ndarray, *, source: str = "uns") -> State:
 
 def _describe(state: State, prefix: str, tensors: dict[str, Tensor]) -> dict:
     """Collect the tensors under names of their own, and return the rest."""
-    tensors |= {f"{prefix}{k}": v.detach().cpu().contiguous() for k, v in state.tensors.items()}
+    held = {_memory(tensor) for tensor in tensors.values()}
+    for name, tensor in state.tensors.items():
+        if f"{prefix}{name}" in tensors:
+            raise ValueError(f"tensor {prefix}{name} is there twice: once of a model, and once of one that it carries.")
+        tensor = tensor.detach().cpu().contiguous()
+        # the file has no room for two names of one memory, such as tied weights
+        tensors[f"{prefix}{name}"] = tensor.clone() if _memory(tensor) in held else tensor
+        held.add(_memory(tensor))
     parts = {name: _describe(part, f"{prefix}{name}/", tensors) for name, part in state.parts.items()}
     return {"class": state.kind, "meta": state.meta, "tensors": list(state.tensors), "parts": parts}
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _restore(described: dict, prefix: str, tensors: dict[str, Tensor]) -> State:
