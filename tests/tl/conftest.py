@@ -12,6 +12,7 @@ from virtualcell.models import ST
 
 DESIGN = {"perturbation_key": "target_gene", "control": "non-targeting", "context_key": "cell_type"}
 TINY = {"n_hidden": 32, "n_feedforward": 64, "n_layers": 1, "set_size": 16}
+QUICK = {"max_steps": 5, "progress_bar": False}
 
 
 @pytest.fixture(scope="session")
@@ -43,8 +44,8 @@ def targets(session_screen) -> list[str]:
 def fit() -> Callable[..., ST]:
     """`fit_state` with a tiny network and few steps, without SE unless asked for."""
 
-    def fit(data, **options) -> ST:
-        quick = {"se": False, "max_steps": 5, "enable_progress_bar": False, "model_kwargs": TINY}
+    def fit(data, *, network=None, training=None, **options) -> ST:
+        quick = {"se": False, "network": {**TINY, **(network or {})}, "training": {**QUICK, **(training or {})}}
         return vc.tl.fit_state(data, **{**DESIGN, **quick, **options})
 
     return fit
@@ -53,7 +54,7 @@ def fit() -> Callable[..., ST]:
 @pytest.fixture(scope="session")
 def session_fitted(session_screen, fit) -> tuple[ad.AnnData, ST]:
     adata = session_screen.copy()
-    return adata, fit(adata, se=None, se_max_steps=2, n_top_genes=60, max_steps=60, train_kwargs={"lr": 3e-3})
+    return adata, fit(adata, se={"max_steps": 2}, n_top_genes=60, training={"max_steps": 60, "lr": 3e-3})
 
 
 @pytest.fixture
