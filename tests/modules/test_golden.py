@@ -13,7 +13,8 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
-from virtualcell.data._sentence_batches import SentenceDataset
+from virtualcell.data._expression import Expression
+from virtualcell.data._sentence_batches import Sentences
 from virtualcell.data._sentences import sentences
 from virtualcell.modules import SEConfig, SENetwork, STConfig, STNetwork, STOutput, energy_distance
 
@@ -176,7 +177,7 @@ class SE:
         self.expected = load_file(folder / "expected.safetensors")
         self.decoded = json.loads((folder / "description.json").read_text())["decoded_genes"]
         adata = ad.read_h5ad(folder / "cells.h5ad")
-        self.matrix = adata.X.tocsr().astype(np.float32)
+        self.adata, self.matrix = adata, adata.X.tocsr().astype(np.float32)
         self.matrix.data = np.log1p(self.matrix.data)
         self.tokens = np.array([self.rows.get(g, -1) for g in adata.var_names])
         self.length = dataset["pad_length"] - 1  # the first place is [CLS]
@@ -189,8 +190,11 @@ class SE:
 
     @torch.no_grad()
     def embed(self, cls_expression: Tensor | None):
-        batch = SentenceDataset(self.matrix, self.tokens, self.length)[np.arange(self.matrix.shape[0])]
-        genes = self.network.encode_genes(self.embeddings)
+        embedded = np.flatnonzero(self.tokens >= 0)
+        columns = embedded[np.argsort(self.tokens[embedded])]
+        expression = Expression(self.adata, unit="log_counts", genes=self.adata.var_names[columns])
+        batch = Sentences(expression, self.length).rows(np.arange(self.adata.n_obs))
+        genes = self.network.encode_genes(self.embeddings[self.tokens[columns]])
         return self.network(genes, batch["tokens"], batch["expression"], cls_expression)
 
 

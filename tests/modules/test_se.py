@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from scipy import sparse
+from anndata import AnnData
 from torch import Tensor
 
-from virtualcell.data._sentence_batches import SentenceDataset
-from virtualcell.modules import SEConfig, SENetwork
+from virtualcell.data._expression import Expression
+from virtualcell.data._sentence_batches import Sentences
+from virtualcell.modules import SEConfig, SENetwork, se_loss
 
 N_GENES, N_CELLS, LENGTH = 40, 6, 15
 
@@ -83,11 +86,11 @@ def test_cells_of_different_length_do_not_disturb_each_other(network: SENetwork,
 def test_longer_sentences_of_the_same_cells_give_the_same_vectors(network: SENetwork, table: Tensor) -> None:
     # from the matrix on: once a sentence holds every expressed gene, more places are padding
     rng = np.random.default_rng(0)
-    matrix = sparse.csr_matrix(np.log1p(rng.poisson(0.5, (N_CELLS, N_GENES))).astype(np.float32))
+    counts = AnnData(rng.poisson(0.5, (N_CELLS, N_GENES)).astype(np.float32))
     genes = network.encode_genes(table)
     outs = []
     for length in (N_GENES, 3 * N_GENES):
-        batch = SentenceDataset(matrix, np.arange(N_GENES), length)[np.arange(N_CELLS)]
+        batch = Sentences(Expression(counts, unit="log_counts"), length).rows(np.arange(N_CELLS))
         assert (batch["tokens"] < 0).any()
         outs.append(network(genes, batch["tokens"], batch["expression"]))
     close(*outs)
@@ -146,8 +149,10 @@ def test_decoder_takes_each_cell_and_each_gene_on_its_own(network: SENetwork, ta
     for i in range(N_CELLS):
         alone = network.decode(own[i], out.cell[i : i + 1], out.dataset[i : i + 1], depth[i : i + 1])
         torch.testing.assert_close(per_cell[i : i + 1], alone, atol=1e-6, rtol=1e-5)
-    # codes that went through the encoder before
-    torch.testing.assert_close(network.decode_codes(network.encoder(genes), out.cell, out.dataset, depth), found)
+    # codes that went through the encoder before, each once, for genes that cells name in any order
+    places = torch.stack([torch.randperm(7)[:5] for _ in range(N_CELLS)])
+    named = network.decode_codes(network.encoder(genes), places, out.cell, out.dataset, depth)
+    torch.testing.assert_close(named, found.gather(1, places), atol=1e-6, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -156,6 +161,54 @@ def test_dropout_acts_in_training_only(network: SENetwork, table: Tensor, cells:
     assert torch.equal(network(genes, *cells).cell, network(genes, *cells).cell)
     network.train()
     assert not torch.equal(network(genes, *cells).cell, network(genes, *cells).cell)
+
+
+@pytest.fixture
+def batch(table: Tensor, cells: tuple) -> dict[str, Tensor]:
+    tokens, expression = cells
+    rng = torch.Generator().manual_seed(5)
+    shared = torch.randperm(N_GENES, generator=rng)[:4].expand(N_CELLS, -1)
+    own = torch.stack([torch.randperm(N_GENES, generator=rng)[:6] for _ in range(N_CELLS)])
+    return {
+        "tokens": tokens,
+        "expression": expression,
+        "genes": table,
+        "target_tokens": torch.cat([own, shared], dim=1),
+        "targets": torch.rand(N_CELLS, 10, generator=rng),
+        "n_shared": torch.tensor(4),
+        "dataset": torch.arange(N_CELLS) % 3,
+    }
+
+
+@torch.no_grad()
+def test_loss_is_distance_per_cell_and_per_shared_gene_and_entropy(
+    network: SENetwork, table: Tensor, batch: dict
+) -> None:
+    losses = se_loss(network, batch)
+    out = network(network.encode_genes(table), batch["tokens"], batch["expression"])
+    depth = batch["targets"].mean(dim=1)  # no target is 0
+    errors = network.decode(table[batch["target_tokens"]], out.cell, out.dataset, depth) - batch["targets"]
+    per_cell = sum(e.square().sum().sqrt() for e in errors) / N_CELLS
+    per_gene = sum(e.square().sum().sqrt() for e in errors.T[-4:]) / 4
+    entropy = -out.dataset_logits.log_softmax(dim=1)[range(N_CELLS), batch["dataset"]].mean()
+    torch.testing.assert_close(losses["loss_cell"], per_cell)
+    torch.testing.assert_close(losses["loss_gene"], per_gene)
+    torch.testing.assert_close(losses["loss_dataset"], entropy)
+    torch.testing.assert_close(losses["loss"], per_cell + per_gene + entropy)
+
+
+@pytest.mark.parametrize("n_datasets", [1, 3])
+def test_loss_has_a_gradient_for_every_parameter(network: SENetwork, batch: dict, n_datasets: int) -> None:
+    # without one, training in several processes would wait for it
+    if n_datasets == 1:
+        network = SENetwork(dataclasses.replace(network.config, n_datasets=1))
+        batch["dataset"] = torch.zeros(N_CELLS, dtype=torch.long)
+    losses = se_loss(network, batch)
+    losses["loss"].backward()
+    assert [name for name, p in network.named_parameters() if p.grad is None] == []
+    assert ("loss_dataset" in losses) == (n_datasets > 1)
+    without = {name.split(".")[0] for name, p in network.named_parameters() if not p.grad.abs().sum()}
+    assert without == (set() if n_datasets > 1 else {"dataset_encoder"})
 
 
 def test_gradient_reaches_every_parameter(network: SENetwork, table: Tensor, cells: tuple) -> None:

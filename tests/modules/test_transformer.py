@@ -83,6 +83,13 @@ def test_post_norm_encoder_is_the_written_formula() -> None:
 
 
 @torch.no_grad()
+def test_places_that_are_not_read_are_left_out_of_the_last_layer_only() -> None:
+    encoder, x = randomise(PostNormEncoder(3, 6, 3, 10, dropout=0.5)), torch.randn(2, 5, 6).double()
+    for mask in (None, torch.tensor([[True] * 5, [True, True, False, True, False]])):
+        torch.testing.assert_close(encoder(x, mask, read=[0, -1]), encoder(x, mask)[:, [0, -1]])
+
+
+@torch.no_grad()
 def test_both_are_equivariant_under_permutation_of_tokens() -> None:
     x, order = torch.randn(3, 9, 8).double(), torch.randperm(9)
     for network in (Llama(2, 8, 2, 6, 16), PostNormEncoder(2, 8, 2, 16, 0.1)):
@@ -133,3 +140,15 @@ def test_skip_block_is_the_written_formula() -> None:
     torch.testing.assert_close(
         block(x), layer_norm(x + wide @ block.dense.weight.T + block.dense.bias, block.layer_norm)
     )
+
+
+@torch.no_grad()
+def test_skip_block_of_pairs_is_that_of_what_stands_side_by_side() -> None:
+    block = randomise(SkipBlock(6))
+    left, right = torch.randn(4, 2).double(), torch.randn(3, 4).double()
+    places = torch.tensor([[0, 3, 3, 1, 2], [1, 1, 0, 2, 3], [3, 2, 1, 0, 0]])
+    found = block.of_pairs(left, right, places)
+    assert found.shape == (3, 5, 6)
+    for i in range(3):
+        for j in range(5):
+            torch.testing.assert_close(found[i, j], block(torch.cat([left[places[i, j]], right[i]])))

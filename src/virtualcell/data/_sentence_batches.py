@@ -1,143 +1,203 @@
-"""Rows of an expression matrix to batches of cell sentences, with genes to predict where SE is trained."""
+"""Cells as batches of sentences, with genes to predict where SE is trained."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
+import pandas as pd
 import torch
 from scipy import sparse
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
 
-from virtualcell.data._cell_sets import process_share
+from virtualcell.data._expression import Expression
 from virtualcell.data._sentences import fill_with_unexpressed, sentences
 
-
-class RowBatchSampler(Sampler[np.ndarray]):
-    """Batches of rows, shuffled anew every epoch by seed and epoch; in a fixed order where `shuffle` is off."""
-
-    def __init__(
-        self,
-        rows: np.ndarray,
-        batch_size: int,
-        *,
-        shuffle: bool,
-        seed: int = 0,
-        rank: int | None = None,
-        world_size: int | None = None,
-    ) -> None:
-        self.rows, self.batch_size, self.shuffle, self.seed, self.epoch = rows, batch_size, shuffle, seed, 0
-        self._share = None if rank is None or world_size is None else (rank, world_size)
-
-    def __len__(self) -> int:
-        _, world_size = self._share or process_share()
-        return -(-len(self.rows) // self.batch_size) // world_size
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        rows = np.random.default_rng([self.seed, self.epoch]).permutation(self.rows) if self.shuffle else self.rows
-        self.epoch += 1
-        rank, world_size = self._share or process_share()
-        starts = range(rank * self.batch_size, len(self) * world_size * self.batch_size, self.batch_size)
-        for i in starts[::world_size]:
-            yield rows[i : i + self.batch_size]
+# A validation looks at no more batches than these: each costs a third of a training step.
+MOST_VALIDATION_STEPS = 16
 
 
-class SentenceDataset(Dataset):
-    """Cell sentences by row, (B, length).
+class Sentences:
+    """Sentences of the cells of a matrix: "tokens" (B, L), -1 for padding, and "expression" (B, L).
 
-    "tokens" (B, L), rows of the gene table, -1 for padding; "expression" (B, L), 100 x_g / sum of x over the cell's
-    embedded genes. With `n_targets` also "target_tokens" (B, T) and "targets" (B, T), the values x of T = P + N + S
-    genes, the last S ("shared") the same for the whole batch, "n_shared", and "dataset" (B,).
+    The expression of a place is 100 x_g / (sum of x over the cell), where x = log(1 + count).
 
     Parameters
     ----------
-    matrix
-        Values x = log(1 + count), cells x genes.
-    tokens
-        Row of the gene table of each gene, or -1, (n_genes,).
+    expression
+        Values x of the genes that have an embedding; gene j of the matrix is token j.
     length
-        Genes in a sentence.
-    n_targets
-        Expressed, unexpressed and shared genes to predict per cell.
+        Number of genes in a sentence.
+    cls_gene
+        Token of the gene whose expression the [CLS] place carries, passed on as "cls_expression" (B,). A habit of the
+        published models.
+    fill
+        Whether unexpressed genes take the places of padding. A habit of the published models, too.
+    """
+
+    def __init__(self, expression: Expression, length: int, *, cls_gene: int | None = None, fill: bool = False) -> None:
+        self.expression, self.length, self.cls_gene, self.fill = expression, length, cls_gene, fill
+        self.n_genes = len(expression.genes)
+
+    def rows(self, index: np.ndarray) -> dict[str, Tensor]:
+        """Return the sentences of some cells, genes of the same value in the order of the tokens."""
+        return self.of(self.expression.rows(index))
+
+    def of(self, block: sparse.csr_matrix, order: np.ndarray | None = None) -> dict[str, Tensor]:
+        """Return the sentences of rows of the matrix, genes of the same value in `order`, a permutation of tokens."""
+        tokens = np.arange(self.n_genes, dtype=np.int32)
+        if order is None:
+            found, values = sentences(block, tokens, self.length)
+        else:
+            numbered, values = sentences(block, np.argsort(order), self.length)
+            found = np.where(numbered >= 0, order[numbered], -1)
+        # float32 logarithms add up in float64 without rounding, so that the order of genes in a file does not matter
+        total = block @ np.ones((self.n_genes, 1))
+        share = (100 / np.maximum(total, 1e-12)).astype(np.float32)
+        found = torch.from_numpy(found).long()
+        batch = {
+            "tokens": fill_with_unexpressed(found, block, tokens) if self.fill else found,
+            "expression": torch.from_numpy(values * share),
+        }
+        if self.cls_gene is not None:
+            batch["cls_expression"] = torch.from_numpy((block[:, [self.cls_gene]].toarray() * share)[:, 0])
+        return batch
+
+
+class SentenceBatches:
+    """Numbered batches of sentences with genes to predict: see :class:`virtualcell.train.Batches`.
+
+    To "tokens", "expression" and "cls_expression" come "target_tokens" (B, T) and "targets" (B, T), the values x of T =
+    P + N + S genes, the last S ("n_shared") the same for the whole step; "genes" (n, n_token), the vectors of the genes
+    that occur, which both kinds of tokens number; and "dataset" (B,).
+
+    Training shows the cells in passes, each over all of them in an order of its own. What is drawn depends on the
+    number of the step and on a cell's place in it, neither on how many processes share it nor on the order of a file.
+
+    Parameters
+    ----------
+    cells
+        The sentences.
+    rows
+        Rows of the cells to show, in an order that does not depend on the file, such as that of their names.
+    names
+        Names of all cells, for messages.
+    vectors
+        Gene embeddings by token, (n_genes, n_token).
     dataset
         Code of each cell's dataset, (n_cells,).
-    seed, ids
-        Of targets and of the order of equal values, together with the ids of the cells asked for: their rows, or any
-        numbers (n_cells,) that do not depend on the order of cells in a file.
-    cls_expression, fill
-        What the [CLS] place of each cell carries, (n_cells,), passed on as "cls_expression"; whether unexpressed genes
-        take the places of padding. Both are habits of the published models.
+    n_targets
+        Number of expressed, unexpressed and shared genes to predict per cell.
+    batch_size
+        Number of cells in a step, over all processes.
+    seed
+        Seed of the passes, of targets, and of the order of equal values.
+    is_validation
+        Whether these are the batches of a validation, which show every cell once, up to a limit.
     """
 
     def __init__(
         self,
-        matrix: sparse.csr_matrix,
-        tokens: np.ndarray,
-        length: int,
+        cells: Sentences,
+        rows: np.ndarray,
         *,
-        n_targets: tuple[int, int, int] | None = None,
-        dataset: np.ndarray | None = None,
+        names: pd.Index,
+        vectors: Tensor,
+        dataset: np.ndarray,
+        n_targets: tuple[int, int, int],
+        batch_size: int,
         seed: int = 0,
-        ids: np.ndarray | None = None,
-        cls_expression: np.ndarray | None = None,
-        fill: bool = False,
+        is_validation: bool = False,
     ) -> None:
-        self.cls_expression, self.fill = cls_expression, fill
-        self.ids = np.arange(matrix.shape[0]) if ids is None else ids
-        self.matrix, self.length, self.n_targets, self.dataset = matrix, length, n_targets, dataset
-        self.tokens = np.asarray(tokens, dtype=np.int32)
-        self.columns = np.flatnonzero(self.tokens >= 0)
-        self.seed = seed
+        self.cells, self._rows, self.names, self.vectors, self.dataset = cells, rows, names, vectors, dataset
+        self.n_targets, self.batch_size, self.seed = n_targets, batch_size, seed
+        self.n_steps = min(-(-len(rows) // batch_size), MOST_VALIDATION_STEPS) if is_validation else None
+        self._latest: tuple[int, np.ndarray] = (-1, rows)  # the order of the latest pass, to be used again
 
-    def __getitem__(self, rows: np.ndarray) -> dict[str, Tensor]:
-        rng = np.random.default_rng(
-            [self.seed, *self.ids[rows].tolist()]
-        )  # the same cells together give the same batch again
-        block = self.matrix[rows]
-        total = np.asarray(block @ (self.tokens >= 0).astype(np.float32))  # of embedded genes
-        if self.n_targets is None:
-            tokens, values = sentences(block, self.tokens, self.length)
-        else:
-            # equal values come by token: number the tokens anew, so that no gene always loses its place to the others
-            genes = rng.permutation(self.columns)
-            numbers = np.full_like(self.tokens, -1)
-            numbers[genes] = np.arange(len(genes))
-            numbered, values = sentences(block, numbers, self.length)
-            tokens = np.where(numbered >= 0, self.tokens[genes][numbered], -1)
-        tokens = torch.from_numpy(tokens).long()
-        batch = {
-            "tokens": fill_with_unexpressed(tokens, block, self.tokens) if self.fill else tokens,
-            "expression": torch.from_numpy(100 * values / np.maximum(total, 1e-12)[:, None]),
-        }
-        if self.cls_expression is not None:
-            batch["cls_expression"] = torch.from_numpy(self.cls_expression[rows])
-        if self.n_targets is not None:
-            batch |= self._targets(self.matrix[rows][:, self.columns].toarray(), rng)
-            batch["dataset"] = torch.from_numpy(self.dataset[rows]).long()
-        return batch
-
-    def _targets(self, x: np.ndarray, rng: np.random.Generator) -> dict[str, Tensor]:
-        expressed, unexpressed, shared = self.n_targets
-        chosen = [
-            _draw(x > 0, expressed, rng),
-            _draw(x == 0, unexpressed, rng),
-            np.tile(rng.choice(x.shape[1], shared, replace=shared > x.shape[1]), (len(x), 1)),
-        ]
-        columns = np.concatenate(chosen, axis=1)
+    def step(self, i: int, rank: int, world_size: int, device: torch.device) -> dict[str, Tensor]:
+        """Return the share of step `i` that belongs to a process, on its device."""
+        rows = self.rows(i)
+        if len(rows) < world_size:  # at the end of a validation: nobody goes without
+            rows = np.resize(rows, world_size)
+        mine = np.arange(rank, len(rows), world_size)
+        stage = int(self.n_steps is not None)
+        rng = np.random.default_rng([self.seed, 1 + stage, i])
+        block = self.cells.expression.rows(rows[mine])
+        # equal values come in an order drawn anew, so that no gene always loses its place to the others
+        batch = self.cells.of(block, rng.permutation(self.cells.n_genes))
+        shared = _distinct(self.cells.n_genes, self.n_targets[2], rng)
+        draws = [np.random.default_rng([self.seed, 3 + stage, i, k]) for k in mine]
+        targets, values = self._targets(block, shared, draws)
+        batch = {name: value.to(device) for name, value in batch.items()}
         return {
-            "target_tokens": torch.from_numpy(self.tokens[self.columns][columns]).long(),
-            "targets": torch.from_numpy(np.take_along_axis(x, columns, axis=1)),
-            "n_shared": torch.tensor(shared),
+            **self._numbered(batch, torch.from_numpy(targets).to(device)),
+            "targets": torch.from_numpy(values).to(device),
+            "dataset": torch.from_numpy(self.dataset[rows[mine]]).long().to(device),
+            "n_shared": torch.tensor(self.n_targets[2]),  # read on the CPU
+        }
+
+    def rows(self, i: int) -> np.ndarray:
+        """Return the rows of all cells of step `i`."""
+        places = np.arange(i * self.batch_size, (i + 1) * self.batch_size)
+        if self.n_steps is not None:
+            return self._rows[places[places < len(self._rows)]]
+        passes, places = np.divmod(places, len(self._rows))
+        return np.concatenate([self._pass(k)[places[passes == k]] for k in np.unique(passes)])
+
+    def describe(self, i: int) -> str:
+        """Name some cells of step `i`."""
+        names = [str(name) for name in self.names[self.rows(i)]]
+        return f"cells {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+    def _pass(self, k: int) -> np.ndarray:
+        if self._latest[0] != k:
+            self._latest = k, np.random.default_rng([self.seed, 0, k]).permutation(self._rows)
+        return self._latest[1]
+
+    def _targets(
+        self, block: sparse.csr_matrix, shared: np.ndarray, draws: list[np.random.Generator]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and values, (B, T) each, of the genes that each cell is to predict."""
+        tokens, values = [], []
+        for i, rng in enumerate(draws):
+            entries = slice(block.indptr[i], block.indptr[i + 1])
+            positive = block.data[entries] > 0
+            expressed, x = block.indices[entries][positive], block.data[entries][positive]
+            order = np.argsort(expressed)
+            expressed, x = expressed[order], x[order]
+            chosen = np.concatenate([*self._draw(expressed, rng), shared])
+            tokens.append(chosen)
+            if len(expressed):
+                place = np.searchsorted(expressed, chosen).clip(max=len(expressed) - 1)
+                values.append(np.where(expressed[place] == chosen, x[place], np.float32(0)))
+            else:
+                values.append(np.zeros(len(chosen), np.float32))
+        return np.stack(tokens).astype(np.int64), np.stack(values)
+
+    def _draw(self, expressed: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Draw expressed and unexpressed genes of a cell; where it has none of a kind, any."""
+        (n_expressed, n_unexpressed, _), n = self.n_targets, self.cells.n_genes
+        some = _distinct(len(expressed), n_expressed, rng)
+        rank = _distinct(n - len(expressed), n_unexpressed, rng)
+        # the unexpressed gene of rank r comes after those expressed genes that have at most r unexpressed before them
+        after = np.searchsorted(expressed - np.arange(len(expressed)), rank, side="right")
+        return (
+            expressed[some] if len(expressed) else _distinct(n, n_expressed, rng),
+            rank + after if len(expressed) < n else _distinct(n, n_unexpressed, rng),
+        )
+
+    def _numbered(self, batch: dict[str, Tensor], targets: Tensor) -> dict[str, Tensor]:
+        """Give numbers to the genes that occur, so that each is encoded once, however many cells name it."""
+        self.vectors = self.vectors.to(targets.device)  # up to 400 MB: once, not every step
+        tokens = batch["tokens"]
+        occurring, places = torch.cat([tokens.clamp_min(0), targets], dim=1).unique(return_inverse=True)
+        in_sentence, in_targets = places.split([tokens.shape[1], targets.shape[1]], dim=1)
+        return {
+            **batch,
+            "tokens": in_sentence.where(tokens >= 0, -1),
+            "target_tokens": in_targets,
+            "genes": self.vectors[occurring],
         }
 
 
-def _draw(allowed: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw n columns of each row where `allowed`, again and again the same ones where there are fewer."""
-    keys = np.where(allowed, rng.random(allowed.shape, dtype=np.float32), 2)
-    m = min(n, keys.shape[1])
-    drawn = np.argpartition(keys, m - 1, axis=1)[:, :m] if m < keys.shape[1] else np.argsort(keys, axis=1)
-    order = np.argsort(np.take_along_axis(keys, drawn, axis=1), axis=1)
-    drawn = np.take_along_axis(drawn, order, axis=1)
-    available = np.clip(allowed.sum(axis=1), 1, m)
-    return np.take_along_axis(drawn, np.arange(n) % available[:, None], axis=1)
+def _distinct(n: int, k: int, rng: np.random.Generator) -> np.ndarray:
+    """Draw `k` of `n` numbers, again and again the same ones where there are fewer."""
+    return np.resize(rng.choice(n, min(n, k), replace=False), k) if n else np.zeros(k, np.int64)

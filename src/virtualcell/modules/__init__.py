@@ -1,7 +1,7 @@
 """The networks and losses, in torch alone: they run on a machine that has nothing else of virtualcell's."""
 
-from virtualcell.modules._losses import energy_distance, mean_distance, se_loss, set_loss, sinkhorn_divergence, st_loss
-from virtualcell.modules._se import SEConfig, SENetwork
+from virtualcell.modules._losses import energy_distance, mean_distance, set_loss, sinkhorn_divergence, st_loss
+from virtualcell.modules._se import SEConfig, SENetwork, se_loss
 from virtualcell.modules._st import Ensemble, STConfig, STNetwork, STOutput, networks
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Distances between two sets of cells, (B, S, G) against (B, S', G), one value per set (B,); losses of ST and SE."""
+"""Distances between two sets of cells, (B, S, G) against (B, S', G), one value per set (B,); the loss of ST."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from virtualcell.modules._se import SENetwork
 from virtualcell.modules._st import Ensemble, STNetwork
 
 
@@ -158,28 +157,4 @@ def st_loss(
     if out.confidence is not None:
         losses["loss_confidence"] = F.mse_loss(out.confidence, 10 * per_set.detach())
         losses["loss"] = losses["loss"] + losses["loss_confidence"]
-    return losses
-
-
-def se_loss(network: SENetwork, gene_embeddings: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Distance of predicted to true targets per cell and, over the shared genes, per gene; dataset cross-entropy."""
-    tokens, target_tokens, targets = batch["tokens"], batch["target_tokens"], batch["targets"]
-    # each gene that occurs in the batch is encoded once, however many cells name it
-    occurring, place = torch.cat([tokens.clamp_min(0), target_tokens], dim=1).unique(return_inverse=True)
-    genes = gene_embeddings[occurring]
-    in_sentence, in_targets = place.split([tokens.shape[1], target_tokens.shape[1]], dim=1)
-    in_sentence = in_sentence.where(tokens >= 0, -1)
-    out = network(network.encode_genes(genes), in_sentence, batch["expression"], batch.get("cls_expression"))
-    depth = targets.sum(dim=1) / (targets > 0).sum(dim=1).clamp_min(1)
-    codes = network.encoder(genes)[in_targets]  # (B, T, d)
-    error = (network.decode_codes(codes, out.cell, out.dataset, depth) - targets).float()
-    shared = error[:, error.shape[1] - int(batch["n_shared"]) :]
-    losses = {
-        "loss_cell": torch.linalg.vector_norm(error, dim=1).mean(),
-        "loss_gene": torch.linalg.vector_norm(shared, dim=0).mean(),
-    }
-    losses["loss"] = losses["loss_cell"] + losses["loss_gene"]
-    if network.config.n_datasets > 1:
-        losses["loss_dataset"] = F.cross_entropy(out.dataset_logits, batch["dataset"])
-        losses["loss"] = losses["loss"] + losses["loss_dataset"]
     return losses

@@ -79,8 +79,11 @@ class SENetwork(nn.Module):
 
     def encode_expression(self, expression: Tensor) -> Tensor:
         """Soft binning (...) -> (..., d): softmax over 10 bins of an MLP of the value, weighting 10 learned vectors."""
-        weights = self.count_encoder(expression.unsqueeze(-1)).softmax(dim=-1)
-        return weights @ self.bin_encoder.weight
+        # counts are few whole numbers: a batch of cells has a tenth as many values as places
+        values, place = expression.unique(return_inverse=True)
+        values = values.unsqueeze(-1).to(self.bin_encoder.weight.dtype)
+        weights = self.count_encoder(values).softmax(dim=-1)
+        return F.embedding(place, weights @ self.bin_encoder.weight)
 
     def forward(
         self, genes: Tensor, tokens: Tensor, expression: Tensor, cls_expression: Tensor | None = None
@@ -96,15 +99,15 @@ class SENetwork(nn.Module):
         if cls_expression is None:
             cls_expression = expression.new_zeros(n)
         cls = special[0] + self.encode_expression(cls_expression)  # (B, d)
-        places = genes[tokens.clamp_min(0)] + self.encode_expression(expression)  # (B, L, d)
+        places = F.embedding(tokens.clamp_min(0), genes) + self.encode_expression(expression)  # (B, L, d)
         x = torch.cat([cls.unsqueeze(1), places, special[1].expand(n, 1, -1)], dim=1)  # (B, 1 + L + 1, d)
         mask = None
         if (tokens < 0).any():
             mask = F.pad(tokens >= 0, (1, 1), value=True)
-        x = self.transformer_encoder(x, mask)
-        out = self.decoder(x[:, [0, -1]])  # only the places of [CLS] and [DS] are read
+        out = self.decoder(self.transformer_encoder(x, mask, read=[0, -1]))  # the places of [CLS] and [DS]
+        # in float32 where weights have 16 bits, so that the length is 1
         return SEOutput(
-            F.normalize(out[:, 0], dim=-1), self.dataset_embedder(out[:, 1]), self.dataset_encoder(out[:, 1])
+            F.normalize(out[:, 0].float(), dim=-1), self.dataset_embedder(out[:, 1]), self.dataset_encoder(out[:, 1])
         )
 
     def decode(self, gene_embeddings: Tensor, cell: Tensor, dataset: Tensor, read_depth: Tensor) -> Tensor:
@@ -112,12 +115,47 @@ class SENetwork(nn.Module):
 
         `read_depth` (B,) is the mean of the cell's non-zero targets in training, 4.0 otherwise.
         """
-        codes = self.encoder(gene_embeddings)  # neither normalised nor scaled here
-        return self.decode_codes(codes, cell, dataset, read_depth)
+        codes = self.encoder(gene_embeddings).flatten(0, -2)  # neither normalised nor scaled here
+        places = torch.arange(len(codes), device=codes.device).view(-1, gene_embeddings.shape[-2])
+        return self.decode_codes(codes, places.expand(len(cell), -1), cell, dataset, read_depth)
 
-    def decode_codes(self, codes: Tensor, cell: Tensor, dataset: Tensor, read_depth: Tensor) -> Tensor:
-        """As :meth:`decode`, from gene codes (T, d) or (B, T, d) that went through the encoder already."""
-        n_genes = codes.shape[-2]
-        per_cell = torch.cat([cell, read_depth.unsqueeze(-1), dataset], dim=-1).unsqueeze(1).expand(-1, n_genes, -1)
-        x = torch.cat([codes.expand(len(cell), -1, -1), per_cell], dim=-1)
-        return self.binary_decoder(x).squeeze(-1)
+    def decode_codes(self, codes: Tensor, places: Tensor, cell: Tensor, dataset: Tensor, read_depth: Tensor) -> Tensor:
+        """As :meth:`decode`, of the genes at `places` (B, T), rows of `codes` (N, d) that went through the encoder."""
+        first, second, last = self.binary_decoder
+        per_cell = torch.cat([cell, read_depth.unsqueeze(-1), dataset], dim=-1)
+        return last(second(first.of_pairs(codes, per_cell, places))).squeeze(-1)
+
+
+def se_loss(network: SENetwork, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Distance of predicted to true targets per cell and, over the shared genes, per gene; dataset cross-entropy.
+
+    "genes" (n, n_token) are the vectors of the genes that occur in the batch, each encoded once, however many cells
+    name it; "tokens" (B, L) and "target_tokens" (B, T) are rows of it. The last "n_shared" targets (B, T) are the same
+    genes for all cells.
+    """
+    genes, targets = batch["genes"], batch["targets"]
+    out = network(network.encode_genes(genes), batch["tokens"], batch["expression"], batch.get("cls_expression"))
+    depth = targets.sum(dim=1) / (targets > 0).sum(dim=1).clamp_min(1)
+    codes = network.encoder(genes)
+    error = (network.decode_codes(codes, batch["target_tokens"], out.cell, out.dataset, depth) - targets).float()
+    shared = error[:, error.shape[1] - int(batch["n_shared"]) :]
+    # with one data set this is 0 and so is its gradient, but every parameter then has one, which DDP wants
+    dataset = F.cross_entropy(out.dataset_logits, batch["dataset"])
+    losses = {
+        "loss_cell": torch.linalg.vector_norm(error, dim=1).mean(),
+        "loss_gene": _norm_over_cells(shared).mean(),
+    }
+    if network.config.n_datasets > 1:
+        losses["loss_dataset"] = dataset
+    return {"loss": losses["loss_cell"] + losses["loss_gene"] + dataset, **losses}
+
+
+def _norm_over_cells(error: Tensor) -> Tensor:
+    """Euclidean norm of (B, S) over the cells of all processes, (S,), whose mean gradient is that of one process."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return torch.linalg.vector_norm(error, dim=0)
+    squares = error.square().sum(dim=0)
+    total = squares.detach().clone()
+    torch.distributed.all_reduce(total)
+    norm = total.sqrt().clamp_min(1e-12)
+    return norm + torch.distributed.get_world_size() * (squares - squares.detach()) / (2 * norm)

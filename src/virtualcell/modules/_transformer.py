@@ -5,6 +5,8 @@ Names of parameters are those of the published checkpoints, so that these load w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -93,26 +95,31 @@ class PostNormLayer(nn.Module):
         self.linear2 = nn.Linear(n_feedforward, n_hidden)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None, read: Sequence[int] | None = None) -> Tensor:
         attention_dropout = self.dropout.p if self.training else 0.0
         q, k, v = self.qkv_proj(x).chunk(3, dim=-1)
+        if read is not None:  # every place is attended to, but only these go on
+            q, x = q[:, read], x[:, read]
         x = self.norm1(x + self.dropout(self.out_proj(_attend(q, k, v, self.n_heads, mask, attention_dropout))))
         return self.norm2(x + self.dropout(self.linear2(self.dropout(F.gelu(self.linear1(x))))))
 
 
 class PostNormEncoder(nn.Module):
-    """Stack of post-norm layers; `mask` (B, T) is true where a token is real, and padding is attended by nobody."""
+    """Stack of post-norm layers; `mask` (B, T) is true where a token is real, and padding is attended by nobody.
+
+    With `read`, the places whose output is asked for, the last layer computes only those.
+    """
 
     def __init__(self, n_layers: int, n_hidden: int, n_heads: int, n_feedforward: int, dropout: float) -> None:
         super().__init__()
         self.layers = nn.ModuleList(PostNormLayer(n_hidden, n_heads, n_feedforward, dropout) for _ in range(n_layers))
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # (B, T, n_hidden)
+    def forward(self, x: Tensor, mask: Tensor | None = None, read: Sequence[int] | None = None) -> Tensor:
         if mask is not None:
             mask = mask[:, None, None, :]  # (B, heads, queries, keys)
-        for layer in self.layers:
+        for layer in self.layers[:-1]:
             x = layer(x, mask)
-        return x
+        return self.layers[-1](x, mask, read)  # (B, T, n_hidden), or (B, len(read), n_hidden)
 
 
 def mlp(n_in: int, n_hidden: int, n_out: int, n_layers: int, dropout: float) -> nn.Sequential:
@@ -133,4 +140,18 @@ class SkipBlock(nn.Module):
         self.layer_norm = nn.LayerNorm(n)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer_norm(x + self.dense(torch.relu(self.intermediate_dense(x))))
+        return self._finish(x, self.intermediate_dense(x))
+
+    def of_pairs(self, left: Tensor, right: Tensor, places: Tensor) -> Tensor:
+        """Forward of left[places[i, j]] beside right[i], (B, T, n), with every left and every right multiplied once.
+
+        `left` (N, n_left), `right` (B, n - n_left), `places` (B, T), rows of `left`.
+        """
+        w_left, w_right = self.intermediate_dense.weight.split([left.shape[-1], right.shape[-1]], dim=1)
+        wide = F.embedding(places, F.linear(left, w_left))
+        wide = wide + F.linear(right, w_right, self.intermediate_dense.bias).unsqueeze(1)
+        x = torch.cat([F.embedding(places, left), right.unsqueeze(1).expand(-1, places.shape[1], -1)], dim=-1)
+        return self._finish(x, wide)
+
+    def _finish(self, x: Tensor, wide: Tensor) -> Tensor:
+        return self.layer_norm(x + self.dense(torch.relu(wide)))

@@ -6,8 +6,10 @@ from anndata import AnnData
 from mudata import MuData
 
 from virtualcell import _keys
-from virtualcell._design import Scale, expression_modality
+from virtualcell.data._design import Scale
+from virtualcell.data._labels import expression_modality
 from virtualcell.models import SE
+from virtualcell.models._se_inference import Precision
 
 
 def embed(
@@ -19,6 +21,7 @@ def embed(
     gene_key: str | None = None,
     key_added: str = _keys.X_STATE,
     batch_size: int = 256,
+    precision: Precision = "auto",
     modality: str = "rna",
 ) -> None:
     """Write the cell vectors of an SE model to `obsm["X_state"]`: cell embedding and dataset embedding side by side.
@@ -30,13 +33,16 @@ def embed(
     model
         A trained :class:`virtualcell.models.SE`.
     layer, scale
-        Where expression is, and whether it is "counts" or "log1p".
+        Layer with the expression (`X` where it is `None`), and whether that is "counts" or "log1p".
     gene_key
         Column of `var` with the names that the gene table uses; `var_names` where it is `None`.
     key_added
         Key of `obsm`.
     batch_size
-        Cells at a time.
+        Number of cells at a time.
+    precision
+        Numbers that the network computes with: "float32", or "bf16", which is several times faster on GPUs that have it
+        and gives nearly the same vectors. "auto" takes bf16 on such a GPU, and float32 everywhere else.
     modality
         Expression modality of a MuData.
 
@@ -46,5 +52,11 @@ def embed(
         If too few genes of the data are in the gene table, or a cell expresses none of them.
     """
     expression_modality(adata, modality).obsm[key_added] = model.get_latent_representation(
-        adata, layer=layer, scale=scale, gene_key=gene_key, modality=modality, batch_size=batch_size
+        adata,
+        layer=layer,
+        scale=scale,
+        gene_key=gene_key,
+        modality=modality,
+        batch_size=batch_size,
+        precision=precision,
     )

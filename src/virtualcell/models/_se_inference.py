@@ -1,0 +1,91 @@
+"""What a trained SE network is asked for: vectors of cells, and expression back from these."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from anndata import AnnData
+from mudata import MuData
+from torch import Tensor
+
+from virtualcell._errors import unknown_name
+from virtualcell.data._labels import expression_modality
+from virtualcell.models._se_data import Cells
+from virtualcell.modules import SENetwork
+
+logger = logging.getLogger(__name__)
+
+Precision = Literal["auto", "float32", "bf16"]
+
+_DEVICES = {"cpu": "CPU", "cuda": "GPU", "mps": "Apple GPU"}
+
+
+def check_precision(precision: str) -> None:
+    """Raise for numbers that are not known."""
+    if precision not in ("auto", "float32", "bf16"):
+        raise unknown_name("precision", precision, ("auto", "float32", "bf16"))
+
+
+@torch.inference_mode()
+def embed(network: SENetwork, cells: Cells, *, batch_size: int, precision: Precision) -> np.ndarray:
+    """Return cell and dataset embedding side by side, (n_cells, n_output + n_dataset)."""
+    network.eval()
+    device = next(network.parameters()).device
+    dtype = _dtype(precision, device, len(cells.names))
+    genes = network.encode_genes(cells.vectors.to(device)).to(dtype)
+    if dtype != torch.float32:  # the model itself keeps its weights
+        network = copy.deepcopy(network).to(dtype)
+    out = np.empty((len(cells.names), network.config.n_output + network.config.n_dataset), np.float32)
+    rows = cells.by_name()
+    for part in np.split(rows, range(batch_size, len(rows), batch_size)):
+        batch = {name: value.to(device) for name, value in cells.sentences.rows(part).items()}
+        embedded = network(genes, **batch)
+        out[part] = torch.cat([embedded.cell.float(), embedded.dataset.float()], dim=1).cpu().numpy()
+    return out
+
+
+def _dtype(precision: Precision, device: torch.device, n_cells: int) -> torch.dtype:
+    """Choose the numbers to embed with, and say so."""
+    check_precision(precision)
+    where = _DEVICES.get(device.type, device.type)
+    has_bf16 = (
+        device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    )
+    if precision == "bf16" or (precision == "auto" and has_bf16):
+        logger.info(
+            "SE embeds %d cells in bf16 (numbers of 16 bits), on the %s. Say precision='float32' for those of 32 bits.",
+            *(n_cells, where),
+        )
+        return torch.bfloat16
+    logger.info("SE embeds %d cells in float32, on the %s.", n_cells, where)
+    return torch.float32
+
+
+@torch.inference_mode()
+def decode(network: SENetwork, vectors: np.ndarray, genes: Tensor, read_depth: float) -> np.ndarray:
+    """Predict log(1 + count) of genes given by their embeddings, from cell vectors: (n_cells, n_genes)."""
+    sizes = [network.config.n_output, network.config.n_dataset]
+    if vectors.ndim != 2 or vectors.shape[1] != sum(sizes):
+        raise ValueError(f"cell vectors have shape {vectors.shape}; this model makes (n_cells, {sum(sizes)}).")
+    network.eval()
+    device = next(network.parameters()).device
+    cell, dataset = torch.from_numpy(vectors).to(device).split(sizes, dim=1)
+    depth = torch.full((len(vectors),), read_depth, device=device)
+    return network.decode(genes.to(device), cell, dataset, depth).float().cpu().numpy()
+
+
+def cell_vectors(
+    data: AnnData | MuData | np.ndarray, use_rep: str, modality: str
+) -> tuple[np.ndarray, pd.Index | None]:
+    """Return cell vectors and, where they were written to `obsm`, the names of their cells."""
+    if not isinstance(data, AnnData | MuData):
+        return np.asarray(data, dtype=np.float32), None
+    adata = expression_modality(data, modality)
+    if use_rep not in adata.obsm:
+        raise unknown_name("use_rep", use_rep, adata.obsm, "Run `vc.tl.embed(adata, model)` first.")
+    return np.asarray(adata.obsm[use_rep], dtype=np.float32), adata.obs_names
