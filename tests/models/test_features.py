@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from virtualcell._errors import UnknownNameError
-from virtualcell.models._perturbations import PerturbationTable, known_parts, parts
+from virtualcell.data._labels import known_parts, parts
+from virtualcell.models._features import PerturbationTable
 
 
 @pytest.mark.parametrize(

@@ -12,23 +12,7 @@ import torch
 from torch import Tensor
 
 from virtualcell._errors import unknown_name
-
-
-def parts(label: str, control: str, known: Iterable[str] = ()) -> list[str]:
-    """Split a combination "A+B" into ["A", "B"]; a label that is `known` as it stands is one part, the control none."""
-    if label == control:
-        return []
-    if label in known:
-        return [label]
-    return [p for p in label.split("+") if p != control]
-
-
-def known_parts(label: str, control: str, known: Sequence[str]) -> list[str]:
-    """Names that add up to a label: itself where it is `known`, the same combination written otherwise, its parts."""
-    if label not in known:
-        written = {tuple(sorted(parts(p, control))): p for p in known}  # B+A is A+B
-        label = written.get(tuple(sorted(parts(label, control))), label)
-    return parts(label, control, known)
+from virtualcell.data._labels import parts
 
 
 def drug_and_dose(name: str) -> tuple[str, float] | None:

@@ -1,4 +1,4 @@
-"""Shifts of perturbations that were never measured, from features: pure numpy."""
+"""Effects of perturbations that were never measured, from features: pure numpy."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from virtualcell.models._shifts import cosine
+from virtualcell.models._closed_forms import cosine
 
 PENALTIES = np.logspace(-3, 4, 29)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RidgeFit:
-    """`shift = count * intercept + features @ coefficients`.
+    """`effect = count * intercept + features @ coefficients`.
 
     Parameters
     ----------
@@ -30,15 +30,15 @@ class RidgeFit:
     penalty: float
     leave_one_out: np.ndarray
 
-    def shift(self, features: np.ndarray, count: float = 1) -> np.ndarray:
-        """Return the shifts, (..., n_genes), of rows of features."""
+    def effect(self, features: np.ndarray, count: float = 1) -> np.ndarray:
+        """Return the effects, (..., n_genes), of rows of features."""
         return count * self.intercept + features @ self.coefficients
 
 
 def ridge(
-    features: np.ndarray, shifts: np.ndarray, count: np.ndarray | None = None, *, penalties: np.ndarray = PENALTIES
+    features: np.ndarray, effects: np.ndarray, count: np.ndarray | None = None, *, penalties: np.ndarray = PENALTIES
 ) -> RidgeFit:
-    """Regress shifts on features of perturbations, with the mean shift as intercept (Ahlmann-Eltze et al. 2025).
+    """Regress effects on features of perturbations, with the mean effect as intercept (Ahlmann-Eltze et al. 2025).
 
     The penalty of `penalties` with the smallest squared error, each row predicted from the others, is chosen; these
     predictions are exact, from the leverages (PRESS).
@@ -47,21 +47,21 @@ def ridge(
     ----------
     features
         (n_perturbations, n_features).
-    shifts
+    effects
         (n_perturbations, n_genes).
     count
         How many perturbations each row combines, (n_perturbations,), each adding the intercept once; 1 by default.
     penalties
         Penalties to choose from, in units of the mean squared length of a row of features.
     """
-    x, y = np.asarray(features, dtype=np.float64), np.asarray(shifts, dtype=np.float64)
+    x, y = np.asarray(features, dtype=np.float64), np.asarray(effects, dtype=np.float64)
     one = np.ones(len(x)) if count is None else np.asarray(count, dtype=np.float64)
     one = one / np.linalg.norm(one)
     u, s, vt = np.linalg.svd(x - np.outer(one, one @ x), full_matrices=False)
     left = y - np.outer(one, one @ y)
     rotated = u.T @ left
     unit = float((s**2).sum()) / len(x) or 1.0
-    # squared residuals of all genes need the products of shifts alone, n x n
+    # squared residuals of all genes need the products of effects alone, n x n
     products = left @ left.T
     corner = rotated @ rotated.T
     crossed = u * (products @ u)
@@ -83,9 +83,9 @@ def ridge(
     return RidgeFit(coefficients.astype(np.float32), intercept.astype(np.float32), float(best), out.astype(np.float32))
 
 
-def nearest_perturbations(features: np.ndarray, shifts: np.ndarray, query: np.ndarray, *, k: int = 10) -> np.ndarray:
-    """Return the mean shift, (n_query, n_genes), of the k perturbations with the most similar features (cosine)."""
+def nearest_perturbations(features: np.ndarray, effects: np.ndarray, query: np.ndarray, *, k: int = 10) -> np.ndarray:
+    """Return the mean effect, (n_query, n_genes), of the k perturbations with the most similar features (cosine)."""
     if k < 1:
         raise ValueError(f"k={k!r}: at least one neighbour is needed.")
     order = np.argsort(-cosine(query, features), axis=1, kind="stable")[:, :k]
-    return shifts[order].mean(axis=1)
+    return effects[order].mean(axis=1)
