@@ -26,7 +26,7 @@ _FEW_CELLS = 10  # equal totals of fewer cells than this may be chance
 _SAMPLE = 1000  # cells whose totals are looked at
 _GROUPS = 256  # groups whose sums are held at a time
 
-# Other logarithms, and what undoes them: if the cells then have one total, that was it.
+# Logarithms that are not natural ones of 1 + x, and what undoes them: if the cells then have one total, that was it.
 _OTHER_LOGARITHMS = {
     "was put through log(1 + x) twice": lambda x: np.expm1(np.expm1(x)),
     "holds logarithms to base 2": lambda x: np.expm1(x * np.log(2)),
@@ -209,6 +209,8 @@ class Expression:
             most = max(most, float(block.data.max(initial=0)))
             if self.scale == "counts":
                 sums[rows] = row_sums(block)
+        if self.scale == "log1p" and not whole:
+            self._check_logarithms()
         self._check_scale(whole, most)
         if self.scale == "counts" and self.unit == "log1p":
             self._check_sizes(sums)
@@ -265,14 +267,31 @@ class Expression:
             )
         self._found.sizes = size
 
+    def _sample(self) -> sparse.csr_matrix:
+        """Return some cells from all over the file, in double precision."""
+        rows = np.unique(np.linspace(0, self.n_cells - 1, min(_SAMPLE, self.n_cells)).astype(int))
+        return self._raw(rows).astype(np.float64)
+
+    def _check_logarithms(self) -> None:
+        """Raise where cells have one total if other logarithms than natural ones of 1 + x are undone."""
+        logs, stated = self._sample(), f"{self._argument}='log1p' was stated, but {self._where}"
+        if _is_one_total(row_sums(logs.expm1())):
+            return
+        for what, undone in _OTHER_LOGARITHMS.items():
+            with np.errstate(over="ignore"):
+                counts = sparse.csr_matrix((undone(logs.data), logs.indices, logs.indptr), shape=logs.shape)
+            if _is_one_total(row_sums(counts)):
+                raise ValueError(
+                    f"{stated} {what}. Use `sc.pp.log1p(adata)`, once and without a base, or give raw counts with "
+                    f"{self._argument}='counts'."
+                )
+
     def _check_totals(self) -> None:
         """Raise where logarithms are of something else than counts per `target_sum`.
 
         Genes that were left out make totals smaller and unequal, which is as it should be. An empty cell has no total.
         """
-        logs = self._raw(np.unique(np.linspace(0, self.n_cells - 1, min(_SAMPLE, self.n_cells)).astype(int)))
-        logs = logs.astype(np.float64)
-        counts = logs.expm1()
+        counts = self._sample().expm1()
         totals = row_sums(counts)
         if not totals.any():
             return
@@ -287,17 +306,12 @@ class Expression:
                 f"{stated} holds logarithms of whole numbers: of raw counts, not divided by their total. Give the raw "
                 f"counts, with {self._argument}='counts'."
             )
-        off, is_one = abs(median / self.target_sum - 1), _is_one_total(totals)
-        if (is_one and off > 0.01) or (self._measured and median > 1.05 * self.target_sum):
+        off = abs(median / self.target_sum - 1)
+        if (_is_one_total(totals) and off > 0.01) or (self._measured and median > 1.05 * self.target_sum):
             raise ValueError(
                 f"{stated} was normalised to {median:.4g} counts per cell (median) and not to {self.target_sum:g}: "
                 f"scanpy's normalize_total takes the median where target_sum is left out. {anew}"
             )
-        for what, undone in () if is_one else _OTHER_LOGARITHMS.items():
-            with np.errstate(over="ignore"):
-                other = sparse.csr_matrix((undone(logs.data), logs.indices, logs.indptr), shape=logs.shape)
-            if _is_one_total(row_sums(other)):
-                raise ValueError(f"{stated} {what}. {anew}")
 
 
 @dataclass
@@ -326,7 +340,7 @@ def _pieces(lengths: np.ndarray) -> Iterator[list[tuple[int, int, int]]]:
 def _is_one_total(totals: np.ndarray) -> bool:
     """Tell whether cells were divided by their totals. Those of copies of one cell are equal to the last bit."""
     totals = totals[totals > 0]
-    if len(totals) < _FEW_CELLS or np.ptp(totals) == 0 or not np.isfinite(totals).all():
+    if len(totals) < _FEW_CELLS or not np.isfinite(totals).all() or np.ptp(totals) == 0:
         return False
     return bool(np.mean(np.abs(totals / np.median(totals) - 1) < 1e-3) > 0.9)
 
