@@ -9,7 +9,17 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from virtualcell.modules import energy_distance, mean_distance, set_loss, sinkhorn_divergence
+from virtualcell.modules import (
+    Ensemble,
+    STConfig,
+    STNetwork,
+    energy_distance,
+    mean_distance,
+    set_loss,
+    sinkhorn_divergence,
+    st_loss,
+)
+from virtualcell.modules._losses import contrast
 
 
 def naive_energy(x: Tensor, y: Tensor) -> float:
@@ -204,3 +214,108 @@ def test_unknown_loss_names_the_valid_ones(sets: tuple) -> None:
         ValueError, match=r"loss='mmd' is unknown; valid are 'energy', 'sinkhorn' and 'energy\+sinkhorn'"
     ):
         set_loss(*sets, kind="mmd")
+
+
+# -- the contrast -----------------------------------------------------------------------------------------------------
+
+
+def test_contrast_falls_where_effects_are_told_apart() -> None:
+    effects = torch.randn(4, 1, 30)
+    control = torch.rand(4, 5, 30)
+    batch = {"control": control, "perturbed": control + effects, "perturbation": torch.eye(4)}
+    right, mixed = contrast(control + effects, batch), contrast(control + effects[[1, 0, 3, 2]], batch)
+    same = contrast(control + effects.mean(dim=0), batch)
+    assert right < 0.05 < same < mixed
+    assert same > 0.5
+
+
+def test_contrast_leaves_out_the_control_and_sets_of_the_same_perturbation() -> None:
+    effects = torch.randn(2, 1, 30)[[0, 0, 1, 1]]
+    control = torch.rand(4, 5, 30)
+    vectors = torch.tensor([[1.0, 0], [1, 0], [0, 0], [0, 0]])
+    batch = {"control": control, "perturbed": control + effects, "perturbation": vectors}
+    predicted = control + effects
+    expected = contrast(predicted, batch)
+    predicted[2:] += torch.randn(2, 1, 30)  # the control sets
+    torch.testing.assert_close(contrast(predicted, batch), expected)
+    alone = {"control": control[:2], "perturbed": (control + effects)[:2], "perturbation": vectors[:2]}
+    assert contrast(control[:2] + torch.randn(2, 1, 30), alone) == 0
+
+
+def test_contrast_of_control_sets_alone_is_zero_and_has_no_gradient() -> None:
+    control = torch.rand(3, 5, 30)
+    predicted = torch.rand(3, 5, 30, requires_grad=True)
+    loss = contrast(predicted, {"control": control, "perturbed": control, "perturbation": torch.zeros(3, 4)})
+    loss.backward()
+    assert loss == 0
+    assert torch.equal(predicted.grad, torch.zeros_like(predicted))
+
+
+def test_contrast_of_an_effect_of_zero_is_finite() -> None:
+    control = torch.rand(3, 5, 30)
+    predicted = control.clone().requires_grad_()  # what an untrained network predicts
+    batch = {"control": control, "perturbed": control + torch.randn(3, 1, 30), "perturbation": torch.eye(3)}
+    loss = contrast(predicted, batch)
+    loss.backward()
+    torch.testing.assert_close(loss, torch.tensor(3.0).log())  # a guess
+    assert torch.isfinite(predicted.grad).all()
+
+
+# -- the loss of ST ---------------------------------------------------------------------------------------------------
+
+B, S, G, P = 3, 7, 10, 4
+SIZES = {"n_input": G, "n_output": G, "n_perturbation": P, "n_hidden": 16, "n_heads": 2, "head_dim": 8, "n_layers": 1}
+
+
+@pytest.fixture
+def batch() -> dict[str, Tensor]:
+    """Three sets of control and perturbed cells, with zeros as in expression."""
+    torch.manual_seed(0)
+    cells = torch.rand(2, B, S, G)
+    cells[torch.rand(cells.shape) < 0.3] = 0
+    return {"control": cells[0], "perturbed": cells[1], "perturbation": torch.eye(P)[:B]}
+
+
+def test_loss_is_the_mean_over_heads_and_the_weighted_contrast(batch: dict) -> None:
+    network = STNetwork(STConfig(**SIZES, head="both")).eval()
+    heads = network(batch["control"], batch["perturbation"]).heads
+    expected = torch.stack([set_loss(x, batch["perturbed"], mean_weight=0.5) for x in heads]).mean()
+    losses = st_loss(network, batch, mean_weight=0.5, contrast_weight=0.3)
+    assert next(iter(losses)) == "loss"
+    torch.testing.assert_close(losses["loss_contrast"], torch.stack([contrast(x, batch) for x in heads]).mean())
+    torch.testing.assert_close(losses["loss"], expected + 0.3 * losses["loss_contrast"])
+    assert set(st_loss(network, batch)) == {"loss"}
+
+
+def test_loss_of_decoded_genes_and_of_the_confidence(batch: dict) -> None:
+    network = STNetwork(STConfig(**SIZES, head="level", relu=False, n_genes=6, confidence_token=True)).eval()
+    batch["genes"] = torch.rand(B, S, 6)
+    out = network(batch["control"], batch["perturbation"])
+    per_set = energy_distance(out.heads[0], batch["perturbed"])
+    losses = st_loss(network, batch)
+    genes = energy_distance(network.decode(out.heads[0]), batch["genes"]).mean()
+    confidence = (out.confidence - 10 * per_set).square().mean()
+    torch.testing.assert_close(losses["loss_genes"], genes)
+    torch.testing.assert_close(losses["loss_confidence"], confidence)
+    torch.testing.assert_close(losses["loss"], per_set.mean() + genes + confidence)
+
+
+def test_an_ensemble_learns_the_mean_of_its_networks_losses(batch: dict) -> None:
+    ensemble = Ensemble(STConfig(**SIZES, head="both"), 3).eval()
+    options = {"kind": "energy", "mean_weight": 1.0, "contrast_weight": 0.1}
+    losses = [st_loss(network, batch, **options)["loss"] for network in ensemble.networks]
+    torch.testing.assert_close(st_loss(ensemble, batch, **options)["loss"], torch.stack(losses).mean())
+
+
+def test_heads_learn_each_by_itself(batch: dict) -> None:
+    """The gradient of one head does not depend on what the other predicts."""
+    network = STNetwork(STConfig(**SIZES, head="both", dropout=0.0))
+
+    def gradient() -> Tensor:
+        network.zero_grad()
+        st_loss(network, batch, kind="energy", mean_weight=1.0)["loss"].backward()
+        return network.project_out[-1].weight.grad.clone()
+
+    before = gradient()
+    network.project_level[-1].bias.data += 3
+    torch.testing.assert_close(gradient(), before)

@@ -19,6 +19,7 @@ TRANSFERRED = "same perturbation in other contexts"
 # Weight of the transferred effect beside the heads. Of a perturbation that was never measured the heads know less: both
 # lean on one encoding of its features, while the regression chose its penalty by leaving perturbations out.
 WEIGHT, WEIGHT_UNSEEN = 1 / 3, 2 / 3
+_LEAST_ERROR = 1e-12  # squared error that a head counts as having at least
 _MOST_RAISE = 2.0  # factor by which expressed genes are raised before anything is added to silent ones
 
 
@@ -58,14 +59,16 @@ class Mixture:
         """
         if len(self.heads) == 1:
             return self
-        errors = torch.zeros(len(self.heads))
+        errors = torch.zeros(len(self.heads), dtype=torch.float64)
         with torch.inference_mode():
             for batch in batches:
                 wanted = batch["perturbed"].mean(dim=1)
                 for network in networks:
                     heads = network(batch["control"], batch["perturbation"], batch.get("batch")).heads
-                    errors += torch.stack([(x.mean(dim=1) - wanted).square().mean() for x in heads]).cpu()
-        weights = (1 / errors) / (1 / errors).sum()
+                    off = torch.stack([x.mean(dim=1) - wanted for x in heads]).cpu().double()
+                    errors += off.square().mean(dim=(1, 2))
+        inverse = 1 / errors.clamp_min(_LEAST_ERROR)
+        weights = inverse / inverse.sum()
         return Mixture(self.heads, tuple(weights.tolist()), self.transferred, self.nonnegative)
 
     def weights(self, *, measured: bool = True, transferred: bool | None = None) -> dict[str, float]:
@@ -171,9 +174,9 @@ def standard_error(means: np.ndarray, weights: np.ndarray) -> np.ndarray:
     -------
     (n_genes,), in the unit of `means`.
     """
-    variance = (weights @ means).var(axis=0, ddof=1)
-    if len(weights) > 1:
-        parts, total = means.mean(axis=0), np.square(weights).sum()
+    variance, total = (weights @ means).var(axis=0, ddof=1), np.square(weights).sum()
+    if total < 1 - 1e-9:  # otherwise one part has all the weight
+        parts = means.mean(axis=0)
         between = weights @ np.square(parts - weights @ parts) / (1 - total)  # unbiased; by n - 1 if all are equal
         variance = variance + between * total
     return np.sqrt(variance)
