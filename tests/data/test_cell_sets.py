@@ -1,264 +1,203 @@
 from __future__ import annotations
 
-import logging
-from itertools import pairwise
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
-import torch
-from scipy import sparse
 
-from virtualcell.data import _cell_sets
-from virtualcell.data._cell_sets import CellGroup, CellSet, CellSetDataset, CellSetSampler, Rows, cell_groups
-
-N = 120
+from virtualcell.data._cell_sets import CellGroups, CellSets, SetSampler
 
 
-@pytest.fixture
-def screen() -> dict[str, np.ndarray]:
-    """120 cells: 3 perturbations and controls in 2 contexts and 3 batches, names in an order of their own."""
-    rng = np.random.default_rng(0)
-    return {
-        "perturbation": rng.choice(["A", "B", "A+B", "ctrl"], N, p=[0.2, 0.2, 0.2, 0.4]),
-        "context": rng.choice(["T", "NK"], N),
-        "batch": rng.integers(3, size=N),
-        "order": np.array([f"cell{i}" for i in rng.permutation(N)]),
-    }
+def make_groups(sizes: Sequence[int], pools: Sequence[int] = (500,), seed: int = 0) -> CellGroups:
+    """Groups of so many cells, each matched to one of the pools at random; pools have the first rows."""
+    rng, groups, row = np.random.default_rng(seed), CellGroups.empty(), 0
+    for n in pools:
+        groups.pools.append(np.arange(row, row + n))
+        row += n
+    for i, n in enumerate(sizes):
+        groups.add(f"p{i}", "A", np.arange(row, row + n), rng.integers(len(pools), size=n))
+        row += n
+    return groups
 
 
-def groups_of(screen: dict, **options: object) -> list[CellGroup]:
-    given = {k: v for k, v in screen.items() if k not in options}
-    return cell_groups(**given, control="ctrl", **options)
+def sampler(groups: CellGroups, **options: int) -> SetSampler:
+    return SetSampler(groups, **{"set_size": 64, "sets_per_step": 8, "n_steps": 100, **options})
 
 
-def test_every_target_cell_is_in_one_group_of_its_own_labels(screen: dict) -> None:
-    groups = groups_of(screen)
-    for g in groups:
-        assert len(g.perturbed) > 0
-        assert set(screen["perturbation"][g.perturbed]) == {g.perturbation}
-        for rows in (g.perturbed, g.control):
-            assert set(screen["context"][rows]) == {g.context}
-            assert set(screen["batch"][rows]) == {g.batch}
-    np.testing.assert_array_equal(np.sort(np.concatenate([g.perturbed for g in groups])), np.arange(N))
+def steps(one: SetSampler) -> list[CellSets]:
+    return [one.step(i) for i in range(one.n_steps)]
 
 
-def test_controls_are_all_that_match(screen: dict) -> None:
-    for g in groups_of(screen):
-        where = (screen["perturbation"] == "ctrl") & (screen["context"] == g.context) & (screen["batch"] == g.batch)
-        np.testing.assert_array_equal(np.sort(g.control), np.flatnonzero(where))
+def sets(found: list[CellSets]) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    for step in found:
+        yield from zip(step.group.tolist(), step.perturbed, step.control, strict=True)
 
 
-def test_without_batches_controls_are_those_of_the_context(screen: dict) -> None:
-    groups = groups_of(screen, batch=None)
-    assert [(g.context, g.perturbation, g.batch) for g in groups] == [
-        (c, p, 0) for c in ("NK", "T") for p in ("A", "A+B", "B", "ctrl")
-    ]
-    for g in groups:
-        where = (screen["perturbation"] == "ctrl") & (screen["context"] == g.context)
-        np.testing.assert_array_equal(np.sort(g.control), np.flatnonzero(where))
+def times_seen(groups: CellGroups, found: list[CellSets]) -> list[np.ndarray]:
+    """How often each cell is shown, by group."""
+    seen = np.bincount(np.concatenate([s.perturbed.ravel() for s in found]), minlength=groups.cells[-1].max() + 1)
+    return [seen[cells] for cells in groups.cells]
 
 
-def test_target_and_source_limit_what_is_predicted_and_drawn(screen: dict) -> None:
-    target, source = np.arange(N) < 60, np.arange(N) % 2 == 0
-    groups = groups_of(screen, target=target, source=source, batch=None)
-    np.testing.assert_array_equal(np.sort(np.concatenate([g.perturbed for g in groups])), np.arange(60))
-    assert all((g.control % 2 == 0).all() for g in groups)
-    # drawn controls need not be targets
-    assert any((g.control >= 60).any() for g in groups)
-    assert groups_of(screen, target=np.zeros(N, bool)) == []
+MIXED = [65, 64, 63, 1, 2, 100, 1000, 128, 129]
 
 
-def test_order_of_cells_in_the_file_changes_nothing(screen: dict) -> None:
-    shuffle = np.random.default_rng(1).permutation(N)
-    moved = {k: v[shuffle] for k, v in screen.items()}
-    a, b = groups_of(screen), groups_of(moved)
-    assert len(a) == len(b)
-    for g, h in zip(a, b, strict=True):
-        assert (g.perturbation, g.context, g.batch) == (h.perturbation, h.context, h.batch)
-        # the same cells in the same order
-        np.testing.assert_array_equal(screen["order"][g.perturbed], moved["order"][h.perturbed])
-        np.testing.assert_array_equal(screen["order"][g.control], moved["order"][h.control])
-    sets = [
-        [
-            (s.perturbation, list(data["order"][s.control]), list(data["order"][s.perturbed]))
-            for batch in CellSetSampler(groups, set_size=4, sets_per_batch=3, seed=5)
-            for s in batch
-        ]
-        for groups, data in ((a, screen), (b, moved))
-    ]
-    assert sets[0] == sets[1]
+# -- how often --------------------------------------------------------------------------------------------------------
 
 
-def test_batch_without_controls_takes_those_of_its_context_and_says_so(
-    screen: dict, caplog: pytest.LogCaptureFixture
-) -> None:
-    in_batch = screen["batch"] == 1
-    in_batch &= screen["context"] == "T"
-    screen["perturbation"][in_batch & (screen["perturbation"] == "ctrl")] = "A"
-    with caplog.at_level(logging.WARNING):
-        groups = groups_of(screen)
-    assert f"{in_batch.sum()} cells lie in batches without control cells" in caplog.text
-    pool = np.flatnonzero((screen["perturbation"] == "ctrl") & (screen["context"] == "T"))
-    changed = [g for g in groups if (g.context, g.batch) == ("T", 1)]
-    assert changed
-    for g in changed:
-        np.testing.assert_array_equal(np.sort(g.control), pool)
-    caplog.clear()
-    groups_of(screen, batch=None)
-    assert caplog.text == ""
+@pytest.mark.parametrize("set_size", [64, 10, 1])
+def test_every_cell_is_shown_about_equally_often(set_size: int) -> None:
+    groups = make_groups(MIXED)
+    found = steps(sampler(groups, set_size=set_size, n_steps=200))
+    seen = times_seen(groups, found)
+    expected = 200 * 8 * set_size / sum(MIXED)
+    for size, times in zip(MIXED, seen, strict=True):
+        assert np.ptp(times) <= 1  # within a group, to the set
+        # a group has a whole number of sets; one cell alone is at least in one, with all its places
+        assert abs(times.mean() - expected) <= max(set_size / size, 1e-9)
 
 
-def test_context_without_controls_is_an_error(screen: dict) -> None:
-    screen["perturbation"][(screen["perturbation"] == "ctrl") & (screen["context"] == "NK")] = "A"
-    with pytest.raises(ValueError, match=r"context 'NK' has no control cells \('ctrl'\).*Drop it or add controls"):
-        groups_of(screen)
-    # a context that is not to be predicted needs none
-    groups_of(screen, target=screen["context"] == "T")
+def test_small_groups_among_large_ones() -> None:
+    """The former sampler showed a cell of 5 twelve times as often as one of 640."""
+    groups = make_groups([640] * 10 + [5] * 10)
+    seen = times_seen(groups, steps(sampler(groups, n_steps=1000)))
+    large, small = np.concatenate(seen[:10]).mean(), np.concatenate(seen[10:]).mean()
+    assert abs(small / large - 1) < 0.02
 
 
-# -- the sampler ------------------------------------------------------------------------------------------------------
+def test_many_batches_neither_shatter_sets_nor_make_steps() -> None:
+    """200 perturbations of 120 cells in 48 batches: sets are full of cells that differ, and as many as without."""
+    alone, many = make_groups([120] * 200, [4800]), make_groups([120] * 200, [100] * 48)
+    assert many.n_sets(64) == alone.n_sets(64) == 400
+    for _, perturbed, control in sets(steps(sampler(many, n_steps=50))):
+        assert len(set(perturbed)) == len(set(control)) == 64
 
 
-def sampler(groups: list[CellGroup], **options: object) -> CellSetSampler:
-    return CellSetSampler(groups, **{"set_size": 8, "sets_per_batch": 4, **options})
+@pytest.mark.parametrize(("n_groups", "n_steps"), [(800, 100), (799, 100), (500, 63), (30, 4)])
+def test_every_group_is_shown_where_there_are_as_many_sets(n_groups: int, n_steps: int) -> None:
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        groups = make_groups(np.where(rng.random(n_groups) < 0.1, 1000, rng.integers(1, 6, n_groups)), seed=seed)
+        one = sampler(groups, n_steps=n_steps, set_size=4, seed=seed)
+        shown = Counter(np.concatenate([s.group for s in steps(one)]).tolist())
+        assert len(shown) == n_groups
+        assert sum(shown.values()) == 8 * n_steps
 
 
-def rows_of(batches: list[list[CellSet]]) -> list[tuple]:
-    return [(s.perturbation, *s.control, *s.perturbed) for batch in batches for s in batch]
+def test_a_run_shorter_than_the_groups_are_many_shows_some_of_them() -> None:
+    groups = make_groups([5] * 300 + [50] * 30)
+    shown = Counter(np.concatenate([s.group for s in steps(sampler(groups, n_steps=5))]).tolist())
+    assert sum(shown.values()) == 40
+    many = [Counter(np.concatenate([s.group for s in steps(sampler(groups, n_steps=5, seed=i))])) for i in range(20)]
+    n_large = sum(n for shown in many for g, n in shown.items() if g >= 300)
+    assert 0.4 < n_large / 800 < 0.6  # half of all cells are in large groups
+    assert len(set().union(*many)) > 200
 
 
-def test_one_pass_shows_every_target_cell_and_repeats_only_to_fill_sets(screen: dict) -> None:
-    groups = groups_of(screen)
-    batches = list(sampler(groups))
-    sets = [s for batch in batches for s in batch]
-    assert {len(batch) for batch in batches[:-1]} == {4}
-    seen = np.bincount(np.concatenate([s.perturbed for s in sets]), minlength=N)
-    assert (seen >= 1).all()
-    assert seen.sum() == sum(-(-len(g.perturbed) // 8) * 8 for g in groups)
-    big = [g for g in groups if len(g.perturbed) >= 8]
-    assert big
-    for g in big:  # filled up without repeating a cell twice
-        assert seen[g.perturbed].max() <= 2
-    for s in sets:
-        assert len(s.control) == len(s.perturbed) == 8
-        assert set(screen["perturbation"][s.control]) == {"ctrl"}
-        assert set(screen["perturbation"][s.perturbed]) == {s.perturbation}
-        for key in ("context", "batch"):
-            assert len(set(screen[key][np.concatenate([s.control, s.perturbed])])) == 1
-        assert set(screen["batch"][s.control]) == {s.batch}
+def test_sets_of_a_group_lie_all_over_the_run() -> None:
+    groups = make_groups([640, 64, 64, 640])
+    group = np.concatenate([s.group for s in steps(sampler(groups))])
+    for g in range(4):
+        at = np.flatnonzero(group == g) / len(group)
+        np.testing.assert_allclose(at, (np.arange(len(at)) + 0.5) / len(at), atol=1.5 / len(at) + 0.01)
 
 
-def test_controls_are_drawn_without_replacement_where_there_are_enough(screen: dict) -> None:
-    for batch in sampler(groups_of(screen, batch=None), set_size=16):
-        for s in batch:
-            assert len(set(s.control)) == 16
-    few = [CellGroup("A", "T", 0, np.arange(10), np.array([20, 21]))]
-    assert {len(s.control) for batch in sampler(few) for s in batch} == {8}
-    assert {row for batch in sampler(few) for s in batch for row in s.control} == {20, 21}
+# -- what goes together -----------------------------------------------------------------------------------------------
 
 
-def test_every_control_of_the_pool_is_drawn_in_time() -> None:
-    group = [CellGroup("A", "T", 0, np.arange(10), np.arange(50, 90))]
-    one = sampler(group)
-    drawn = {row for _ in range(40) for batch in one for s in batch for row in s.control}
-    assert drawn == set(range(50, 90))
+@pytest.mark.parametrize("pools", [[500], [64], [63], [1], [200, 1, 40, 3], [2] * 48, [100] * 48])
+def test_a_set_is_of_one_group_and_its_controls_of_the_right_pools(pools: list[int]) -> None:
+    groups = make_groups(MIXED, pools)
+    pool_of = {row: k for cells, of in zip(groups.cells, groups.pool_of, strict=True) for row, k in zip(cells, of)}  # noqa: B905
+    for g, perturbed, control in sets(steps(sampler(groups))):
+        n, shown = len(groups.cells[g]), Counter(perturbed.tolist())
+        assert set(shown) <= set(groups.cells[g])
+        assert max(shown.values()) == -(-64 // n)
+        assert len(shown) == min(n, 64)
+        pool = np.array([pool_of[row] for row in perturbed])
+        for k in set(pool):
+            drawn = Counter(control[pool == k].tolist())
+            assert set(drawn) <= set(groups.pools[k])
+            assert max(drawn.values()) <= -(-(pool == k).sum() // len(groups.pools[k]))
 
 
-def test_seed_and_epoch_decide(screen: dict) -> None:
-    groups = groups_of(screen)
-    one, same, other = sampler(groups, seed=3), sampler(groups, seed=3), sampler(groups, seed=4)
-    first = [rows_of(one), rows_of(one)]
-    assert first == [rows_of(same), rows_of(same)]
-    assert first[0] != first[1]
-    assert rows_of(other) != first[0]
-    # the global generators play no part
+def test_every_control_cell_is_drawn_about_equally_often() -> None:
+    groups = make_groups([640] * 3, [100, 40, 20, 7])
+    pool = np.concatenate(groups.pool_of)
+    drawn = np.bincount(np.concatenate([s.control.ravel() for s in steps(sampler(groups, n_steps=400))]))
+    for k, rows in enumerate(groups.pools):
+        expected = 400 * 8 * 64 * (pool == k).mean() / len(rows)
+        np.testing.assert_allclose(drawn[rows], expected, rtol=6 / np.sqrt(expected))
+
+
+def test_pools_that_overlap_do_not_repeat_a_control_cell_either() -> None:
+    """Controls of a whole context stand in for a batch without any, beside those of the other batches."""
+    groups = CellGroups.empty()
+    groups.pools.extend([np.arange(100), np.arange(60), np.arange(60, 100)])
+    groups.add("A", "T", np.arange(1000, 1300), np.random.default_rng(0).integers(3, size=300))
+    for _, _, control in sets(steps(sampler(groups, set_size=40))):
+        assert len(set(control)) == 40
+    # where there are too few for that, it comes to an end all the same, and no pool repeats its own
+    few = CellGroups.empty()
+    few.pools.extend([np.arange(20), np.arange(15)])
+    few.add("A", "T", np.arange(1000, 1025), np.repeat([0, 1], [10, 15]))
+    for _, perturbed, control in sets(steps(sampler(few, set_size=25))):
+        assert len(set(control[perturbed < 1010])) == 10
+        assert len(set(control[perturbed >= 1010])) == 15
+
+
+def test_sets_are_drawn_anew() -> None:
+    groups = make_groups([130, 200])
+    found = list(sets(steps(sampler(groups))))
+    assert len({tuple(sorted(p)) for _, p, _ in found}) == len(found)
+    # cells are in no order of their own, nor is a cell of a small group in the same place again
+    small = [p for _, p, _ in sets(steps(sampler(make_groups([9]), set_size=20)))]
+    assert len({p[0] for p in small}) == 9
+
+
+# -- a function of the step -------------------------------------------------------------------------------------------
+
+
+def same(a: CellSets, b: CellSets) -> bool:
+    return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_a_step_is_a_function_of_its_number() -> None:
+    groups = make_groups(MIXED, [200, 1, 40, 3])
+    one = sampler(groups, seed=3)
+    expected = steps(one)
+    for i in (99, 3, 50, 3, 0, 51, 98):
+        assert same(one.step(i), expected[i])
+        assert same(sampler(groups, seed=3).step(i), expected[i])
+    backwards = sampler(groups, seed=3)
+    assert all(same(backwards.step(i), expected[i]) for i in range(99, -1, -1))
+    # the global generator plays no part, the seed does
     np.random.seed(1)  # noqa: NPY002
-    torch.manual_seed(1)
-    assert rows_of(sampler(groups, seed=3)) == first[0]
+    assert same(sampler(groups, seed=3).step(5), expected[5])
+    assert not same(sampler(groups, seed=4).step(5), expected[5])
+    assert not same(expected[5], expected[6])
 
 
-def test_fixed_sets_are_the_same_every_epoch(screen: dict) -> None:
-    one = sampler(groups_of(screen), fixed=True)
-    assert rows_of(one) == rows_of(one)
+def test_there_is_no_step_outside_the_run() -> None:
+    one = sampler(make_groups([5]), n_steps=3)
+    for i in (-1, 3):
+        with pytest.raises(IndexError, match=rf"there is no step {i}: the run has 3 steps"):
+            one.step(i)
 
 
-def test_passes_are_repeated_up_to_min_batches(screen: dict) -> None:
-    groups = groups_of(screen)
-    once, long = sampler(groups), sampler(groups, min_batches=50)
-    assert len(long) >= 50
-    assert len(long) == len(list(long))
-    # whole passes: every cell as often as any other of its group, and no pass more than needed
-    n_sets = sum(len(batch) for batch in once)
-    assert long.n_passes == -(-50 * 4 // n_sets)
-    assert len(rows_of(long)) == n_sets * long.n_passes
-    # every pass is drawn anew
-    passes = [rows_of(long)[i : i + n_sets] for i in range(0, 2 * n_sets, n_sets)]
-    assert sorted(passes[0]) != sorted(passes[1])
+def test_nothing_to_draw_from() -> None:
+    for groups in (CellGroups.empty(), make_groups([5, 0]), make_groups([5], [3, 0])):
+        with pytest.raises(ValueError, match="no cells to draw sets from"):
+            sampler(groups)
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_ranks_share_the_batches(screen: dict, world_size: int) -> None:
-    groups = groups_of(screen)
-    alone = rows_of(sampler(groups))
-    shares = [sampler(groups, rank=r, world_size=world_size) for r in range(world_size)]
-    drawn = [list(s) for s in shares]
-    assert len({len(d) for d in drawn}) == 1
-    assert [len(s) for s in shares] == [len(d) for d in drawn]
-    # together they are what one process would see, but for a last incomplete round
-    interleaved = [batch for step in zip(*drawn, strict=True) for batch in step]
-    assert rows_of(interleaved) == alone[: len(rows_of(interleaved))]
-    assert len(interleaved) > len(sampler(groups)) - world_size
-
-
-def test_nothing_to_sample() -> None:
-    assert len(sampler([])) == 0
-    assert list(sampler([])) == []
-
-
-# -- rows and tensors -------------------------------------------------------------------------------------------------
-
-
-def test_dense_and_sparse_rows_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    dense = np.random.default_rng(0).poisson(0.5, (30, 11)).astype(np.float64)
-    index = np.array([[3, 3, 0], [29, 7, 1]])
-    kept_dense = Rows(sparse.csr_matrix(dense))
-    monkeypatch.setattr(_cell_sets, "_DENSE_BYTES", 0)
-    kept_sparse = Rows(sparse.csr_matrix(dense))
-    assert sparse.issparse(kept_sparse.matrix)
-    assert not sparse.issparse(kept_dense.matrix)
-    for rows in (Rows(dense), kept_dense, kept_sparse):
-        assert rows.shape == (30, 11)
-        assert rows[index].dtype == torch.float32
-        np.testing.assert_array_equal(rows[index].numpy(), dense[index])
-        np.testing.assert_array_equal(rows[np.array([5, 2])].numpy(), dense[[5, 2]])
-        # a batch may be written to without reaching the matrix
-        rows[index][:] = -1
-        np.testing.assert_array_equal(rows[index].numpy(), dense[index])
-
-
-def test_tensors_of_a_batch_of_sets(screen: dict) -> None:
-    matrix = np.random.default_rng(0).random((N, 6), dtype=np.float32)
-    genes = np.random.default_rng(1).random((N, 9), dtype=np.float32)
-    names = ["A", "A+B", "B", "ctrl"]
-    dataset = CellSetDataset(Rows(matrix), lambda p: torch.eye(4)[[names.index(x) for x in p]], Rows(genes))
-    sets = next(iter(sampler(groups_of(screen), seed=2)))
-    batch = dataset[sets]
-    assert {k: tuple(v.shape) for k, v in batch.items()} == {
-        "control": (4, 8, 6),
-        "perturbed": (4, 8, 6),
-        "perturbation": (4, 4),
-        "batch": (4,),
-        "genes": (4, 8, 9),
-    }
-    for i, s in enumerate(sets):
-        np.testing.assert_array_equal(batch["control"][i], matrix[s.control])
-        np.testing.assert_array_equal(batch["perturbed"][i], matrix[s.perturbed])
-        np.testing.assert_array_equal(batch["genes"][i], genes[s.perturbed])
-        assert names[int(batch["perturbation"][i].argmax())] == s.perturbation
-        assert int(batch["batch"][i]) == s.batch
-    assert "genes" not in CellSetDataset(Rows(matrix), dataset.encode)[sets]
-
-
-def test_sets_of_a_pass_come_in_random_order(screen: dict) -> None:
-    order = [s.perturbation for batch in sampler(groups_of(screen, batch=None), set_size=2) for s in batch]
-    assert sum(a != b for a, b in pairwise(order)) > len(order) / 3
+def test_many_groups_are_planned_in_a_moment() -> None:
+    groups = make_groups([5] * 200_000)
+    start = time.perf_counter()
+    one = sampler(groups, n_steps=25_000)
+    first = one.step(0)
+    assert time.perf_counter() - start < 5  # a quarter of a second where nothing else runs
+    assert first.perturbed.shape == first.control.shape == (8, 64)
+    assert len(set(first.group)) == 8

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-_DRAWS = 8  # attempts to find control cells that no other pool of the set has given
+_DRAWS = 32  # attempts to find control cells that no other pool of the set has given
 
 
 @dataclass(frozen=True)

@@ -122,8 +122,8 @@ class PackedRows:
 
     def to(self, device: torch.device | str) -> Self:
         """Return the store on another device, with genes in few bytes; itself where it is there already."""
-        device = torch.device(device)
-        if self.indptr.device.type == device.type and device.index in (None, self.indptr.device.index):
+        device, here = torch.device(device), self.indptr.device
+        if device.type == here.type and (here.type == "cpu" or device.index in (None, here.index)):
             return self
         genes = self.genes.to(getattr(torch, np.dtype(_gene_type(self.n_genes)).name))
         return type(self)(*(t.to(device) for t in (self.indptr, genes, self.values)), self.n_genes)
