@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import logging
+import sys
+import threading
+import time
 
 import anndata as ad
 import mudata as md
@@ -305,6 +308,78 @@ def test_perturbations_of_one_cell_have_no_ceiling(halves, caplog):
     assert "1 perturbations of (all) have one cell and no ceiling" in caplog.text
     assert "CUL3" not in set(scores.loc[scores["source"] == "ceiling", "perturbation"])
     assert np.isnan(table(scores)["model", "(all)", "CUL3", "mmd"])
+
+
+def wrong_in_its_target(predicted):
+    """The prediction for a gene that was perturbed is far off in that gene."""
+    cells = predicted.X.toarray()
+    for i, name in enumerate(predicted.obs["target_gene"]):
+        if name in predicted.var_names:
+            cells[i, predicted.var_names.get_loc(name)] = 8.5
+    predicted = predicted.copy()
+    predicted.X = cells
+    return predicted
+
+
+def test_a_label_that_names_the_control_too_is_of_the_same_gene(halves):
+    options = {**KEYS, "scale": "log1p", "suite": ["discrimination_l1", "discrimination_cosine"]}
+    names = {"STAT1": f"STAT1+{CONTROL}", "JAK2": f"{CONTROL}+JAK2"}
+    written = [h.copy() for h in halves]
+    for half in written:
+        half.obs["target_gene"] = half.obs["target_gene"].replace(names)
+    predicted = wrong_in_its_target(halves[0])
+    written[0].X = predicted.X
+    expected = vc.tl.evaluate(predicted, halves[1], **options).set_index(["perturbation", "metric"])["value"]
+    found = vc.tl.evaluate(*written, **options).set_index(["perturbation", "metric"])["value"]
+    np.testing.assert_allclose(found.rename(index={v: k for k, v in names.items()})[expected.index], expected)
+
+
+def test_genes_of_another_name_are_found_by_the_design_that_was_noted(halves):
+    options = {"scale": "log1p", "suite": ["discrimination_l1", "discrimination_cosine"]}
+    halves = wrong_in_its_target(halves[0]), halves[1]
+    renamed = [h.copy() for h in halves]
+    for half in renamed:
+        half.var["symbol"] = half.var_names
+        half.var_names = [f"ENSG{i:05d}" for i in range(half.n_vars)]
+    renamed[1].uns["virtualcell"] = {"design": {**KEYS, "gene_key": "symbol"}}
+    del renamed[0].var["symbol"]  # measured cells say how genes are called
+    np.testing.assert_array_equal(
+        vc.tl.evaluate(*renamed, **options)["value"], vc.tl.evaluate(*halves, **KEYS, **options)["value"]
+    )
+    del renamed[1].uns["virtualcell"]
+    kept = vc.tl.evaluate(*renamed, **KEYS, **options)["value"]
+    assert (kept != vc.tl.evaluate(*halves, **KEYS, **options)["value"]).any()
+
+
+def test_totals_of_predicted_cells_may_scatter_and_those_of_measured_cells_not(halves):
+    predicted, observed = (h.copy() for h in halves)
+    for half in (predicted, observed):
+        totals = np.random.default_rng(0).uniform(11_000, 15_000, half.n_obs)
+        counts = half.X.expm1()
+        counts = counts.multiply((totals / np.asarray(counts.sum(axis=1)).ravel())[:, None]).tocsr()
+        half.X = counts.log1p().astype(np.float32)
+    options = {**KEYS, "scale": "log1p", "suite": ["mae"]}
+    assert vc.tl.evaluate(predicted, halves[1], **options)["value"].notna().all()
+    with pytest.raises(ValueError, match=r"X of observed was normalised to 1\S+ counts per cell"):
+        vc.tl.evaluate(halves[0], observed, **options)
+
+
+def test_calls_in_threads_leave_stderr_alone(halves, capfd):
+    stderr, found = sys.stderr, []
+    options = {**KEYS, "scale": "log1p", "suite": ["de_overlap"]}
+    expected = vc.tl.evaluate(*halves, **options)
+    calls = [
+        threading.Thread(target=lambda n=n: found.append(vc.tl.evaluate(*halves, **options, n_jobs=n))) for n in (1, -1)
+    ]
+    for call in calls:
+        call.start()
+    while any(c.is_alive() for c in calls):
+        assert sys.stderr is stderr
+        time.sleep(1e-3)
+    for scores in found:
+        pd.testing.assert_frame_equal(scores, expected)
+    assert len(found) == 2
+    assert capfd.readouterr().err == ""
 
 
 # -- errors -----------------------------------------------------------------------------------------------------------

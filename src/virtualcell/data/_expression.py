@@ -278,9 +278,10 @@ class Expression:
         if _is_one_total(row_sums(logs.expm1())):
             return
         for what, undone in _OTHER_LOGARITHMS.items():
-            with np.errstate(over="ignore"):
+            with np.errstate(over="ignore"):  # of values and of their sums, which are then no one total
                 counts = sparse.csr_matrix((undone(logs.data), logs.indices, logs.indptr), shape=logs.shape)
-            if _is_one_total(row_sums(counts)):
+                totals = row_sums(counts)
+            if _is_one_total(totals):
                 raise ValueError(
                     f"{stated} {what}. Use `sc.pp.log1p(adata)`, once and without a base, or give raw counts with "
                     f"{self._argument}='counts'."

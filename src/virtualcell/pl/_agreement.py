@@ -65,8 +65,7 @@ def de_agreement(
     modality
         Modality of a MuData that holds gene expression.
     perturbation_key, control, context_key, layer, scale, library_size_key
-        As in :func:`virtualcell.tl.fit_state`; taken from what it left in `uns["virtualcell"]` of `observed` unless
-        stated.
+        As in :func:`virtualcell.tl.fit_state`; as it noted them in `uns["virtualcell"]` of `observed` unless stated.
     ax
         Axes to draw in; a new figure by default.
 

@@ -64,7 +64,7 @@ def perturbation_shift(
     modality
         Modality of a MuData that holds gene expression.
     perturbation_key, control, context_key, layer, scale, library_size_key
-        As in :func:`virtualcell.tl.fit_state`; taken from what it left in `uns["virtualcell"]` unless stated.
+        As in :func:`virtualcell.tl.fit_state`; as it noted them in `uns["virtualcell"]` unless stated.
     seed
         Starts the decomposition and orders the points, so that no group covers the others.
     ax
@@ -119,15 +119,8 @@ def perturbation_shift(
         (f"observed ({np.sum(treated):,})", OBSERVED, measured[treated]),
         (f"predicted ({guess.n_cells:,})", PREDICTED, project(guess.expression.rows().toarray())),
     ]
-    groups = [g for g in groups if len(g[2])]
-
     ax = axes_or_new(ax, figsize=(5.5, 4.8))
-    points = np.vstack([g[2] for g in groups])
-    colours = np.repeat([g[1] for g in groups], [len(g[2]) for g in groups])
-    order = np.random.default_rng(seed).permutation(len(points))
-    ax.scatter(*points[order].T, c=colours[order], s=_point_size(len(points)), alpha=0.4, lw=0, rasterized=True)
-    for label, colour, _ in groups:
-        ax.scatter([], [], c=colour, s=30, label=label)
+    _scatter(ax, groups, seed)
 
     tips, starts = [], []
     for where in contexts:
@@ -157,9 +150,16 @@ def _only_perturbation(predicted: Screen) -> str:
     return names[0]
 
 
-def _point_size(n_cells: int) -> float:
-    """Area of a point in square points, smaller for more cells."""
-    return float(np.clip(12_000 / n_cells, 3, 14))
+def _scatter(ax: Axes, groups: list[tuple[str, str, np.ndarray]], seed: int) -> None:
+    """Draw groups of cells (label, colour, points) in a random order, in smaller points where there are more cells."""
+    groups = [g for g in groups if len(g[2])]
+    points = np.vstack([g[2] for g in groups])
+    colours = np.repeat([g[1] for g in groups], [len(g[2]) for g in groups])
+    order = np.random.default_rng(seed).permutation(len(points))
+    area = float(np.clip(12_000 / len(points), 3, 14))
+    ax.scatter(*points[order].T, c=colours[order], s=area, alpha=0.4, lw=0, rasterized=True)
+    for label, colour, _ in groups:
+        ax.scatter([], [], c=colour, s=30, label=label)
 
 
 def _arrow(ax: Axes, start: np.ndarray, end: np.ndarray, colour: str, width: float) -> np.ndarray:

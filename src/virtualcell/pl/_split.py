@@ -47,7 +47,7 @@ def split(
     modality
         Modality of a MuData that holds gene expression.
     perturbation_key, control, context_key
-        As in :func:`virtualcell.pp.split`; taken from what that or `fit_state` left in `uns["virtualcell"]` unless
+        As in :func:`virtualcell.pp.split`; as that or `fit_state` noted them in `uns["virtualcell"]` unless
         stated.
     ax
         Axes to draw in; a new figure, as high as the list is long, by default.
@@ -100,7 +100,12 @@ def split(
     ax.spines[:].set_visible(False)
     handles = [Patch(color=_COLOURS[p], label=f"{p} ({int(counts[p].sum()):,} cells)") for p in parts]
     ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=9)
+    _write_names(ax, rows, y, x, total)
+    return ax
 
+
+def _write_names(ax: Axes, rows: list[str], y: np.ndarray, x: np.ndarray, total: np.ndarray) -> None:
+    """Name the rows and write the numbers of cells into their tiles, as far as there is room for text."""
     ax.get_figure(root=True).draw_without_rendering()  # a layout engine sizes the axes only now
     height = ax.get_window_extent().height * 72 / ax.get_figure(root=True).dpi / len(rows)
     step = math.ceil(_LINE / height)
@@ -109,7 +114,6 @@ def split(
     if step == 1:
         for i, j, n in zip(y, x, total, strict=True):
             ax.text(j + 0.5, i + 0.5, f"{n:,}", ha="center", va="center", fontsize=8)
-    return ax
 
 
 def _tiles(left: np.ndarray, right: np.ndarray, row: np.ndarray, colour: str) -> PolyCollection:
