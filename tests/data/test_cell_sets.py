@@ -12,14 +12,12 @@ from virtualcell.data._cell_sets import CellGroups, CellSets, SetSampler
 
 def make_groups(sizes: Sequence[int], pools: Sequence[int] = (500,), seed: int = 0) -> CellGroups:
     """Groups of so many cells, each matched to one of the pools at random; pools have the first rows."""
-    rng, groups, row = np.random.default_rng(seed), CellGroups.empty(), 0
-    for n in pools:
-        groups.pools.append(np.arange(row, row + n))
-        row += n
-    for i, n in enumerate(sizes):
-        groups.add(f"p{i}", "A", np.arange(row, row + n), rng.integers(len(pools), size=n))
-        row += n
-    return groups
+    ends = np.cumsum([0, *pools, *sizes])
+    rows = np.split(np.arange(ends[-1]), ends[1:-1])
+    pool_of = np.random.default_rng(seed).integers(len(pools), size=int(sum(sizes)))
+    cut = np.split(pool_of, np.cumsum(sizes)[:-1])
+    names = [f"p{i}" for i in range(len(sizes))]
+    return CellGroups(names, ["A"] * len(sizes), rows[len(pools) :], cut, rows[: len(pools)])
 
 
 def sampler(groups: CellGroups, **options: int) -> SetSampler:

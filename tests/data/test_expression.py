@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import tracemalloc
 from collections.abc import Callable
-from itertools import product
 from pathlib import Path
 
 import anndata as ad
@@ -103,72 +102,6 @@ def test_units(adata: AnnData) -> None:
     with pytest.raises(ValueError, match="1 cells have no counts"):
         expression.read_as("log1p").rows()
     assert expression.unit == "counts"
-
-
-DENSE = [np.asarray, np.asfortranarray]
-SPARSE = [sparse.csr_matrix, sparse.csc_matrix, sparse.csr_array, sparse.csc_array]
-
-
-def doubled(counts: np.ndarray) -> sparse.csr_matrix:
-    """Every entry in two halves or as itself and a zero, in an order of no kind."""
-    rng = np.random.default_rng(0)
-    rows, columns = np.nonzero(counts)
-    half = (counts[rows, columns] // 2).astype(counts.dtype)
-    order = rng.permutation(2 * len(rows))
-    order = order[np.argsort(np.tile(rows, 2)[order], kind="stable")]
-    data = np.concatenate([half, counts[rows, columns] - half])[order].astype(counts.dtype)
-    indptr = np.concatenate([[0], np.cumsum(2 * np.bincount(rows, minlength=len(counts)))])
-    return sparse.csr_matrix((data, np.tile(columns, 2)[order], indptr), shape=counts.shape)
-
-
-DTYPES = ["int8", "uint16", "int32", "int64", "float32", "float64"]
-
-
-@pytest.mark.parametrize(
-    ("stored", "dtype"),
-    [*product([*DENSE, *SPARSE, doubled], DTYPES), *product(DENSE, ["float16", ">f4"])],  # which scipy does not know
-)
-def test_storage_of_the_matrix_does_not_matter(stored: Callable, dtype: str) -> None:
-    adata = cells()
-    expected = {unit: read(adata, unit=unit) for unit in ("log1p", "log_counts", "counts")}
-    counts = adata.X.toarray().astype(dtype)
-    adata.layers["other"] = stored(counts)
-    before = adata.layers["other"].copy()
-    for unit, values in expected.items():
-        expression = Expression(adata, layer="other", unit=unit)
-        np.testing.assert_array_equal(bits(expression.rows().toarray()), bits(values))
-        some = np.array([7, 3, 3, 59])
-        np.testing.assert_array_equal(bits(expression.rows(some).toarray()), bits(values[some]))
-        blocks = [b.toarray() for _, b in expression.blocks(7)]
-        np.testing.assert_array_equal(bits(np.concatenate(blocks)), bits(values))
-    after = adata.layers["other"]
-    assert type(after) is type(before)
-    assert after.dtype == dtype
-    pairs = [(after, before)]
-    if sparse.issparse(after):
-        pairs = [(getattr(after, name), getattr(before, name)) for name in ("data", "indices", "indptr")]
-    for a, b in pairs:
-        np.testing.assert_array_equal(a, b)
-
-
-def test_entries_stored_twice_count_once_together() -> None:
-    # 1 + 3 of gene g1 in one cell: log(1 + 4), not log(2) + log(4)
-    twice = sparse.csr_matrix((np.array([1, 3, 2], np.float32), np.array([0, 0, 1]), np.array([0, 3])), shape=(1, 2))
-    cell = AnnData(twice.copy(), var=pd.DataFrame(index=["g1", "g2"]))
-    np.testing.assert_allclose(read(cell, target_sum=6), [np.log1p([4, 2])], rtol=1e-6)
-    assert cell.X.nnz == 3
-    # 100 + 100 is more than the small integers of the file can hold
-    small = sparse.csr_matrix((np.array([100, 100], np.int8), np.array([1, 1]), np.array([0, 2])), shape=(1, 2))
-    np.testing.assert_array_equal(read(AnnData(small), unit="counts"), [[0, 200]])
-
-
-def test_views_are_read_as_the_cells_and_genes_that_they_show() -> None:
-    adata = cells()
-    for whole in (adata, AnnData(adata.X.toarray(), obs=adata.obs, var=adata.var)):
-        view = whole[whole.obs_names[[30, 2, 5]], ["g0", "g7", "g3"]]
-        assert view.is_view
-        np.testing.assert_array_equal(bits(read(view)), bits(read(view.copy())))
-        assert view.is_view
 
 
 def test_library_sizes_are_exact() -> None:
@@ -520,11 +453,3 @@ def test_library_size_must_be_there_and_positive(adata: AnnData) -> None:
     # of no use where nothing is divided
     adata.layers["log"] = read(adata)
     assert read(adata, layer="log", scale="log1p", library_size_key="depth").shape == (3, 4)
-
-
-def test_backed_and_lazy_data_are_refused(adata: AnnData, tmp_path: Path) -> None:
-    adata.write_h5ad(tmp_path / "a.h5ad")
-    backed = ad.read_h5ad(tmp_path / "a.h5ad", backed="r")
-    with pytest.raises(ValueError, match=r"is backed.*to_memory"):
-        Expression(backed)
-    backed.file.close()
