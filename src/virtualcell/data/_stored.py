@@ -8,7 +8,7 @@ from scipy import sparse
 
 from virtualcell._errors import unknown_name
 
-BLOCK = 4096  # cells read at a time
+BLOCK = 1024  # cells read at a time, few enough that copies of them are small beside any matrix
 
 
 class StoredMatrix:

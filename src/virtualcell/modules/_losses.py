@@ -20,35 +20,57 @@ def _self_distances(x: Tensor) -> Tensor:
     return _distances(x, x).masked_fill(torch.eye(x.shape[-2], dtype=torch.bool, device=x.device), 0.0)
 
 
-def _centred(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    # distances do not change, but cdist subtracts squares and loses fewer digits near the origin
-    centre = y.detach().float().mean(dim=-2, keepdim=True)
-    return x.float() - centre, y.float() - centre
+class Target:
+    """A set of cells to compare predictions with, (B, S', G), and what is the same for all of them.
+
+    Cells are taken from their mean: distances do not change, but cdist subtracts squares and loses fewer digits near
+    the origin.
+    """
+
+    def __init__(self, cells: Tensor) -> None:
+        cells = cells.float()
+        self.centre = cells.detach().mean(dim=-2, keepdim=True)
+        self.cells = cells - self.centre
+        self._within: Tensor | None = None
+
+    def shifted(self, x: Tensor) -> Tensor:
+        """Return other cells from the same origin."""
+        return x.float() - self.centre
+
+    @property
+    def within(self) -> Tensor:
+        """Mean distance between the cells of a set, (B,)."""
+        if self._within is None:
+            self._within = _self_distances(self.cells).mean(dim=(-2, -1))
+        return self._within
 
 
-def energy_distance(x: Tensor, y: Tensor) -> Tensor:
+def energy_distance(x: Tensor, y: Tensor | Target) -> Tensor:
     """E|x-y| - E|x-x'| / 2 - E|y-y'| / 2 over all pairs, self-pairs included as zeros (an MMD with kernel -|x-y|).
 
     This is the loss of STATE (Adduri et al. 2025), half of the energy distance of Székely and Rizzo (2013).
     """
-    x, y = _centred(x, y)
-    between = _distances(x, y).mean(dim=(-2, -1))
-    return between - _self_distances(x).mean(dim=(-2, -1)) / 2 - _self_distances(y).mean(dim=(-2, -1)) / 2
+    y = y if isinstance(y, Target) else Target(y)
+    x = y.shifted(x)
+    between = _distances(x, y.cells).mean(dim=(-2, -1))
+    return between - _self_distances(x).mean(dim=(-2, -1)) / 2 - y.within / 2
 
 
-def mean_distance(x: Tensor, y: Tensor) -> Tensor:
+def mean_distance(x: Tensor, y: Tensor | Target) -> Tensor:
     """Euclidean distance between the two mean cells."""
-    difference = x.float().mean(dim=-2) - y.float().mean(dim=-2)
+    y = y if isinstance(y, Target) else Target(y)
+    difference = y.shifted(x).mean(dim=-2) - y.cells.mean(dim=-2)
     return difference.square().sum(dim=-1).clamp_min(1e-12).sqrt()
 
 
-def sinkhorn_divergence(x: Tensor, y: Tensor, blur: float = 0.05) -> Tensor:
+def sinkhorn_divergence(x: Tensor, y: Tensor | Target, blur: float = 0.05) -> Tensor:
     """Debiased entropic transport cost, ground cost |x-y|^2 / 2, temperature blur^2 (Feydy et al. 2019, eq. 3).
 
     The temperature falls from the squared diameter by a factor of 4 a step; potentials are held fixed in the backward
     pass, where the envelope theorem makes the gradient that of the last step.
     """
-    x, y = _centred(x, y)
+    y = y if isinstance(y, Target) else Target(y)
+    x, y = y.shifted(x), y.cells
     costs = {
         "xy": _distances(x, y).square() / 2,
         "xx": _self_distances(x).square() / 2,
@@ -77,7 +99,7 @@ def sinkhorn_divergence(x: Tensor, y: Tensor, blur: float = 0.05) -> Tensor:
     return (f - (f_x + g_x) / 2).mean(dim=-1) + (g - (f_y + g_y) / 2).mean(dim=-1)
 
 
-def set_loss(predicted: Tensor, target: Tensor, *, kind: str = "energy", mean_weight: float = 0.0) -> Tensor:
+def set_loss(predicted: Tensor, target: Tensor | Target, *, kind: str = "energy", mean_weight: float = 0.0) -> Tensor:
     """Loss of each set: "energy", "sinkhorn" or "energy+sinkhorn" (0.01 Sinkhorn), plus the distance of set means."""
     if kind == "energy":
         loss = energy_distance(predicted, target)
@@ -143,7 +165,8 @@ def st_loss(
         return {name: torch.stack([losses[name] for losses in each]).mean() for name in each[0]}
     out = network(batch["control"], batch["perturbation"], batch.get("batch"))
 
-    def distance(cells: list[Tensor], target: Tensor) -> Tensor:
+    def distance(cells: list[Tensor], observed: Tensor) -> Tensor:
+        target = Target(observed)
         return torch.stack([set_loss(c, target, kind=kind, mean_weight=mean_weight) for c in cells]).mean(dim=0)
 
     per_set = distance(out.heads, batch["perturbed"])
