@@ -184,7 +184,7 @@ def test_2025_refuses_what_cell_eval_refuses(write_2025, predicted, controls, ge
     refused(negative, "negative")
     mixed = good.copy()
     mixed.X.data[:50] = np.expm1(mixed.X.data[:50])
-    refused(mixed, "more than log1p of counts")
+    refused(mixed, "reaches .*: these are neither raw counts nor log")
     monkeypatch.setattr("virtualcell.tl._submission_checks._MAX_CELLS", {2025: 10})
     with pytest.raises(ValueError, match="exceeds maximum"):
         official.strip_anndata(good.copy(), str(tmp_path / "theirs.vcc"), genes, encoding=32, max_cell_dim=10)
