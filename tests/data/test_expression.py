@@ -405,6 +405,7 @@ def test_log1p_of_raw_counts_is_refused() -> None:
     np.testing.assert_array_equal(read(toy, scale="log1p"), toy.X)
 
 
+@pytest.mark.filterwarnings("error")
 def test_other_logarithms_are_refused() -> None:
     adata = cells(100, 200)
     twice = lognorm(adata)
@@ -415,6 +416,9 @@ def test_other_logarithms_are_refused() -> None:
         read(lognorm(adata, base=2), scale="log1p")
     with pytest.raises(ValueError, match=r"X holds logarithms to base 10"):
         read(lognorm(adata, base=10), scale="log1p")
+    # what is far beyond any logarithm is no matter of warnings
+    with pytest.raises(ValueError, match="neither raw counts nor"):
+        read(AnnData(adata.X.toarray() * 1000.5), scale="log1p")
 
 
 def test_totals_of_predicted_cells_scatter() -> None:

@@ -274,18 +274,17 @@ class Expression:
 
     def _check_logarithms(self) -> None:
         """Raise where cells have one total if other logarithms than natural ones of 1 + x are undone."""
-        logs, stated = self._sample(), f"{self._argument}='log1p' was stated, but {self._where}"
-        if _is_one_total(row_sums(logs.expm1())):
-            return
-        for what, undone in _OTHER_LOGARITHMS.items():
-            with np.errstate(over="ignore"):  # of values and of their sums, which are then no one total
+        logs = self._sample()
+        with np.errstate(over="ignore"):  # of values and of their sums, which are then no one total
+            if _is_one_total(row_sums(logs.expm1())):
+                return
+            for what, undone in _OTHER_LOGARITHMS.items():
                 counts = sparse.csr_matrix((undone(logs.data), logs.indices, logs.indptr), shape=logs.shape)
-                totals = row_sums(counts)
-            if _is_one_total(totals):
-                raise ValueError(
-                    f"{stated} {what}. Use `sc.pp.log1p(adata)`, once and without a base, or give raw counts with "
-                    f"{self._argument}='counts'."
-                )
+                if _is_one_total(row_sums(counts)):
+                    raise ValueError(
+                        f"{self._argument}='log1p' was stated, but {self._where} {what}. Use `sc.pp.log1p(adata)`, once"
+                        f" and without a base, or give raw counts with {self._argument}='counts'."
+                    )
 
     def _check_totals(self) -> None:
         """Raise where logarithms are of something else than counts per `target_sum`.
