@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pandas as pd
 import pytest
 
 import virtualcell as vc
+from virtualcell.data._design import Design
+from virtualcell.data._screen import Screen
 from virtualcell.models import (
     Additive,
     ContextMean,
@@ -14,6 +18,7 @@ from virtualcell.models import (
     PerturbationMean,
     Ridge,
 )
+from virtualcell.models._effects import Effects
 
 CONTROL = "non-targeting"
 FROM_FEATURES = [Ridge, NearestPerturbations]
@@ -35,13 +40,18 @@ def table(names, n_dims=4) -> pd.DataFrame:
     return pd.DataFrame(np.random.default_rng(0).normal(size=(len(names), n_dims)), index=names)
 
 
+def learned(model) -> np.ndarray:
+    """Every number of a baseline, as one vector."""
+    return np.concatenate([np.ravel(values).astype(float) for values in model.arrays.values()])
+
+
 def mean(data, context, perturbation) -> np.ndarray:
     """Mean expression of a group, in double precision."""
     here = ((data.obs["cell_type"] == context) & (data.obs["target_gene"] == perturbation)).to_numpy()
     return data.X[here].mean(axis=0, dtype=np.float64)
 
 
-def shift(data, perturbation, contexts) -> np.ndarray:
+def effect(data, perturbation, contexts) -> np.ndarray:
     return np.mean([mean(data, c, perturbation) - mean(data, c, CONTROL) for c in contexts], axis=0)
 
 
@@ -63,7 +73,7 @@ def test_no_change_is_the_control_cells(screen, design, targets):
 
 def test_perturbation_mean_against_numpy(screen, design, targets, seen):
     model = train(PerturbationMean, screen, design, split_key="split")
-    expected = np.mean([shift(screen, p, seen) for p in targets], axis=0)
+    expected = np.mean([effect(screen, p, seen) for p in targets], axis=0)
     for perturbation in (targets[0], "never measured"):
         cells = model.predict(screen, perturbation, context="type_5")
         np.testing.assert_allclose(cells, np.maximum(screen[cells.index].X + expected, 0), atol=2e-6)
@@ -75,7 +85,7 @@ def test_additive_against_numpy(screen, design, targets, seen):
     model = train(Additive, screen, design, split_key="split")
     for p in targets:
         cells = model.predict(screen, p, context="type_5")
-        expected = np.maximum(screen[cells.index].X + shift(screen, p, seen), 0)
+        expected = np.maximum(screen[cells.index].X + effect(screen, p, seen), 0)
         np.testing.assert_allclose(cells, expected, atol=2e-6)
         assert (cells.to_numpy() == 0).any()  # expression below zero is cut
 
@@ -86,37 +96,37 @@ def test_contexts_count_the_same_whatever_their_size(screen, design, targets, se
     few = screen[np.setdiff1d(np.arange(screen.n_obs), cells[3:])].copy()
     model = train(Additive, few, design, split_key="split")
     got = model.predict(few, p, context="type_5")
-    np.testing.assert_allclose(got, np.maximum(few[got.index].X + shift(few, p, seen), 0), atol=2e-6)
+    np.testing.assert_allclose(got, np.maximum(few[got.index].X + effect(few, p, seen), 0), atol=2e-6)
 
 
-def test_additive_sums_the_shifts_of_a_new_combination(screen, design, targets, seen):
+def test_additive_sums_the_effects_of_a_new_combination(screen, design, targets, seen):
     model = train(Additive, screen, design, split_key="split")
     a, b = targets[:2]
     both = model.predict(screen, f"{a}+{b}", context="type_5")
-    expected = screen[both.index].X + shift(screen, a, seen) + shift(screen, b, seen)
+    expected = screen[both.index].X + effect(screen, a, seen) + effect(screen, b, seen)
     np.testing.assert_allclose(both, np.maximum(expected, 0), atol=3e-6)
     assert both.equals(model.predict(screen, f"{b}+{a}", context="type_5"))
     with_control = model.predict(screen, f"{a}+{CONTROL}", context="type_5")
     assert with_control.equals(model.predict(screen, a, context="type_5"))
 
 
-def test_additive_copies_the_shift_of_a_combination_that_was_measured(screen, design, targets, seen):
+def test_additive_copies_the_effect_of_a_combination_that_was_measured(screen, design, targets, seen):
     a, b, c = targets[:3]
     label = f"{a}+{b}"
     screen.obs["target_gene"] = screen.obs["target_gene"].astype(str).replace({c: label})
     model = train(Additive, screen, design, split_key="split")
     cells = model.predict(screen, label, context="type_5")
-    np.testing.assert_allclose(cells, np.maximum(screen[cells.index].X + shift(screen, label, seen), 0), atol=2e-6)
+    np.testing.assert_allclose(cells, np.maximum(screen[cells.index].X + effect(screen, label, seen), 0), atol=2e-6)
 
 
 @pytest.mark.parametrize("kind", LEARNING)
-def test_test_cells_are_never_used(kind, screen, design, targets, weights):
+def test_test_cells_are_never_used(kind, screen, design, targets):
     model = train(kind, screen, design, split_key="split")
     other = screen.copy()
     other.X[(other.obs["split"] == "test").to_numpy()] = 1.5
-    assert np.array_equal(weights(model), weights(train(kind, other, design, split_key="split")))
+    assert np.array_equal(learned(model), learned(train(kind, other, design, split_key="split")))
     everything = train(kind, screen, design)
-    assert not np.array_equal(weights(model), weights(everything))
+    assert not np.array_equal(learned(model), learned(everything))
 
 
 @pytest.mark.parametrize("kind", [NoChange, *LEARNING])
@@ -133,7 +143,7 @@ def test_unknown_perturbation(screen, design, targets):
     model = train(Additive, screen, design)
     with pytest.raises(KeyError, match=rf"^perturbation='{targets[0]}x' is unknown\. Did you mean .*'{targets[0]}'"):
         model.predict(screen, f"{targets[0]}x")
-    with pytest.raises(KeyError, match="copies shifts it has seen"):
+    with pytest.raises(KeyError, match="copies effects it has seen"):
         model.predict(screen, f"{targets[0]}+nothing")
 
 
@@ -199,12 +209,12 @@ def error(model, data, context, perturbations) -> float:
 
 def test_context_mean_against_numpy(few_shot, design, targets, seen):
     model = train(ContextMean, few_shot, design, split_key="split")
-    own = np.mean([shift(few_shot, p, ["type_5"]) for p in targets[:2]], axis=0)
+    own = np.mean([effect(few_shot, p, ["type_5"]) for p in targets[:2]], axis=0)
     cells = model.predict(few_shot, targets[4], context="type_5")
     np.testing.assert_allclose(cells, np.maximum(few_shot[cells.index].X + own, 0), atol=2e-6)
     few_shot.obs["split"] = np.where(few_shot.obs["cell_type"] == "type_5", "test", "train")
     model = train(ContextMean, few_shot, design, split_key="split")
-    overall = np.mean([shift(few_shot, p, seen) for p in targets], axis=0)
+    overall = np.mean([effect(few_shot, p, seen) for p in targets], axis=0)
     cells = model.predict(few_shot, targets[4], context="type_5")
     np.testing.assert_allclose(cells, np.maximum(few_shot[cells.index].X + overall, 0), atol=2e-6)
 
@@ -213,8 +223,8 @@ def test_additive_takes_part_of_the_own_deviation_of_the_context(few_shot, desig
     model = train(Additive, few_shot, design, split_key="split")
     p = targets[4]
     cells = model.predict(few_shot, p, context="type_5")
-    own = np.mean([shift(few_shot, q, ["type_5"]) - shift(few_shot, q, seen) for q in targets[:2]], axis=0)
-    extra = cells.to_numpy() - few_shot[cells.index].X - shift(few_shot, p, seen)
+    own = np.mean([effect(few_shot, q, ["type_5"]) - effect(few_shot, q, seen) for q in targets[:2]], axis=0)
+    extra = cells.to_numpy() - few_shot[cells.index].X - effect(few_shot, p, seen)
     extra = extra[:, (cells > 0).all(axis=0)].mean(axis=0)
     own = own[(cells > 0).all(axis=0)]
     slope = (extra @ own) / (own @ own)
@@ -231,7 +241,7 @@ def test_baselines_in_order_of_what_they_know(few_shot, design, targets):
     assert errors[1] < errors[2] < errors[3]
 
 
-def test_nearest_context_of_a_measured_pair_is_near_its_own_shift(screen, design, targets):
+def test_nearest_context_of_a_measured_pair_is_near_its_own_effect(screen, design, targets):
     model, plain = (train(kind, screen, design) for kind in (NearestContext, Additive))
     assert error(model, screen, "type_2", targets) < 0.8 * error(plain, screen, "type_2", targets)
 
@@ -275,7 +285,7 @@ def test_unseen_perturbations_from_features(kind, many, design):
         rs = []
         for p in unseen:
             delta = m.predict(adata, p, context="type_1").mean().to_numpy() - mean(adata, "type_1", CONTROL)
-            rs.append(np.corrcoef(delta, shift(adata, p, ["type_1"]))[0, 1])
+            rs.append(np.corrcoef(delta, effect(adata, p, ["type_1"]))[0, 1])
         scores.append(np.mean(rs))
     assert scores[0] > 0.6
     assert scores[0] > scores[1] + 0.3
@@ -299,7 +309,7 @@ def test_ridge_is_a_fit_also_for_measured_perturbations(many, design):
     model = train(Ridge, adata, design, features, split_key="split")
     p = model.known[0]
     predicted = model.predict(adata, p, context="type_1").to_numpy().mean(axis=0) - mean(adata, "type_1", CONTROL)
-    assert np.abs(predicted - shift(adata, p, ["type_1"])).max() > 0.05
+    assert np.abs(predicted - effect(adata, p, ["type_1"])).max() > 0.05
 
 
 @pytest.mark.parametrize("kind", FROM_FEATURES)
@@ -313,6 +323,54 @@ def test_features_must_be_there(kind, screen, design, targets):
     assert not model.predict(screen, "new").isna().any(axis=None)
     with pytest.raises(KeyError, match="no row in the feature table"):
         model.predict(screen, "nothing")
+
+
+# -- where effects come from ------------------------------------------------------------------------------------------
+
+
+def screen_of(data, **options) -> Screen:
+    design = Design(
+        perturbation_key="target_gene", control=CONTROL, context_key="cell_type", split_key="split", scale="log1p"
+    )
+    return Screen.from_anndata(data, design, **options)
+
+
+@pytest.mark.parametrize("kind", [NoChange, *LEARNING])
+def test_built_from_a_screen_alone(kind, few_shot, design, targets):
+    features = [table(targets)] if kind in FROM_FEATURES else []
+    model = kind(screen_of(few_shot), *features)
+    model.train()
+    usual = train(kind, few_shot, design, *features, split_key="split")
+    for p in (targets[0], targets[4]):
+        assert model.predict(perturbation=p).equals(usual.predict(few_shot, p))
+
+
+@pytest.mark.parametrize("kind", [NoChange, *LEARNING])
+def test_trained_from_effects_that_are_known_already(kind, few_shot, design, targets):
+    usual = train(kind, few_shot, design, split_key="split")
+    screen = screen_of(few_shot)
+    effects = Effects.measure(screen, screen.is_known)
+    kind.setup_anndata(few_shot, **design, split_key="split")
+    model = kind(few_shot, table(targets)) if kind in FROM_FEATURES else kind(few_shot)
+    model.forget_data()
+    model.train(effects)
+    assert model.predict(few_shot, targets[3]).equals(usual.predict(few_shot, targets[3]))
+    fewer = dataclasses.replace(effects, effects=effects.effects[:, 1:])
+    with pytest.raises(ValueError, match="effects= has 79 genes, this model 80"):
+        model.train(fewer)
+
+
+@pytest.mark.parametrize("kind", [NoChange, *LEARNING])
+def test_arrays_in_arrays_out(kind, few_shot, design, targets):
+    model = train(kind, few_shot, design, split_key="split")
+    cells = controls(few_shot, "type_5")
+    before, base = cells.copy(), cells.mean(axis=0)
+    for p in (targets[0], f"{targets[1]}+{targets[4]}", CONTROL):
+        predicted = model.predict_cells(cells[:7], p, context="type_5", base=base)
+        assert predicted.dtype == np.float32
+        whole = model.predict_cells(cells, p, context="type_5", base=base)
+        np.testing.assert_array_equal(predicted, whole[:7])  # each cell by itself
+    np.testing.assert_array_equal(cells, before)
 
 
 # -- saving -----------------------------------------------------------------------------------------------------------
@@ -340,8 +398,8 @@ def test_without_contexts(kind, screen, targets):
 
 
 @pytest.mark.parametrize("kind", LEARNING)
-def test_training_again_forgets_what_was_learned(kind, screen, design, weights):
+def test_training_again_forgets_what_was_learned(kind, screen, design):
     model = train(kind, screen, design)
-    before = weights(model)
+    before = learned(model)
     model.train()
-    np.testing.assert_array_equal(weights(model), before)
+    np.testing.assert_array_equal(learned(model), before)

@@ -53,6 +53,7 @@ def test_effects_against_numpy(rng):
         assert effects.n_cells[i] == len(cells)
         np.testing.assert_allclose(effects.controls[c], controls.mean(0), rtol=1e-6)
         np.testing.assert_allclose(effects.control_variance[c], controls.var(0, ddof=1) / len(controls), rtol=1e-5)
+    assert effects.controls.base is None  # kept by models, without the table of all means
     assert (effects.n_cells == 1).sum() == 1
     assert (effects.rows() >= 0).sum() == 7
     assert effects.rows()[2].tolist() == [6, -1, -1]

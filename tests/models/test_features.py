@@ -6,24 +6,8 @@ import pytest
 import torch
 
 from virtualcell._errors import UnknownNameError
-from virtualcell.data._labels import known_parts, parts
+from virtualcell.data._labels import known_parts
 from virtualcell.models._features import PerturbationTable
-
-
-@pytest.mark.parametrize(
-    ("label", "known", "expected"),
-    [
-        ("NT", (), []),
-        ("A", (), ["A"]),
-        ("A+B", (), ["A", "B"]),
-        ("A+B", ("A+B",), ["A+B"]),
-        ("A+NT", (), ["A"]),
-        ("NT+B", (), ["B"]),
-        ("A+B+C", (), ["A", "B", "C"]),
-    ],
-)
-def test_parts(label, known, expected):
-    assert parts(label, "NT", known) == expected
 
 
 def test_one_hot_gives_each_target_of_a_combination_its_own_vector():

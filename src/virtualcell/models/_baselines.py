@@ -34,12 +34,16 @@ class Baseline(PerturbationModel):
     marked `test` take no part.
     """
 
+    form: type | None = None  # of the fit that effects are taken from, for a baseline that has one
+    copies = False  # whether effects are those of measured perturbations, so that no other one can be predicted
+
     def __init__(self, data: AnnData | MuData | Screen | None = None, *, registry: dict | None = None) -> None:
         super().__init__(data, registry=registry)
         self.known: list[str] = []  # perturbations of the training cells
         self.known_contexts: list[str] = []
         self.arrays: dict[str, np.ndarray] = {}  # what was learned, by name
         self._code: dict[str, int] = {}
+        self._context_code: dict[str, int] = {}
         self.module = nn.Module()  # scvi-tools moves it between devices
         self._model_summary_string = f"{type(self).__name__} baseline, {len(self.genes)} genes."
 
@@ -58,17 +62,26 @@ class Baseline(PerturbationModel):
         effects
             Measured effects of the training cells, where these are known already.
         """
-        screen = _common.training_screen(self)
-        effects = Effects.measure(screen, screen.is_known) if effects is None else effects
+        if effects is None:
+            screen = _common.training_screen(self)
+            effects = Effects.measure(screen, screen.is_known)
         if not effects.perturbations:
             raise ValueError(f"the training cells hold no perturbation, only {self.control!r}.")
+        if effects.effects.shape[1] != len(self.genes):
+            n = effects.effects.shape[1]
+            raise ValueError(f"effects= has {n} genes, this model {len(self.genes)}. Measure them on the same genes.")
         self._remember(effects.perturbations, effects.contexts, self._fit(effects))
         self.is_trained_ = True
 
     def _remember(self, known: Sequence[str], contexts: Sequence[str], arrays: dict[str, np.ndarray]) -> None:
         self.known, self.known_contexts = list(known), list(contexts)
         self._code = {name: i for i, name in enumerate(self.known)}
-        self.arrays = {name: np.asarray(values) for name, values in arrays.items()}
+        self._context_code = {name: i for i, name in enumerate(self.known_contexts)}
+        # in the order of a file: products of arrays in another order differ in the last digit
+        self.arrays = {name: np.asarray(values, order="C") for name, values in arrays.items()}
+        if self.form is not None:
+            names = {f.name for f in fields(self.form)}
+            self.fitted = self.form(**{k: v for k, v in self.arrays.items() if k in names})
 
     @abstractmethod
     def _fit(self, effects: Effects) -> dict[str, np.ndarray]:
@@ -96,6 +109,8 @@ class Baseline(PerturbationModel):
 
     def check_perturbation(self, perturbation: str) -> None:
         """Raise a KeyError that names the closest ones if this baseline has no effect for a perturbation."""
+        if self.copies:
+            self._rows(perturbation)
 
     def predict_cells(
         self, cells: np.ndarray, perturbation: str, *, context: str, base: np.ndarray, batch: np.ndarray | None = None
@@ -106,15 +121,16 @@ class Baseline(PerturbationModel):
         """
         if perturbation == self.control:
             return cells
-        row = self.known_contexts.index(context) if context in self.known_contexts else -1
-        return np.clip(cells + self._effect(perturbation, row, base).astype(np.float32), 0, MOST_EXPRESSION)
+        effect = self._effect(perturbation, self._context_code.get(context, -1), base).astype(np.float32)
+        predicted = cells + effect
+        return np.clip(predicted, 0, MOST_EXPRESSION, out=predicted)
 
     # -- files --------------------------------------------------------------------------------------------------------
 
     def state(self) -> State:
         """Return what is to be saved."""
         meta = {**_common.meta_of(self), "known": self.known, "known_contexts": self.known_contexts}
-        tensors = {k: torch.from_numpy(np.array(v)) for k, v in self.arrays.items()}
+        tensors = {k: torch.as_tensor(v) for k, v in self.arrays.items()}
         return State(type(self).__name__, meta, tensors)
 
     @classmethod
@@ -165,22 +181,7 @@ class ContextMean(Baseline):
         return self.arrays["overall"] if context < 0 else self.arrays["means"][context]
 
 
-class FittedBaseline(Baseline):
-    """A baseline whose effects come from a closed form that was fitted: `form` is the class of the fit."""
-
-    form: type
-
-    def _remember(self, known: Sequence[str], contexts: Sequence[str], arrays: dict[str, np.ndarray]) -> None:
-        super()._remember(known, contexts, arrays)
-        names = [f.name for f in fields(self.form)]
-        self.fitted = self.form(**{k: v for k, v in self.arrays.items() if k in names})
-
-    def check_perturbation(self, perturbation: str) -> None:
-        """Raise a KeyError that names the closest ones if this baseline has no effect for a perturbation."""
-        self._rows(perturbation)
-
-
-class Additive(FittedBaseline):
+class Additive(Baseline):
     """Add the effect of the context plus that of the perturbation; a new pair `A+B` gets A's plus B's.
 
     Both come from one fit over all measured pairs, see :func:`virtualcell.models._closed_forms.additive`. A context in
@@ -188,6 +189,7 @@ class Additive(FittedBaseline):
     """
 
     form = AdditiveFit
+    copies = True
 
     def _fit(self, effects: Effects) -> dict[str, np.ndarray]:
         fit = additive(effects)
@@ -198,7 +200,7 @@ class Additive(FittedBaseline):
         return self.fitted.effect(self._rows(perturbation), context)
 
 
-class NearestContext(FittedBaseline):
+class NearestContext(Baseline):
     """Add the effect that the perturbation had in the context with the most similar control cells, shrunken.
 
     It is shrunken towards the additive fit, as far as measured contexts tell, see
@@ -206,6 +208,7 @@ class NearestContext(FittedBaseline):
     """
 
     form = NearestContextFit
+    copies = True
 
     def _fit(self, effects: Effects) -> dict[str, np.ndarray]:
         fit = nearest_context(effects)

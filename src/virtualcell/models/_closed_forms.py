@@ -122,7 +122,7 @@ class SimilarContexts:
     """
 
     def __init__(self, controls: np.ndarray) -> None:
-        self._unit = _unit(_centred(controls))
+        self._unit = unit_rows(_centred(controls))
         self._kept: dict[bytes, np.ndarray] = {}
 
     def __call__(self, base: np.ndarray) -> np.ndarray:
@@ -132,7 +132,7 @@ class SimilarContexts:
         if near is None:
             if len(self._kept) >= _MOST_KEPT:
                 self._kept.clear()
-            near = self._kept[key] = (_unit(_centred(base[None])) @ self._unit.T)[0]
+            near = self._kept[key] = (unit_rows(_centred(base[None])) @ self._unit.T)[0]
         return near
 
 
@@ -247,12 +247,13 @@ def similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Cosine of every row of one table with every one of another, (n_a, n_b); 0 for a row of zeros."""
-    return _unit(a) @ _unit(b).T
+    return unit_rows(a) @ unit_rows(b).T
 
 
 def _centred(rows: np.ndarray) -> np.ndarray:
     return rows - rows.mean(axis=1, keepdims=True)
 
 
-def _unit(rows: np.ndarray) -> np.ndarray:
+def unit_rows(rows: np.ndarray) -> np.ndarray:
+    """Divide every row by its length; a row of zeros stays one."""
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-30)

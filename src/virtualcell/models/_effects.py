@@ -74,11 +74,14 @@ class Effects:
         found = screen.expression.moments([groups[pair] for pair in [*((c, control) for c in contexts), *pairs]])
         variance = _squared_errors(found.variance, found.n)
         first = len(contexts)  # row of the first group that is no control
-        controls = found.mean[:first]
+        controls = found.mean[:first].copy()  # models keep them, and would keep the whole table with a view
+        differences = found.mean[first:]
+        for c in range(len(contexts)):
+            differences[slice(*np.searchsorted(context, [c, c + 1]))] -= controls[c]
         return cls(
             contexts=contexts, perturbations=perturbations, context=context,
             perturbation=_codes([p for _, p in pairs], perturbations),
-            effects=found.mean[first:] - controls[context], variance=variance[first:], n_cells=found.n[first:],
+            effects=differences, variance=variance[first:], n_cells=found.n[first:],
             controls=controls, control_variance=variance[:first],
         )  # fmt: skip
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Self
 
 import numpy as np
 import pandas as pd
-import torch
 from anndata import AnnData
 from mudata import MuData
 
@@ -19,7 +19,7 @@ from virtualcell.models._baselines import Baseline
 from virtualcell.models._closed_forms import additive
 from virtualcell.models._effects import Effects
 from virtualcell.models._features import PerturbationTable
-from virtualcell.models._regression import nearest_perturbations, ridge
+from virtualcell.models._regression import NeighboursFit, ridge
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ class FeatureBaseline(Baseline):
     Parameters
     ----------
     data
-        Data registered with `setup_anndata` or `setup_mudata`.
+        Data registered with `setup_anndata` or `setup_mudata`, or a screen.
     perturbation_features
         One row of features per perturbation (gene embeddings, pathway membership); columns are standardised. Every
         perturbation of the training cells needs a row, and any other with a row can be predicted.
@@ -73,16 +73,17 @@ class FeatureBaseline(Baseline):
         """Return what is to be saved."""
         state = super().state()
         state.meta["table"] = {"names": self.table.names, "seen": self.table.seen}
-        state.tensors["features"] = self.table.vectors
+        state.tensors["table"] = self.table.vectors
         return state
 
     @classmethod
     def from_state(cls, state: State) -> Self:
         """Build the baseline that :meth:`state` described."""
-        vectors = state.tensors.pop("features")
-        model = super().from_state(state)
+        tensors = dict(state.tensors)
+        vectors = tensors.pop("table")
+        model = super().from_state(replace(state, tensors=tensors))
         model.table = PerturbationTable(
-            vectors=torch.as_tensor(vectors), control=model.control, has_features=True, **state.meta["table"]
+            vectors=vectors, control=model.control, has_features=True, **state.meta["table"]
         )
         return model
 
@@ -114,16 +115,15 @@ class NearestPerturbations(FeatureBaseline):
     A measured perturbation is its own nearest neighbour, among ten. `A+B` gets the sum of A's and B's.
     """
 
-    k = 10
+    form = NeighboursFit
 
     def _fit(self, effects: Effects) -> dict[str, np.ndarray]:
         fit = additive(effects)
         features, count = self._encode(effects.perturbations)
         # the effect of a pair is no neighbour of the effect of a single, where there are singles
         rows = np.flatnonzero(count == count.min())
-        return {"measured": features[rows], "perturbations": fit.perturbation[rows], "contexts": fit.context}
+        return {"features": features[rows], "effects": fit.perturbation[rows], "contexts": fit.context}
 
     def _effect(self, perturbation: str, context: int, base: np.ndarray) -> np.ndarray:
         query = self._encode(parts(perturbation, self.control, self.table.names))[0]
-        effects = nearest_perturbations(self.arrays["measured"], self.arrays["perturbations"], query, k=self.k)
-        return effects.sum(axis=0) + self._of_context(context)
+        return self.fitted.effect(query).sum(axis=0) + self._of_context(context)

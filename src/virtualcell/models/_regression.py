@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
-from virtualcell.models._closed_forms import cosine
+from virtualcell.models._closed_forms import unit_rows
 
 PENALTIES = np.logspace(-3, 4, 29)
 
@@ -83,9 +84,36 @@ def ridge(
     return RidgeFit(coefficients.astype(np.float32), intercept.astype(np.float32), float(best), out.astype(np.float32))
 
 
+@dataclass(frozen=True, eq=False)
+class NeighboursFit:
+    """Mean effect of the measured perturbations with the most similar features (cosine).
+
+    Parameters
+    ----------
+    features, effects
+        Those of the measured perturbations, (n_perturbations, n_features) and (n_perturbations, n_genes).
+    k
+        How many neighbours are averaged.
+    """
+
+    features: np.ndarray
+    effects: np.ndarray
+    k: int = 10
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise ValueError(f"k={self.k!r}: at least one neighbour is needed.")
+
+    @cached_property
+    def _unit(self) -> np.ndarray:
+        return unit_rows(self.features)
+
+    def effect(self, query: np.ndarray) -> np.ndarray:
+        """Return the effects, (n_query, n_genes), of rows of features."""
+        order = np.argsort(-(unit_rows(query) @ self._unit.T), axis=1, kind="stable")[:, : self.k]
+        return self.effects[order].mean(axis=1)
+
+
 def nearest_perturbations(features: np.ndarray, effects: np.ndarray, query: np.ndarray, *, k: int = 10) -> np.ndarray:
     """Return the mean effect, (n_query, n_genes), of the k perturbations with the most similar features (cosine)."""
-    if k < 1:
-        raise ValueError(f"k={k!r}: at least one neighbour is needed.")
-    order = np.argsort(-cosine(query, features), axis=1, kind="stable")[:, :k]
-    return effects[order].mean(axis=1)
+    return NeighboursFit(features, effects, k).effect(query)

@@ -100,9 +100,9 @@ class Transferred:
         bandwidth = choose_bandwidth(effects)
         if bandwidth < BANDWIDTHS[-1]:
             logger.info(
-                "Effects are transferred from contexts with similar control cells: where the correlation is lower by %g "
-                "than in the most similar context, an effect counts %.2f times as much.",
-                *(bandwidth, 1 / np.e),
+                "Effects are transferred from contexts with similar control cells: an effect counts %.2f times as much "
+                "where the correlation is lower by %g than in the most similar context.",
+                *(1 / np.e, bandwidth),
             )
         else:
             logger.info("Effects are transferred from all other contexts alike, however similar their control cells.")
