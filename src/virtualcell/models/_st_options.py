@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 from virtualcell._errors import unknown_name
 from virtualcell.modules import STConfig
 from virtualcell.train import TrainOptions
+
+_MAY_BE_NONE = ("n_batches", "n_genes")
 
 SIZES = {
     "small": {"n_hidden": 128, "n_layers": 2, "n_heads": 4, "head_dim": 32, "n_feedforward": 256},
@@ -78,7 +81,26 @@ def network_options(size: str, preset: str, network: Mapping[str, object]) -> di
         if name not in valid:
             ours = ("head", "transfer", "n_networks", "set_size", "preset")
             raise unknown_name("network option", name, sorted({*valid, *ours}), "See vc.models.STConfig.")
+        _check_value(name, network[name])
     options = {**SIZES[size], **network}
     if "decoder_hidden" in options:  # a list after JSON
         options["decoder_hidden"] = tuple(options["decoder_hidden"])
     return options
+
+
+def _check_value(name: str, value: object) -> None:
+    """Raise for a value that a field of the configuration cannot have."""
+    default = next(f.default for f in dataclasses.fields(STConfig) if f.name == name)
+    kind, least = int if default is dataclasses.MISSING else type(default), int(name not in _MAY_BE_NONE)
+    if kind is bool and not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r} is neither True nor False.")
+    if kind is int and not _is_whole(value, least):
+        raise ValueError(f"{name}={value!r} is not a whole number of at least {least}.")
+    if kind is float and (not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value < 1):
+        raise ValueError(f"{name}={value!r} is not a number of at least 0 and less than 1.")
+    if kind is tuple and (isinstance(value, str | int) or not all(_is_whole(v) for v in value)):
+        raise ValueError(f"{name}={value!r} is not a list of whole numbers, such as (512,).")
+
+
+def _is_whole(value: object, least: int = 1) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= least

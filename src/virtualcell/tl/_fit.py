@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -22,7 +23,15 @@ from virtualcell.models import SE, ST
 from virtualcell.models._effects import Effects
 from virtualcell.models._finetune import continue_st, genes_to_model
 from virtualcell.models._partly import partly_trained
-from virtualcell.tl._fit_options import FitOptions, NetworkOptions, SEOptions, Size, choose_size
+from virtualcell.tl._fit_options import (
+    FitOptions,
+    NetworkOptions,
+    SEOptions,
+    Size,
+    check_call,
+    choose_size,
+    require_validation,
+)
 from virtualcell.tl._fit_se import fit_se
 from virtualcell.tl._prepare import choose_genes, prepared
 from virtualcell.tl._verdict import judge
@@ -61,7 +70,7 @@ def fit_state(
 
     Training cells are learned from and choose everything: the genes, the embedding, the weights. Validation cells
     (those that `split_key` says, or else a tenth of each group) tell when to stop, where that is asked for, and give
-    the verdict; test cells are not looked at.
+    the verdict; of test cells nothing is read, unless SE embeds them.
 
     Parameters
     ----------
@@ -132,10 +141,11 @@ def fit_state(
         If a loss is not finite.
     """
     check_library_sizes(scale, library_size_key)
-    options = FitOptions.from_(training, seed=seed)
-    network_options = NetworkOptions.of(network)
+    options, networks = FitOptions.from_(training, seed=seed), NetworkOptions.of(network)
+    of_se = SEOptions.of(se, init_from, networks.use_rep, options)
+    check_call(options, training, split_key, size, init_from, of_se)
     data, adata = adata, expression_modality(adata, modality)
-    se_options = SEOptions.of(se, init_from, network_options.use_rep, options)
+    size = choose_size(size, adata.n_obs)
     design = Design(
         perturbation_key=perturbation_key,
         control=control,
@@ -143,17 +153,17 @@ def fit_state(
         batch_key=batch_key,
         split_key=split_key,
         gene_key=gene_key,
-        use_rep=network_options.use_rep,
+        use_rep=networks.use_rep,
         layer=layer,
         scale=scale,
         library_size_key=library_size_key,
         n_genes=adata.n_vars,
     )
-    size = choose_size(size, adata.n_obs)
-    waits = se_options.makes(design.use_rep)  # the embedding that ST works on is yet to be made
+    waits = of_se.makes(design.use_rep)  # the embedding that ST works on is yet to be made
     screen = Screen.from_anndata(
         data, dataclasses.replace(design, use_rep=None) if waits else design, modality=modality
     )
+    of_se.check_cells(adata, screen)
     screen = prepared(
         screen,
         min_cells=options.min_cells,
@@ -161,20 +171,32 @@ def fit_state(
         val_fraction=options.val_fraction,
         seed=options.seed,
     )
+    require_validation(options, screen)
     genes = choose_genes(screen, n_top_genes, targets=screen.targets())
     genes = genes_to_model(genes, init_from, adata.var_names) if isinstance(init_from, ST) else genes
-    fitting = {"features": perturbation_features, "init_from": init_from, "size": size, "network": network_options}
-    st = None if waits else build_st(screen.select(genes), options=options, **fitting)
-    fitted_se = fit_se(data, screen, se_options, modality=modality, size=size)
-    embedding = None if fitted_se is None else _embedded(fitted_se, adata, design)
+    build = partial(
+        build_st,
+        features=perturbation_features,
+        init_from=init_from,
+        size=size,
+        network=networks,
+        options=options,
+    )
+    on_genes = screen.select(genes)
+    if not waits:
+        st = build(on_genes)
+    elif of_se.is_trained_here:  # options that do not fit raise now, and not after the training of SE
+        build(_in_embedding(on_genes, design, np.broadcast_to(np.float32(0), (screen.n_cells, 64))))
+    fitted_se = fit_se(screen, of_se, size=size)
+    vectors = None
+    if of_se.embeds:
+        where = {"layer": layer, "scale": scale, "gene_key": of_se.gene_key(gene_key)}
+        vectors = fitted_se.get_latent_representation(adata, **where)
     if waits:
-        screen = dataclasses.replace(screen, rep=embedding, design=design)
-        st = build_st(screen.select(genes), options=options, **fitting)
+        st = build(_in_embedding(on_genes, design, vectors[adata.obs_names.get_indexer(screen.names)]))
     train_st(st, options=options, features=perturbation_features, validate=validate, partly=isinstance(init_from, ST))
     st.se = fitted_se
-    if embedding is not None:
-        adata.obsm[_keys.X_STATE] = embedding
-    _note(adata, st, design)
+    _write(adata, st, design, vectors)
     return st
 
 
@@ -214,14 +236,16 @@ def train_st(
     st.forget_data()
 
 
-def _embedded(se: SE, adata: AnnData, design: Design) -> np.ndarray:
-    return se.get_latent_representation(adata, layer=design.layer, scale=design.scale, gene_key=design.gene_key)
+def _in_embedding(screen: Screen, design: Design, vectors: np.ndarray) -> Screen:
+    return dataclasses.replace(screen, design=design, rep=vectors.astype(np.float32, copy=False))
 
 
-def _note(adata: AnnData, st: ST, design: Design) -> None:
-    """Write the design, the verdict and the model to `uns`."""
+def _write(adata: AnnData, st: ST, design: Design, vectors: np.ndarray | None) -> None:
+    """Write the embedding to `obsm`, and the design, the verdict and the model to `uns`."""
     found = {"design": design.to_uns(), "st": pack(st, without=["se"])}
     if st.validation is not None:
         found["validation"] = st.validation
     before = {k: v for k, v in adata.uns.get(_keys.UNS, {}).items() if k not in ("st", "validation")}
+    if vectors is not None:
+        adata.obsm[_keys.X_STATE] = vectors
     adata.uns[_keys.UNS] = {**before, **found}

@@ -106,12 +106,7 @@ def predict_perturbation(
     ValueError
         If there is no fitted model, or the matrix is not on the stated scale.
     """
-    if context is not None and not isinstance(context, str):
-        raise TypeError(f"context={context!r} must be one label, as a string; leave it out for all contexts.")
-    if n_cells is not None and n_cells < 1:
-        raise ValueError(f"n_cells={n_cells!r}: at least one cell is needed.")
-    if n_samples is not None and n_samples < 2:
-        raise ValueError(f"n_samples={n_samples!r}: at least 2 draws are needed for a standard error.")
+    _check_numbers(context, n_cells, n_samples)
     stated = {"layer": layer, "scale": scale, "library_size_key": library_size_key, "context_key": context_key}
     stated |= {"perturbation_key": perturbation_key, "control": control, "batch_key": batch_key}
     expression = expression_modality(adata, modality)
@@ -121,26 +116,20 @@ def predict_perturbation(
         model.check_perturbation(name)
     if fallback is not None:
         model = _better_one(model, fallback, names)
-    for key in ("context_key", "batch_key"):
-        if stated[key] is not None and getattr(model.design, key) is None:
-            raise ValueError(f"{key}={stated[key]!r} was given, but the model was set up without {key}.")
-    design = dataclasses.replace(model.design.restated(**stated), split_key=None, gene_key=None)
+    design = _design(model, expression, stated)
     controls = _controls(Screen.from_anndata(adata, design, modality=modality), context)
     coverage = min_gene_coverage if design.use_rep is None else None  # where genes are no input, they may lack
     genes = _common_genes(expression.var_names, model.genes, coverage)
     _warn_of_fewer_genes(design, expression.n_vars)
+    columns = pd.Index(model.genes).get_indexer(genes)
     predicted: dict[str, list[AnnData]] = {name: [] for name in names}
     for start, log in _starts(controls.select(genes), model):
         for name in names:
             rows, cells = model.predict_from(start, name, n_cells=n_cells, seed=seed)
-            one = _cells(start, controls, rows, cells[:, pd.Index(model.genes).get_indexer(genes)], name)
+            one = _cells(start, controls.design, rows, cells[:, columns], name)
             one.layers[_keys.CONTROL_LAYER] = log[rows].toarray()
             if n_samples is not None:
-                error = model.error_from(start, name, n_samples=n_samples, seed=seed)
-                error = error[pd.Index(model.genes).get_indexer(genes)]
-                one.layers[_keys.STANDARD_ERROR] = np.tile(error.astype(np.float32), (one.n_obs, 1))
-                # the mean absolute value of a normal variable is sqrt(2 / pi) of its standard deviation
-                one.obs[_keys.EXPECTED_ERROR] = np.sqrt(2 / np.pi) * error.mean()
+                _add_errors(one, model.error_from(start, name, n_samples=n_samples, seed=seed)[columns])
             predicted[name].append(one)
     out = _joined(predicted, genes)
     out = out[:, expression.var_names[expression.var_names.isin(genes)]].copy()
@@ -151,6 +140,27 @@ def predict_perturbation(
     out.uns[_keys.UNS] = {"design": on_this_scale.to_uns(), "predicted_by": type(model).__name__}
     out.uns["log1p"] = {}  # tells scanpy that logarithms were taken
     return out
+
+
+def _check_numbers(context: object, n_cells: int | None, n_samples: int | None) -> None:
+    if context is not None and not isinstance(context, str):
+        raise TypeError(f"context={context!r} must be one label, as a string; leave it out for all contexts.")
+    if n_cells is not None and n_cells < 1:
+        raise ValueError(f"n_cells={n_cells!r}: at least one cell is needed.")
+    if n_samples is not None and n_samples < 2:
+        raise ValueError(f"n_samples={n_samples!r}: at least 2 draws are needed for a standard error.")
+
+
+def _design(model: PerturbationModel, adata: AnnData, stated: dict[str, str | None]) -> Design:
+    """Return the design of the data: that of the model, and what was stated otherwise."""
+    for key in ("context_key", "batch_key"):
+        if stated[key] is not None and getattr(model.design, key) is None:
+            raise ValueError(f"{key}={stated[key]!r} was given, but the model was set up without {key}.")
+    rep = model.design.use_rep
+    if rep is not None and rep not in adata.obsm:
+        remedy = "Run `vc.tl.embed(adata, model.se)` first." if rep == _keys.X_STATE else "Compute it first."
+        raise UnknownNameError(f"the model works on obsm[{rep!r}], which this data does not have. {remedy}")
+    return dataclasses.replace(model.design.restated(**stated), split_key=None, gene_key=None)
 
 
 def _names(perturbation: str | Sequence[str] | None) -> list[str]:
@@ -258,9 +268,16 @@ def _starts(controls: Screen, model: PerturbationModel) -> Iterator[tuple[Start,
         yield dataclasses.replace(start, cells=sparse.csr_matrix(log @ wide), base=base), log
 
 
-def _cells(start: Start, controls: Screen, rows: np.ndarray, cells: np.ndarray, name: str) -> AnnData:
+def _add_errors(cells: AnnData, error: np.ndarray) -> None:
+    """Note the standard errors of the genes' means, the same for all cells of a perturbation and context."""
+    cells.layers[_keys.STANDARD_ERROR] = np.tile(error.astype(np.float32), (cells.n_obs, 1))
+    # the mean absolute value of a normal variable is sqrt(2 / pi) of its standard deviation
+    cells.obs[_keys.EXPECTED_ERROR] = np.sqrt(2 / np.pi) * error.mean()
+
+
+def _cells(start: Start, design: Design, rows: np.ndarray, cells: np.ndarray, name: str) -> AnnData:
     """Predicted cells of one perturbation and context, with their labels."""
-    design, barcodes = controls.design, start.names[rows]
+    barcodes = start.names[rows]
     obs = {design.perturbation_key: name}
     if design.context_key is not None:
         obs[design.context_key] = start.context

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from numbers import Integral
 
+import numpy as np
 import pandas as pd
 import scanpy as sc
 from anndata import AnnData
@@ -37,15 +39,33 @@ def with_enough_cells(screen: Screen, min_cells: int, *, has_features: bool) -> 
     return screen.with_split(split)
 
 
-def prepared(screen: Screen, *, min_cells: int, has_features: bool, val_fraction: float = 0.1, seed: int = 0) -> Screen:
-    """Check names and controls, leave out perturbations with few cells, and hold out validation cells.
+def with_known_batches(screen: Screen) -> Screen:
+    """Mark validation cells "test" whose batch has no training cells: a network has nothing to learn of it."""
+    if screen.batch is None:
+        return screen
+    unknown = screen.is_val & ~screen.batch.isin(screen.batch[screen.is_train])
+    if not unknown.any():
+        return screen
+    names = sorted(set(screen.batch[unknown]))
+    logger.warning(
+        "%d validation cells are left out: there are no training cells of their batches, %s%s.",
+        *(unknown.sum(), ", ".join(names[:10]), " ..." if len(names) > 10 else ""),
+    )
+    return screen.with_split(np.where(unknown, "test", screen.split))
 
-    They are held out here, before anything is chosen or learned, where the design names no split of its own.
+
+def prepared(screen: Screen, *, min_cells: int, has_features: bool, val_fraction: float = 0.1, seed: int = 0) -> Screen:
+    """Return the cells to learn from and to validate on, after checking names and controls.
+
+    Left out are test cells, of which nothing is read, not even which batches there are, and perturbations with few
+    cells. Validation cells are held out here, before anything is chosen or learned, where the design names no split.
     """
     screen.require_unique_names()
     screen.require_control()
-    screen = with_enough_cells(screen, min_cells, has_features=has_features)
-    screen.check_controls(screen.split != "test")
+    screen = with_known_batches(with_enough_cells(screen, min_cells, has_features=has_features))
+    is_seen = screen.split != "test"
+    screen.check_controls(is_seen)
+    screen = screen if is_seen.all() else screen.take(is_seen)
     if screen.design.split_key is None:
         screen = screen.hold_out(val_fraction, seed)
     return screen
@@ -59,7 +79,7 @@ def choose_genes(screen: Screen, n_top_genes: int | None, *, targets: list[str])
     names = screen.genes
     if not names.is_unique:
         raise ValueError("var_names repeats genes. Run `adata.var_names_make_unique()` first.")
-    if n_top_genes is not None and n_top_genes < 1:
+    if n_top_genes is not None and not (isinstance(n_top_genes, Integral) and n_top_genes >= 1):
         raise ValueError(f"n_top_genes={n_top_genes!r}: at least one gene is needed. Say None for all genes.")
     if n_top_genes is None or n_top_genes >= len(names):
         return sorted(names)
