@@ -130,11 +130,12 @@ def test_numbers_of_threads_are_left_alone_in_overlapping_calls():
     # in a process of its own: numba sets the number once, when it starts
     script = """
 import threading, numba, numpy as np, torch
+from scipy import sparse
 from virtualcell import metrics
 torch.set_num_threads(1)
 found = []
 def call(n):
-    x = np.random.default_rng(0).poisson(1, (n, 30)).astype(np.float32)
+    x = sparse.csr_matrix(np.random.default_rng(0).poisson(1, (n, 30)), dtype=np.float32)
     metrics.differential_expression(x, np.arange(n) % 2, control="0")
     found.append((torch.get_num_threads(), numba.get_num_threads()))
 threads = [threading.Thread(target=call, args=(n,)) for n in (400, 4000)]
