@@ -10,6 +10,7 @@ import torch
 from mudata import MuData
 
 import virtualcell as vc
+from virtualcell.data._screen import Screen
 from virtualcell.models import SE, ST
 
 DESIGN = {"perturbation_key": "target_gene", "control": "non-targeting", "context_key": "cell_type"}
@@ -69,12 +70,14 @@ def targets(session_screen) -> list[str]:
 
 @pytest.fixture(scope="session")
 def build() -> Callable[..., ST]:
-    """Register data and build a small ST, its first weights drawn by `seed`."""
+    """Register data and build a small ST, its first weights drawn by `seed`; a Screen needs no registering."""
 
     def build(data, features=None, *, setup: dict | None = None, seed: int = 0, **network) -> ST:
+        torch.manual_seed(seed)
+        if isinstance(data, Screen):
+            return ST(data, features, **{**TINY_ST, **network})
         register = ST.setup_mudata if isinstance(data, MuData) else ST.setup_anndata
         register(data, **{**DESIGN, **(setup or {})})
-        torch.manual_seed(seed)
         return ST(data, features, **{**TINY_ST, **network})
 
     return build
@@ -86,7 +89,7 @@ def fit(build) -> Callable[..., ST]:
 
     def fit(data, features=None, *, train: dict | None = None, **options) -> ST:
         st = build(data, features, **options)
-        st.train(**{"max_steps": 5, "enable_progress_bar": False, **(train or {})})
+        st.train(**{"max_steps": 5, "progress_bar": False, **(train or {})})
         return st
 
     return fit
@@ -105,15 +108,15 @@ def small_se(session_counts) -> SE:
     SE.setup_anndata(data)
     torch.manual_seed(0)
     se = SE(data, vc.pp.expression_gene_embeddings(data, n_comps=12), n_targets=(8, 8, 8), **TINY_SE)
-    se.train(max_steps=4, enable_progress_bar=False)
+    se.train(max_steps=4, progress_bar=False)
     return se
 
 
 @pytest.fixture(scope="session")
 def weights() -> Callable:
-    """Every number of a model, as one vector."""
+    """Every number that a model would be saved with, as one vector."""
 
     def weights(model) -> np.ndarray:
-        return torch.cat([v.flatten().float() for v in model.module.state_dict().values()]).numpy()
+        return np.concatenate([v.detach().cpu().double().flatten().numpy() for v in model.state().tensors.values()])
 
     return weights

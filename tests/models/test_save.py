@@ -1,15 +1,15 @@
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 
 import numpy as np
 import pandas as pd
 import pytest
-from safetensors.numpy import load_file
 
 import virtualcell as vc
+from virtualcell._keys import ALL
+from virtualcell.io._save import read_state
 from virtualcell.models import SE, ST, Additive, NoChange
 
 # runs in a process that has nothing but the folders and some control cells, and in which nothing can be unpickled
@@ -47,7 +47,7 @@ def models(session_screen, learned, small_se, fit, design, targets) -> dict:
     additive = Additive(data)
     additive.train()
     table = pd.DataFrame(np.random.default_rng(0).normal(size=(7, 3)), index=[*targets, "UNSEEN"])
-    features = fit(session_screen.copy(), table, residual="hidden", setup={"batch_key": "batch"})
+    features = fit(session_screen.copy(), table, preset="published", setup={"batch_key": "batch"})
     return {"st": learned, "additive": additive, "features": features}
 
 
@@ -82,20 +82,20 @@ def test_a_new_process_without_the_data_predicts_the_same_bits(
     np.testing.assert_array_equal(got["history"], st.history["train_loss"]["train_loss"].to_numpy(float))
 
 
-def test_a_folder_holds_numbers_and_text_only(folder):
-    def names(path):
-        return sorted(p.name for p in path.iterdir())
-
-    assert names(folder / "st") == ["model.json", "model.safetensors", "se"]
-    assert names(folder / "st" / "se") == names(folder / "additive") == ["model.json", "model.safetensors"]
-    meta = json.loads((folder / "st" / "model.json").read_text())
-    assert meta["class"] == "ST"
-    assert meta["virtualcell_version"] == vc.__version__
-    assert meta["design"]["control"] == "non-targeting"
-    tensors = load_file(folder / "st" / "model.safetensors")
-    np.testing.assert_array_equal(tensors["perturbations"], np.eye(6))
+def test_a_folder_holds_one_file_with_all_that_a_model_carries(folder, session_screen):
+    assert [p.name for p in (folder / "st").iterdir()] == ["model.safetensors"]
+    state = read_state(folder / "st")
+    assert state.kind == "ST"
+    assert state.meta["virtualcell_version"] == vc.__version__
+    assert state.meta["registry"]["setup_args"]["control"] == "non-targeting"
+    np.testing.assert_array_equal(state.tensors["perturbations"], np.eye(6))
+    assert {name: part.kind for name, part in state.parts.items()} == {"se": "SE"}
     # a cell is not in there, by name or by value
-    assert "cell_000001" not in (folder / "st" / "model.json").read_text()
+    content = (folder / "st" / "model.safetensors").read_bytes()
+    for name in session_screen.obs_names[:2]:
+        assert name.encode() not in content
+    row = np.ascontiguousarray(session_screen.X[0], np.float32)
+    assert row.tobytes() not in content
 
 
 def test_loaded_models_are_the_same(folder, models, weights, session_screen, targets):
@@ -104,6 +104,7 @@ def test_loaded_models_are_the_same(folder, models, weights, session_screen, tar
         np.testing.assert_array_equal(weights(model), weights(loaded))
         assert repr(model) == repr(loaded)
         assert model.design == loaded.design
+        assert model.modality == loaded.modality
         assert (model.genes, model.contexts, model.batches) == (loaded.genes, loaded.contexts, loaded.batches)
         assert loaded.is_trained
     assert ST.load(folder / "features").table.has_features
@@ -117,18 +118,19 @@ def test_history_comes_back(folder, models):
     loaded = ST.load(folder / "st")
     assert set(loaded.history) == set(models["st"].history)
     for name, frame in models["st"].history.items():
-        pd.testing.assert_frame_equal(loaded.history[name], frame.astype(float), check_index_type=False)
+        pd.testing.assert_frame_equal(loaded.history[name], frame)
 
 
-def test_saving_again_is_the_same_file(folder, tmp_path):
-    ST.load(folder / "st").save(tmp_path / "again")
-    for file in ("model.safetensors", "model.json", "se/model.safetensors", "se/model.json"):
-        assert (tmp_path / "again" / file).read_bytes() == (folder / "st" / file).read_bytes(), file
+@pytest.mark.parametrize("name", ["st", "features", "additive"])
+def test_saving_again_is_the_same_file(folder, name, tmp_path):
+    kind = Additive if name == "additive" else ST
+    kind.load(folder / name).save(tmp_path / "again")
+    again, first = (path / "model.safetensors" for path in (tmp_path / "again", folder / name))
+    assert again.read_bytes() == first.read_bytes()
 
 
 @pytest.mark.parametrize(
-    ("name", "kind", "right"),
-    [("st", Additive, "ST"), ("st", SE, "ST"), ("st/se", ST, "SE"), ("additive", NoChange, "Additive")],
+    ("name", "kind", "right"), [("st", Additive, "ST"), ("st", SE, "ST"), ("additive", NoChange, "Additive")]
 )
 def test_wrong_class(folder, name, kind, right):
     with pytest.raises(ValueError, match=rf"this is a saved {right}: load it with `vc\.models\.{right}\.load`"):
@@ -136,7 +138,9 @@ def test_wrong_class(folder, name, kind, right):
 
 
 def test_not_a_model(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"holds no model\.json: it is not a folder written by `model\.save`"):
+    with pytest.raises(
+        FileNotFoundError, match=r"holds no model\.safetensors: it is not a folder written by"
+    ):
         ST.load(tmp_path)
 
 
@@ -148,16 +152,42 @@ def test_overwriting_must_be_asked_for(models, small_se, tmp_path, weights):
     np.testing.assert_array_equal(weights(ST.load(tmp_path / "m")), weights(models["st"]))
 
 
-def test_overwriting_leaves_no_se_of_another_model(models, small_se, tmp_path):
-    models["st"].se = small_se
-    models["st"].save(tmp_path / "m")
-    models["st"].se = None
-    models["st"].save(tmp_path / "m", overwrite=True)
-    assert ST.load(tmp_path / "m").se is None
+def test_overwriting_leaves_nothing_of_another_model(models, small_se, tmp_path):
+    st = models["st"]
+    st.se, st.fallback = small_se, models["additive"]
+    st.save(tmp_path / "m")
+    st.se = st.fallback = None
+    st.save(tmp_path / "m", overwrite=True)
+    loaded = ST.load(tmp_path / "m")
+    assert (loaded.se, loaded.fallback) == (None, None)
+    assert [p.name for p in (tmp_path / "m").iterdir()] == ["model.safetensors"]
+
+
+def test_the_baseline_that_was_better_comes_along(models, session_screen, targets, tmp_path):
+    st, additive = models["st"], models["additive"]
+    st.fallback = additive
+    st.validation = pd.DataFrame({"mae": [0.1, 0.2]}, index=pd.Index(["Additive", "ST"], name="model"))
+    st.save(tmp_path / "m")
+    loaded = ST.load(tmp_path / "m")
+    pd.testing.assert_frame_equal(loaded.validation, st.validation)
+    expected = additive.predict(session_screen, targets[0])
+    assert loaded.fallback.predict(session_screen, targets[0]).equals(expected)
+    st.fallback = st.validation = None
+
+
+def test_a_model_that_knows_no_contexts_and_was_not_trained_is_saved_too(screen, build, tmp_path):
+    st = build(screen, setup={"context_key": None}, n_networks=2, transfer=False)
+    st.save(tmp_path / "m")
+    loaded = ST.load(tmp_path / "m")
+    assert repr(loaded) == repr(st)
+    assert not loaded.is_trained
+    assert loaded.contexts == []
+    assert st.screen.context_names == [ALL]
 
 
 def test_without_data_there_is_no_training_and_no_default(folder, targets):
-    st, se, additive = ST.load(folder / "st"), SE.load(folder / "st" / "se"), Additive.load(folder / "additive")
+    st, additive = ST.load(folder / "st"), Additive.load(folder / "additive")
+    se = st.se
     for model, options in ((st, {"max_steps": 1}), (se, {"max_steps": 1}), (additive, {})):
         with pytest.raises(ValueError, match=r"holds no data to train on: it was loaded without.*`load` as adata="):
             model.train(**options)
@@ -167,11 +197,15 @@ def test_without_data_there_is_no_training_and_no_default(folder, targets):
         se.get_latent_representation()
 
 
-def test_training_goes_on_where_data_is_given(folder, session_screen, session_counts, weights):
-    st, se = ST.load(folder / "st", session_screen), SE.load(folder / "st" / "se", session_counts)
-    for model in (st, se):
+def test_training_goes_on_where_data_is_given(folder, session_screen, session_counts, targets, weights, tmp_path):
+    ST.load(folder / "st").se.save(tmp_path / "se")
+    for model in (ST.load(folder / "st", session_screen), SE.load(tmp_path / "se", session_counts)):
         before = weights(model)
-        model.train(max_steps=2, enable_progress_bar=False)
+        model.train(max_steps=2, progress_bar=False)
         after = weights(model)
         assert np.isfinite(after).all()
         assert not np.array_equal(before, after)
+    additive = Additive.load(folder / "additive", session_screen)
+    before = additive.predict(perturbation=targets[0])
+    additive.train()
+    assert additive.predict(perturbation=targets[0]).equals(before)

@@ -4,19 +4,20 @@ import gc
 import weakref
 
 import anndata as ad
-import lightning.pytorch as pl
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from mudata import MuData
+from scipy import sparse
 
 from virtualcell._errors import UnknownNameError
-from virtualcell.data._cell_sets import CellSetDataset, Rows
-from virtualcell.models import ST, Additive
-from virtualcell.modules import networks
+from virtualcell.data._design import Design
+from virtualcell.data._screen import Screen
+from virtualcell.models import ST, Additive, STTrainOptions
 
 CONTROL = "non-targeting"
+DESIGN = {"perturbation_key": "target_gene", "control": CONTROL, "context_key": "cell_type"}
 
 
 def cells_of(data, context, perturbation) -> np.ndarray:
@@ -68,28 +69,37 @@ def test_control_as_perturbation_changes_little(learned, screen, targets):
     assert np.abs(control).mean() < 0.35 * np.abs(predicted).mean(axis=1).min()
 
 
-def test_an_untrained_model_predicts_no_change_unless_published_form(screen, build, targets):
+def test_an_untrained_model_predicts_no_change_unless_published(screen, build, targets):
     cells = cells_of(screen, "type_1", CONTROL)
-    shift = build(screen, residual="expression")
-    np.testing.assert_array_equal(shift.predict_sets(cells, targets[0])["cells"], cells)
-    hidden = build(screen, residual="hidden").predict_sets(cells, targets[0])["cells"]
-    assert np.abs(hidden - cells).mean() > 0.3
-    assert (hidden >= 0).all()
+    shift = build(screen, head="shift")
+    np.testing.assert_array_equal(shift.predict_embedding(cells, targets[0]), cells)
+    level = build(screen, preset="published").predict_embedding(cells, targets[0])
+    assert np.abs(level - cells).mean() > 0.3
+    assert (level >= 0).all()
 
 
-def test_published_form_trains(screen, fit, targets):
-    st = fit(screen, residual="hidden", train={"max_steps": None, "max_epochs": 3, "lr": 3e-3, "batch_size": 3})
-    loss = st.history["train_loss"].iloc[:, 0]
+def test_the_published_preset_trains_by_the_published_loss(screen, fit, targets):
+    st = fit(screen, preset="published", train={"max_steps": 60, "lr": 3e-3, "batch_size": 3})
+    loss = st.history["train_loss"]["train_loss"]
     assert loss.iloc[-1] < 0.8 * loss.iloc[0]
-    assert "residual='hidden'" in repr(st)
+    assert set(st.history) == {"train_loss", "validation_loss"}  # no contrast
+    options = st.train_options()
+    assert (options.loss, options.mean_weight, options.contrast_weight) == ("energy", 0.0, 0.0)
+    assert "head='level', without a transferred effect" in repr(st)
+    assert (st.config.head, st.transfer, st.transferred) == ("level", False, None)
     assert (st.predict(screen, targets[0]).to_numpy() >= 0).all()
+    # what is stated wins over the preset
+    assert fit(screen, preset="published", head="shift").config.head == "shift"
+    assert st.train_options(mean_weight=0.5).mean_weight == 0.5
+    default = fit(screen).train_options()
+    assert (default.mean_weight, default.contrast_weight, default.lr) == (1.0, 0.3, 1e-3)
 
 
 @pytest.mark.parametrize("loss", ["sinkhorn", "energy+sinkhorn"])
 def test_other_losses_train(screen, fit, loss):
     history = fit(screen, train={"max_steps": 3, "loss": loss, "mean_weight": 0.0}).history["train_loss"]
-    assert np.isfinite(history["train_loss"].astype(float)).all()
-    with pytest.raises(ValueError, match="loss='energi' is unknown; valid are 'energy', 'sinkhorn'"):
+    assert np.isfinite(history["train_loss"]).all()
+    with pytest.raises(KeyError, match=r"loss='energi' is unknown\. Did you mean 'energy'"):
         fit(screen, train={"loss": "energi"})
 
 
@@ -105,16 +115,17 @@ def embedded(session_screen) -> ad.AnnData:
 
 
 def test_embedding_space_decodes_genes(embedded, fit, targets):
-    st = fit(embedded.copy(), setup={"use_rep": "X_pca"}, train={"max_steps": 150, "lr": 4e-3}, decoder_hidden=(64,))
+    st = fit(embedded.copy(), setup={"use_rep": "X_pca"}, train={"max_steps": 80, "lr": 8e-3}, decoder_hidden=(64,))
     assert st.config.n_input == st.config.n_output == 10
     assert set(st.history) >= {"train_loss", "train_loss_genes"}
     cells = st.predict(embedded, targets[0], context="type_1")
     assert list(cells.columns) == list(embedded.var_names)
     assert (cells.to_numpy() >= 0).all()
     assert score(st, embedded, targets, "type_1")[0] > 0.6
-    sets = st.predict_sets(embedded.obsm["X_pca"][:20].astype(np.float32), targets[0])
-    assert sets["cells"].shape == (20, 10)
-    assert sets["genes"].shape == (20, 80)
+    vectors = embedded.obsm["X_pca"][:20].astype(np.float32)
+    assert st.predict_embedding(vectors, targets[0]).shape == (20, 10)
+    base = vectors.mean(axis=0)
+    assert st.predict_cells(vectors, targets[0], context="type_1", base=base).shape == (20, 80)
 
 
 def test_embedding_of_another_width_is_refused(embedded, fit, targets):
@@ -126,7 +137,7 @@ def test_embedding_of_another_width_is_refused(embedded, fit, targets):
 
 
 def test_batches(screen, fit, targets):
-    st = fit(screen, setup={"batch_key": "batch"}, train={"max_steps": 30, "lr": 3e-3}, residual="expression")
+    st = fit(screen, setup={"batch_key": "batch"}, train={"max_steps": 30, "lr": 3e-3}, head="shift")
     assert st.batches == ["batch_1", "batch_2"]
     cells = st.predict(screen, targets[0], context="type_1")
     moved = screen.copy()
@@ -153,19 +164,18 @@ def test_combinations_are_sums_of_encodings(screen, fit, targets):
     assert not cells.equals(st.predict(screen, a))
 
 
-def test_the_prior_leads_where_a_perturbation_was_never_measured(screen, fit, targets):
+def test_the_transferred_effect_leads_where_a_perturbation_was_never_measured(screen, fit, targets):
     features = pd.DataFrame(np.random.default_rng(0).normal(size=(8, 5)), index=[*targets, "NEW", "OTHER"])
     st = fit(screen, features)
     assert st.config.perturbation_dropout == 0.3
-    controls = screen.X[(screen.obs["target_gene"] == "non-targeting").to_numpy()][:32].astype(np.float32)
-    base = controls.mean(axis=0)
-    context = screen.obs["cell_type"].astype(str).iloc[0]
-    (weights,) = {tuple(n.head_weights.tolist()) for n in networks(st.module)}
+    controls = cells_of(screen, "type_1", CONTROL)[:32].astype(np.float32)
+    start = {"context": "type_1", "base": controls.mean(axis=0)}
+    weights = st.mixture.head_weights
     for name, share in ((targets[0], 1 / 3), ("NEW", 2 / 3)):
-        (shift, level, prior), shares = st._predict_means(controls, name, context=context, base=base, batch=None)
+        (shift, level, known), shares = st.predict_parts(controls, name, **start)
         np.testing.assert_allclose(shares, [(1 - share) * weights[0], (1 - share) * weights[1], share], rtol=1e-5)
-        expected = (1 - share) * (weights[0] * shift + weights[1] * level) + share * prior
-        got = st._predict_cells(controls, name, context=context, base=base, batch=None).mean(axis=0)
+        expected = (1 - share) * (weights[0] * shift + weights[1] * level) + share * known
+        got = st.predict_cells(controls, name, **start).mean(axis=0)
         np.testing.assert_allclose(got, expected, atol=1e-4)
 
 
@@ -173,7 +183,7 @@ def test_features_reach_unseen_perturbations_and_one_hot_refuses_them(screen, fi
     rng = np.random.default_rng(0)
     features = pd.DataFrame(rng.normal(size=(8, 5)), index=[*targets, "TWIN", "OTHER"])
     features.loc["TWIN"] = features.loc[targets[0]]
-    st = fit(screen, features, prior=None)  # a prior tells what was measured from what only has features
+    st = fit(screen, features, transfer=False)  # it tells what was measured from what only has features
     assert "(features)" in repr(st)
     assert st.predict(screen, "TWIN").equals(st.predict(screen, targets[0]))
     assert not st.predict(screen, "OTHER").equals(st.predict(screen, targets[0]))
@@ -188,33 +198,51 @@ def test_features_reach_unseen_perturbations_and_one_hot_refuses_them(screen, fi
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
-def test_length_is_that_of_steps_or_epochs_whichever_ends_first(screen, fit):
-    assert fit(screen, train={"max_steps": 7}).trainer.global_step == 7
-    by_epoch = fit(screen, train={"max_steps": None, "max_epochs": 2, "batch_size": 2})
-    assert list(by_epoch.history["train_loss"].index) == [0, 1]
-    assert by_epoch.trainer.global_step == 2 * len(by_epoch.trainer.train_dataloader)
-    assert by_epoch.trainer.global_step >= 100  # an epoch is 50 steps at least
-    assert fit(screen, train={"max_steps": 7, "max_epochs": 2}).trainer.global_step == 7
-    for train in ({"max_steps": 0}, {"max_steps": None, "max_epochs": 0}):
-        with pytest.raises(ValueError, match="at least one step is needed"):
-            fit(screen, train=train)
+def test_length_follows_from_the_cells_unless_it_is_stated(screen, build, fit, caplog):
+    for max_steps in (1, 7):
+        history = fit(screen, train={"max_steps": max_steps}).history
+        assert {table.index[-1] for table in history.values()} == {max_steps}
+    with caplog.at_level("INFO", logger="virtualcell"):
+        fit(screen, train={"max_steps": 10, "batch_size": 2, "val_fraction": 0.0})
+    # every step shows 2 x 16 cells
+    assert (
+        f"each of {screen.n_obs} training cells about {10 * 32 / screen.n_obs:.3g} times, in 35 groups" in caplog.text
+    )
+    with pytest.raises(ValueError, match="max_steps=0 is not a whole number of at least 1"):
+        build(screen).train(max_steps=0)
 
 
-def test_history_has_losses_by_epoch(learned):
-    for name in ("train_loss", "validation_loss"):
-        if name in learned.history:
-            frame = learned.history[name]
-            assert frame.index.name == "epoch"
-            assert list(frame.columns) == [name]
+def test_history_has_losses_by_step(learned):
+    assert set(learned.history) == {"train_loss", "train_loss_contrast"}  # the split holds no validation cells
+    for name, frame in learned.history.items():
+        assert frame.index.name == "step"
+        assert list(frame.columns) == [name]
+        assert list(frame.index) == list(range(12, 241, 12))  # some twenty entries
     loss = learned.history["train_loss"]["train_loss"]
     assert loss.iloc[-1] < 0.7 * loss.iloc[0]
 
 
+def test_validation_cells_are_held_out_of_every_group(screen, fit, weights):
+    st = fit(screen, train={"val_fraction": 0.2})
+    assert list(st.history["validation_loss"].index) == [1, 2, 3, 4, 5]
+    without = fit(screen, train={"val_fraction": 0.0})
+    assert set(without.history) == {"train_loss", "train_loss_contrast"}
+    assert not np.array_equal(weights(st), weights(without))
+    # those that the data has are taken as they are
+    screen.obs["part"] = np.where(np.arange(screen.n_obs) % 5, "train", "val")
+    marked = fit(screen, setup={"split_key": "part"}, train={"val_fraction": 0.9})
+    changed = screen.copy()
+    changed.X[(screen.obs["part"] == "val") & (screen.obs["target_gene"] != CONTROL)] = 1.5
+    again = fit(changed, setup={"split_key": "part"})
+    np.testing.assert_array_equal(weights(marked), weights(again))
+    assert not marked.history["validation_loss"].equals(again.history["validation_loss"])
+
+
 def test_early_stopping(screen, fit):
-    still = {"lr": 0.0, "max_steps": None, "max_epochs": 12, "batch_size": 2}
-    still |= {"early_stopping": True, "early_stopping_patience": 2}
+    still = {"lr": 1e-12, "max_steps": 12, "validate_every": 1, "batch_size": 2, "early_stopping": True, "patience": 2}
+    still |= {"contrast_weight": 0.0, "weight_decay": 0.0}
     st = fit(screen, train={**still, "val_fraction": 0.2})
-    assert len(st.history["validation_loss"]) == 3  # the first epoch and two without gain
+    assert list(st.history["validation_loss"].index) == [1, 2, 3]  # the first and two without gain
     with pytest.raises(
         ValueError, match="early_stopping=True needs validation cells: give val_fraction > 0 or a split"
     ):
@@ -222,6 +250,29 @@ def test_early_stopping(screen, fit):
     screen.obs["none"] = "train"
     with pytest.raises(ValueError, match="early_stopping=True needs validation cells"):
         fit(screen, setup={"split_key": "none"}, train=still)
+
+
+def test_options_of_the_training_are_checked_before_anything_runs(screen, build, weights):
+    st = build(screen)
+    before = weights(st)
+    with pytest.raises(KeyError, match=r"training option='max_step' is unknown\. Did you mean 'max_steps'"):
+        st.train(max_step=3)
+    with pytest.raises(KeyError, match=r"training option='val_fractoin' is unknown\. Did you mean 'val_fraction'"):
+        st.train({"val_fractoin": 0.2})
+    for options, message in (
+        ({"val_fraction": 1.0}, "val_fraction=1.0 must be at least 0 and less than 1"),
+        ({"mean_weight": -1.0}, "mean_weight=-1.0 is not a number of at least 0. Use 0 to leave the term out"),
+        ({"contrast_weight": float("nan")}, "contrast_weight=nan is not a number of at least 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            st.train(**options)
+    with pytest.raises(ValueError, match=r"max_steps=3 and options=\{'max_steps': ...\} were both given"):
+        st.train({"max_steps": 5}, max_steps=3)
+    np.testing.assert_array_equal(weights(st), before)
+    # an object, a dictionary and names say the same
+    assert st.train_options(STTrainOptions(max_steps=3, loss="sinkhorn"), lr=1e-4) == st.train_options(
+        {"max_steps": 3, "loss": "sinkhorn", "lr": 1e-4}
+    )
 
 
 def test_seed_decides(screen, fit, weights):
@@ -234,20 +285,62 @@ def test_seed_decides(screen, fit, weights):
 def test_training_leaves_the_global_random_state(screen, build):
     st = build(screen)
     before = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
-    st.train(max_steps=2, enable_progress_bar=False)
+    st.train(max_steps=2, progress_bar=False)
     assert torch.equal(before[0], torch.get_rng_state())
     assert np.array_equal(before[1], np.random.get_state()[1])  # noqa: NPY002
 
 
-def test_order_of_cells_and_genes_changes_nothing(screen, fit, targets):
+@pytest.mark.parametrize("setup", [{}, {"batch_key": "batch"}], ids=["plain", "batches"])
+def test_order_of_cells_and_genes_changes_no_bit(screen, fit, targets, weights, setup):
     rng = np.random.default_rng(0)
     by_cell = screen[rng.permutation(screen.n_obs)].copy()
-    st = fit(screen)
+    st = fit(screen, setup=setup)
     cells = st.predict(screen, targets[0], n_cells=20)
-    assert st.predict(by_cell, targets[0], n_cells=20).equals(cells)
+    error = st.uncertainty(screen, targets[0], n_samples=3)
     by_gene = by_cell[:, rng.permutation(screen.n_vars)].copy()
-    assert st.predict(by_gene, targets[0], n_cells=20).equals(cells)
-    assert fit(by_cell).predict(screen, targets[0], n_cells=20).equals(cells)
+    for data in (by_cell, by_gene):
+        assert st.predict(data, targets[0], n_cells=20).equals(cells)
+        assert st.uncertainty(data, targets[0], n_samples=3).equals(error)
+    again = fit(by_cell, setup=setup)
+    np.testing.assert_array_equal(weights(again), weights(st))
+    assert again.mixture == st.mixture
+    assert again.predict(screen, targets[0], n_cells=20).equals(cells)
+
+
+@pytest.mark.parametrize("setup", [{}, {"batch_key": "batch"}], ids=["plain", "batches"])
+@pytest.mark.parametrize("scale", ["log1p", "counts"])
+def test_kind_of_matrix_changes_no_bit(screen, counts, fit, targets, weights, scale, setup):
+    data, kinds = (screen, ("csr", "csc", "float64")) if scale == "log1p" else (counts, ("csr", "csc", "int64"))
+    x = np.asarray(data.X.todense()) if sparse.issparse(data.X) else data.X
+
+    def made(kind: str) -> tuple[ST, ad.AnnData]:
+        matrix = {"csr": sparse.csr_matrix, "csc": sparse.csc_matrix}.get(kind, lambda v: v.astype(kind))(x)
+        of_kind = ad.AnnData(matrix, obs=data.obs, var=data.var)
+        return fit(of_kind, setup={"scale": scale, **setup}, train={"max_steps": 3}), of_kind
+
+    reference, of_kind = made("float32")
+    cells = reference.predict(of_kind, targets[0], n_cells=20)
+    for kind in kinds:
+        st, of_kind = made(kind)
+        np.testing.assert_array_equal(weights(st), weights(reference), err_msg=kind)
+        assert st.predict(of_kind, targets[0], n_cells=20).equals(cells), kind
+
+
+def test_order_of_genes_changes_no_bit_of_a_model_that_sorts_them(screen, build, targets, weights):
+    """As `fit_state` does: a Screen gives genes by name."""
+    design = Design(**DESIGN, batch_key="batch", scale="log1p")
+    genes = sorted(screen.var_names)
+    rng = np.random.default_rng(0)
+    moved = screen[rng.permutation(screen.n_obs), rng.permutation(screen.n_vars)].copy()
+    models = []
+    for data in (screen, moved):
+        st = build(Screen.from_anndata(data, design).select(genes))
+        st.train(max_steps=3, progress_bar=False)
+        models.append(st)
+    one, other = models
+    np.testing.assert_array_equal(weights(one), weights(other))
+    assert one.mixture == other.mixture
+    assert one.predict(moved, targets[0]).equals(other.predict(screen, targets[0]))
 
 
 def test_test_cells_are_never_seen(screen, fit, weights):
@@ -256,7 +349,7 @@ def test_test_cells_are_never_seen(screen, fit, weights):
     other = screen.copy()
     other.X[(other.obs["split"] == "test").to_numpy()] = 1.5
     np.testing.assert_array_equal(weights(st), weights(fit(other, **options)))
-    other.X[(other.obs["split"] == "train").to_numpy()] += 0.25
+    other.X[(other.obs["split"] == "train").to_numpy()] *= 0.9
     assert not np.array_equal(weights(st), weights(fit(other, **options)))
 
 
@@ -271,22 +364,38 @@ def test_perturbations_of_test_cells_alone_stay_unknown(screen, fit, targets):
         fit(screen, setup={"split_key": "split"})
 
 
-class Watch(pl.Callback):
-    """Note whether dropout is on at every step."""
-
-    def __init__(self) -> None:
-        self.training = []
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
-        self.training.append(pl_module.network.training)
-
-
-def test_training_on_keeps_dropout(screen, fit):
+def test_training_goes_on_with_dropout(screen, fit):
     st = fit(screen)
-    watch = Watch()
-    st.train(max_steps=3, enable_progress_bar=False, callbacks=[watch])
-    assert watch.training == [True] * 3
+    training = []
+    st.module.register_forward_pre_hook(lambda module, _: training.append(module.training))
+    st.train(max_steps=3, progress_bar=False, val_fraction=0.0)
+    assert training[:3] == [True] * 3
+    assert not any(training[3:])  # weighing the heads
     assert not st.module.training
+
+
+def test_a_loss_that_is_not_finite_stops_training_at_the_last_finite_weights(screen, build, weights):
+    st = build(screen, setup={"batch_key": "batch"})
+    with pytest.raises(FloatingPointError, match=r"training loss of ST.*not finite in step \d+ of 60 \(contexts type_"):
+        st.train(max_steps=60, lr=1e12, progress_bar=False)
+    assert np.isfinite(weights(st)).all()
+    assert not st.is_trained
+    # from there it can be trained on
+    st.train(max_steps=2, lr=1e-4, progress_bar=False)
+    assert np.isfinite(st.predict(screen, st.perturbations[0]).to_numpy()).all()
+
+
+def test_a_screen_alone_gives_the_same_model(screen, fit, targets, weights):
+    design = Design(**DESIGN, batch_key="batch", split_key="split", scale="log1p")
+    reference = fit(screen, setup={"batch_key": "batch", "split_key": "split"})
+    alone = fit(Screen.from_anndata(screen, design))
+    assert alone.adata is None
+    np.testing.assert_array_equal(weights(alone), weights(reference))
+    expected = reference.predict(screen, targets[0])
+    assert alone.predict(screen, targets[0]).equals(expected)
+    assert alone.predict(perturbation=targets[0]).equals(expected)
+    assert repr(alone) == repr(reference)
+    assert (alone.genes, alone.batches, alone.contexts) == (reference.genes, reference.batches, reference.contexts)
 
 
 # -- prediction -------------------------------------------------------------------------------------------------------
@@ -343,6 +452,7 @@ def test_setup_is_reported(learned, build, screen):
     text = repr(learned)
     assert text.startswith("ST model: 6 perturbations (one-hot), 5 contexts, 80 dimensions of genes, sets of 16 cells")
     assert "Not trained" not in text
+    assert "head='both', with a transferred effect" in text
     assert repr(build(screen)).endswith("Not trained yet.")
 
 
@@ -378,7 +488,7 @@ def test_unknown_names(learned, screen, targets):
     with pytest.raises(ValueError, match="perturbation must be given"):
         learned.predict(screen)
     only = screen[screen.obs["target_gene"] != CONTROL].copy()
-    with pytest.raises(KeyError, match=r"^control='non-targeting' is unknown.*Predictions start from control cells"):
+    with pytest.raises(KeyError, match=r"^control='non-targeting' is unknown.*It labels the unperturbed cells"):
         learned.predict(only, targets[0])
 
 
@@ -391,7 +501,7 @@ def test_context_of_a_model_without_contexts(screen, fit, targets):
     st = fit(screen, setup={"context_key": None})
     assert "1 contexts" in repr(st)
     assert len(st.predict(screen, targets[0])) == 300
-    with pytest.raises(ValueError, match="context='type_1' was given, but the model was set up without context_key"):
+    with pytest.raises(ValueError, match="context='type_1' was given, but the design has no contexts"):
         st.predict(screen, targets[0], context="type_1")
 
 
@@ -406,7 +516,7 @@ def test_context_of_a_model_without_contexts(screen, fit, targets):
         ({"context_key": "celltype"}, KeyError, r"^context_key='celltype' is unknown\. Did you mean 'cell_type'"),
         ({"control": "NT"}, KeyError, r"^control='NT' is unknown\. .*It labels the unperturbed cells"),
         ({"layer": "lognorm"}, KeyError, r"^layer='lognorm' is unknown"),
-        ({"use_rep": "X_state"}, KeyError, r"^use_rep='X_state' is unknown.*Run `vc.tl.embed` first"),
+        ({"use_rep": "X_state"}, KeyError, r"^use_rep='X_state' is unknown.*Run `vc.tl.embed\(adata, model\)`"),
         (
             {"split_key": "cell_type"},
             ValueError,
@@ -442,10 +552,10 @@ def test_repeated_cells_and_contexts_without_controls(screen, fit):
 
 
 def test_expression_that_is_not_log1p(counts, screen, fit):
-    with pytest.raises(ValueError, match=r"X holds whole numbers only: raw counts\? This model works on log"):
+    with pytest.raises(ValueError, match=r"scale='log1p' was stated, but X reaches .* Say scale='counts' if these"):
         fit(counts)
     for change, message in (
-        (lambda x: x * 3, r"X reaches .*more than log1p of counts per 10,000 can"),
+        (lambda x: x * 3, r"X holds fractions and reaches .*: these are neither raw counts nor log"),
         (lambda x: x - 1, "X holds negative values"),
         (lambda x: np.where(x == x.max(), np.nan, x), "X holds NaN"),
     ):
@@ -456,12 +566,21 @@ def test_expression_that_is_not_log1p(counts, screen, fit):
 
 
 def test_options(screen, build):
-    with pytest.raises(TypeError, match=r"ST has no option \['n_heds'\]; valid are \[.*'n_heads'"):
+    with pytest.raises(KeyError, match=r"network option='n_heds' is unknown\. Did you mean 'n_heads'"):
         build(screen, n_heds=3)
-    with pytest.raises(ValueError, match=r"size='tiny' is unknown; valid are \['small', 'medium', 'large'\]"):
+    with pytest.raises(KeyError, match=r"network option='transfr' is unknown\. Did you mean 'transfer'"):
+        build(screen, transfr=False)
+    with pytest.raises(KeyError, match=r"size='tiny' is unknown\. Known: 'small', 'medium', 'large'"):
         build(screen, size="tiny")
-    with pytest.raises(ValueError, match="residual='genes' is unknown"):
-        build(screen, residual="genes")
+    with pytest.raises(KeyError, match=r"preset='publishd' is unknown\. Did you mean 'published'"):
+        build(screen, preset="publishd")
+    with pytest.raises(ValueError, match="head='genes' is unknown; valid are"):
+        build(screen, head="genes")
+    for argument in ("n_networks", "set_size"):
+        with pytest.raises(ValueError, match=f"{argument}=0 is not a whole number of at least 1"):
+            build(screen, **{argument: 0})
+    with pytest.raises(ValueError, match=r"perturbation_dropout=0\.2 hides features, and there are none"):
+        build(screen, perturbation_dropout=0.2)
 
 
 def test_forget_data_frees_the_data(session_screen, fit, targets):
@@ -480,33 +599,34 @@ def test_forget_data_frees_the_data(session_screen, fit, targets):
 
 
 def test_prediction_from_raw_counts_is_refused(counts, learned, targets):
-    with pytest.raises(ValueError, match=r"X holds whole numbers only: raw counts\?.*predict_perturbation"):
+    with pytest.raises(ValueError, match=r"scale='log1p' was stated, but X reaches .* Say scale='counts'"):
         learned.predict(counts, targets[0])
 
 
-# -- members, prior, uncertainty --------------------------------------------------------------------------------------
+# -- networks, mixture, uncertainty -----------------------------------------------------------------------------------
 
 
-def test_members_and_prior_come_back_from_a_file(screen, fit, targets, tmp_path):
-    st = fit(screen, n_members=2, train={"max_steps": 20})
-    assert "2 members" in repr(st)
-    first, second = (m.project_level[-1].weight for m in st.module.members)
+def test_networks_and_transferred_effect_come_back_from_a_file(screen, fit, targets, tmp_path):
+    st = fit(screen, n_networks=2, train={"max_steps": 3})
+    assert "2 networks" in repr(st)
+    first, second = (network.project_level[-1].weight for network in st.networks)
     assert not torch.equal(first, second)
     st.save(tmp_path)
     loaded = ST.load(tmp_path)
     assert repr(loaded) == repr(st)
+    assert loaded.mixture == st.mixture
     assert loaded.predict(screen, targets[0]).equals(st.predict(screen, targets[0]))
-    with pytest.raises(ValueError, match="n_members=0: at least one network"):
-        fit(screen, n_members=0)
+    assert loaded.uncertainty(screen, targets[0], n_samples=2).equals(st.uncertainty(screen, targets[0], n_samples=2))
 
 
-def test_level_head_starts_at_the_mean_training_cell(screen, build):
-    st = build(screen, setup={"split_key": "split"})
+def test_level_heads_start_at_the_mean_training_cell(screen, build):
+    st = build(screen, setup={"split_key": "split"}, n_networks=2)
     cells = screen.X[(screen.obs["split"] == "train").to_numpy()]  # and no validation cell
-    still = {"lr": 1e-12, "enable_progress_bar": False, "accelerator": "cpu"}
+    still = {"lr": 1e-12, "progress_bar": False, "accelerator": "cpu"}
     st.train(max_steps=1, **still)
-    bias = st.module.project_level[-1].bias
-    np.testing.assert_allclose(bias.detach(), cells.mean(axis=0), atol=1e-5)
+    for network in st.networks:
+        bias = network.project_level[-1].bias
+        np.testing.assert_allclose(bias.detach(), cells.mean(axis=0), atol=1e-5)
     with torch.no_grad():
         bias.fill_(7.0)
         bias[0] = 0.0
@@ -515,26 +635,24 @@ def test_level_head_starts_at_the_mean_training_cell(screen, build):
     np.testing.assert_allclose(bias.detach()[0], cells[:, 0].mean(), atol=1e-5)
 
 
-def test_the_better_head_weighs_more(screen, fit):
-    st = fit(screen, train={"max_steps": 30})
-    data, network = screen, st.module
-    cells = CellSetDataset(Rows(st._cells(data)), st.table.encode)
-    loader = st._loader(data, np.ones(data.n_obs, bool), cells, fixed=True, sets_per_batch=8, seed=0)
+def test_the_better_head_weighs_more(screen, fit, build):
+    st = fit(screen)
+    still = {"lr": 1e-12, "max_steps": 1, "progress_bar": False}
     with torch.no_grad():
-        network.project_level[-1].bias += 4
-    st._weigh_heads(loader)
-    assert network.head_weights[0] > 0.9
+        st.module.project_level[-1].bias += 4
+    st.train(**still)
+    assert st.mixture.head_weights[0] > 0.9
     with torch.no_grad():
-        network.project_level[-1].bias -= 4
-        network.project_out[-1].bias += 4
-    st._weigh_heads(loader)
-    assert network.head_weights[1] > 0.9
+        st.module.project_level[-1].bias -= 4
+        st.module.project_out[-1].bias += 4
+    st.train(**still)
+    assert st.mixture.head_weights[1] > 0.9
 
 
-def test_prior_is_refused_in_embedding_space(embedded, build):
-    with pytest.raises(ValueError, match="prior='similar' is a shift of genes, and this model works on embeddings"):
-        build(embedded.copy(), setup={"use_rep": "X_pca"}, prior="similar")
-    assert build(embedded.copy(), setup={"use_rep": "X_pca"}).config.prior is None
+def test_a_transferred_effect_is_refused_in_embedding_space(embedded, build):
+    with pytest.raises(ValueError, match="transfer=True is about genes, and this model works on embeddings: leave it"):
+        build(embedded.copy(), setup={"use_rep": "X_pca"}, transfer=True)
+    assert not build(embedded.copy(), setup={"use_rep": "X_pca"}).transfer
 
 
 def test_a_cell_holds_no_more_than_all_its_counts(screen, fit, targets):
@@ -544,9 +662,9 @@ def test_a_cell_holds_no_more_than_all_its_counts(screen, fit, targets):
     assert st.predict(screen, targets[0]).to_numpy().max() == np.float32(np.log1p(1e4))
 
 
-@pytest.mark.parametrize("prior", ["similar", "additive", None])
-def test_every_prior_learns_and_predicts_an_unseen_context(screen, fit, targets, prior):
-    st = fit(screen, setup={"split_key": "split"}, prior=prior, train={"max_steps": 200, "lr": 3e-3})
+@pytest.mark.parametrize("options", [{"transfer": False}, {"head": "shift", "transfer": True}, {"n_networks": 2}])
+def test_every_mixture_learns_and_predicts_an_unseen_context(screen, fit, targets, options):
+    st = fit(screen, setup={"split_key": "split"}, train={"max_steps": 60, "lr": 6e-3}, **options)
     assert score(st, screen, targets, "type_5")[0] > 0.6
 
 
@@ -560,23 +678,73 @@ def test_standard_errors_fall_with_the_number_of_control_cells(learned, screen, 
     assert learned.uncertainty(small, targets[0], n_samples=30).mean(axis=None) > 1.3 * one.mean(axis=None)
     with pytest.raises(ValueError, match="n_samples=1: at least 2 draws"):
         learned.uncertainty(few, targets[0], n_samples=1)
-
-
-def test_the_standard_error_is_that_of_the_weighted_average(learned, screen, targets, monkeypatch):
-    parts, share = np.array([[0.0], [1.0], [4.0]]) * np.ones(screen.n_vars), np.array([0.2, 0.3, 0.5])
-    monkeypatch.setattr(learned, "_predict_means", lambda *args, **kwargs: (parts, share))
-    error = learned.uncertainty(screen, targets[0], context="type_5", n_samples=3).to_numpy()
-    centre = 0.3 * 1 + 0.5 * 4
-    total = 0.2**2 + 0.3**2 + 0.5**2
-    between = (0.2 * centre**2 + 0.3 * (1 - centre) ** 2 + 0.5 * (4 - centre) ** 2) / (1 - total)
-    np.testing.assert_allclose(error, np.sqrt(between * total), rtol=1e-6)
     with pytest.raises(ValueError, match="perturbation must be given"):
         learned.uncertainty(screen)
 
 
 def test_parts_that_disagree_raise_the_standard_error(screen, fit, targets):
-    st = fit(screen, train={"max_steps": 60, "lr": 3e-3})
+    st = fit(screen, train={"max_steps": 20, "lr": 3e-3})
     before = st.uncertainty(screen, targets[0], context="type_1", n_samples=5)
     with torch.no_grad():
         st.module.project_level[-1].bias += 3
     assert (st.uncertainty(screen, targets[0], context="type_1", n_samples=5) > before).to_numpy().mean() > 0.9
+
+
+# -- what must not be returned ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_prediction_that_is_not_finite_is_never_returned(embedded, fit, targets, value):
+    st = fit(embedded.copy(), setup={"use_rep": "X_pca"}, decoder_hidden=(16,))
+    broken = embedded.copy()
+    cell = np.flatnonzero((broken.obs["target_gene"] == CONTROL) & (broken.obs["cell_type"] == "type_2"))[3]
+    broken.obsm["X_pca"][cell, 0] = value
+    with pytest.raises(
+        FloatingPointError, match=r"ST predicts NaN or infinite values for .* in context 'type_2'\. Look"
+    ):
+        st.predict(broken, targets[0])
+    with pytest.raises(FloatingPointError, match="in context 'type_2'"):
+        st.uncertainty(broken, targets[0], context="type_2", n_samples=3)
+    assert np.isfinite(st.predict(broken, targets[0], context="type_1").to_numpy()).all()
+
+
+def test_infinite_weights_are_not_hidden_by_the_largest_expression(screen, fit, targets):
+    st = fit(screen, head="shift", transfer=False)
+    with torch.no_grad():
+        st.module.project_out[-1].bias[0] = np.inf
+    with pytest.raises(FloatingPointError, match="predicts NaN or infinite values"):
+        st.predict(screen, targets[0])
+
+
+# -- batches that a prediction does not need --------------------------------------------------------------------------
+
+
+def test_an_unknown_batch_in_another_context_stops_no_prediction(screen, fit, targets):
+    st = fit(screen, setup={"batch_key": "batch"})
+    reference = st.predict(screen, targets[0], context="type_1")
+    error = st.uncertainty(screen, targets[0], context="type_1", n_samples=2)
+    screen.obs["batch"] = screen.obs["batch"].astype(str).where(screen.obs["cell_type"] == "type_1", "new")
+    assert st.predict(screen, targets[0], context="type_1").equals(reference)
+    assert st.uncertainty(screen, targets[0], context="type_1", n_samples=2).equals(error)
+    with pytest.raises(KeyError, match="batch='new' is unknown"):
+        st.predict(screen, targets[0], context="type_2")
+
+
+# -- validation -------------------------------------------------------------------------------------------------------
+
+
+def test_a_perturbation_of_validation_alone_needs_features(screen, fit, targets):
+    last = (screen.obs["target_gene"] == targets[-1]).to_numpy()
+    screen.obs["part"] = np.where(last, "val", "train")
+    setup = {"split_key": "part"}
+    with pytest.raises(ValueError, match=rf"\['{targets[-1]}'\] occur in validation but in no training cells"):
+        fit(screen, setup=setup)
+    features = pd.DataFrame(np.random.default_rng(0).normal(size=(6, 3)), index=targets)
+    st = fit(screen, features, setup=setup)
+    assert targets[-1] not in st.table.seen
+    assert len(st.history["validation_loss"])
+    # a pair whose parts are learned from may be validated on
+    screen.obs["target_gene"] = screen.obs["target_gene"].astype(str).replace(targets[-1], "+".join(targets[:2]))
+    st = fit(screen, setup=setup)
+    assert "+".join(targets[:2]) not in st.table.seen
+    assert len(st.history["validation_loss"])

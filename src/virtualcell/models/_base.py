@@ -173,7 +173,7 @@ class PerturbationModel(BaseModelClass):
         dir_path
             The folder.
         adata
-            Data to predict on where a method is given none; `None` leaves the model without data.
+            Data to predict on where a method is given none, or to train on; `None` leaves the model without data.
         accelerator, device
             Where to put the network, as in scvi-tools.
         """
@@ -237,12 +237,7 @@ class PerturbationModel(BaseModelClass):
         predicted = self.predict_cells(
             start.dense(rows), perturbation, context=start.context, base=start.base, batch=start.batch_of(rows)
         )
-        if not np.isfinite(predicted).all():
-            raise FloatingPointError(
-                f"{type(self).__name__} predicts NaN or infinite values for {perturbation!r} in context "
-                f"{start.context!r}. Look for such values in the control cells (and their obsm), or train again with a "
-                "lower learning rate."
-            )
+        _common.require_finite(self, predicted, perturbation, start.context)
         order = np.argsort(rows[:n], kind="stable")
         return rows[:n][order], predicted[:n][order]
 
@@ -257,7 +252,9 @@ class PerturbationModel(BaseModelClass):
                 control, perturbation, context=start.context, base=control.mean(axis=0), batch=start.batch_of(rows)
             )
             means.append(parts)
-        return standard_error(np.stack(means), weights)
+        error = standard_error(np.stack(means), weights)
+        _common.require_finite(self, error, perturbation, start.context)
+        return error
 
     # -- prediction from data -----------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import numpy as np
 import pandas as pd
 import torch
 from anndata import AnnData
@@ -12,6 +13,7 @@ from scvi.model._utils import parse_device_args
 from scvi.model.base import BaseModelClass
 from torch import Tensor
 
+from virtualcell.data._screen import Screen
 from virtualcell.io._save import State, read_state
 
 KINDS: dict[str, type] = {}  # classes that can be read from a file, by name; each enters itself
@@ -62,7 +64,7 @@ def load_network(module: torch.nn.Module, tensors: dict[str, Tensor], *, assign:
 
 
 def meta_of(model: BaseModelClass) -> dict:
-    """What every saved model has in its description."""
+    """Describe what every saved model has."""
     from virtualcell import __version__
 
     history = {
@@ -92,14 +94,27 @@ def forget_data(model: BaseModelClass) -> None:
     model._adata = model._adata_manager = model.trainer = model.screen = None
 
 
-def training_screen(model: BaseModelClass) -> object:
-    """Return the cells that a model was built on."""
+def training_screen(model: BaseModelClass) -> Screen:
+    """Return the cells that a model was built on, or that it was loaded with."""
+    if model.screen is None and model.adata is not None:
+        model.screen = Screen.from_anndata(model.adata, model.design, modality=model.modality, genes=model.genes)
+        model.screen.require_unique_names()
+        model.screen.require_control()
     if model.screen is None:
         raise ValueError(
-            "this model holds no data to train on: it was loaded without, or `vc.tl.fit_state` let go of it. Set up "
-            "data and build a new model."
+            "this model holds no data to train on: it was loaded without, or `vc.tl.fit_state` let go of it. Give data "
+            "to `load` as adata=, or build a new model on data that was set up."
         )
     return model.screen
+
+
+def require_finite(model: BaseModelClass, predicted: np.ndarray, perturbation: str, context: str) -> None:
+    """Raise where a prediction holds NaN or infinite values."""
+    if not np.isfinite(predicted).all():
+        raise FloatingPointError(
+            f"{type(model).__name__} predicts NaN or infinite values for {perturbation!r} in context {context!r}. Look "
+            "for such values in the control cells (and their obsm), or train again with a lower learning rate."
+        )
 
 
 def summary(model: BaseModelClass) -> str:

@@ -158,7 +158,7 @@ def put_on_cells(cells: Tensor, wanted: Tensor, *, nonnegative: bool = True) -> 
 
 
 def standard_error(means: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Standard error of the weighted mean of several parts' predictions.
+    """Estimate the standard error of the weighted mean of several parts' predictions.
 
     Its variance between draws of control cells, plus the variance between parts times the sum of squared weights, which
     for equal weights divides it by their number.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -16,16 +18,12 @@ _PASSES, _FEWEST_STEPS, _MANY_STEPS = 20, 400, 20_000
 _SETS_ON_CPU, _SETS_ON_GPU = 8, 64
 
 
-class SetBatches:
-    """Batches of sets as tensors: a function of the number of the step, see :class:`virtualcell.train.Batches`.
-
-    "control" (B, S, n_input), "perturbed" (B, S, n_output), "perturbation" (B, n_perturbation), with batches "batch"
-    (B, S), and "genes" (B, S, n_genes) where the model decodes genes from an embedding.
+@dataclass
+class SetSource:
+    """What sets are made of. Training and validation share one, so that a device holds the rows once.
 
     Parameters
     ----------
-    sampler
-        Which rows go together.
     rows
         What the network works on: packed expression, or cell embeddings.
     table
@@ -34,41 +32,57 @@ class SetBatches:
         Code of each cell's batch, (n_cells,), or `None`.
     genes
         Expression to decode to, of a model in embedding space.
+    """
+
+    rows: PackedRows | DenseRows
+    table: PerturbationTable
+    batch: np.ndarray | None = None
+    genes: PackedRows | None = None
+
+    def move(self, device: torch.device) -> None:
+        """Put the rows on a device, where they are not there already."""
+        self.rows = self.rows.to(device)
+        self.genes = None if self.genes is None else self.genes.to(device)
+
+
+class SetBatches:
+    """Batches of sets as tensors: a function of the number of the step, see :class:`virtualcell.train.Batches`.
+
+    "control" (B, S, n_input), "perturbed" (B, S, n_output), "perturbation" (B, n_perturbation), with batches "batch"
+    (B, S), that of the perturbed cells, and "genes" (B, S, n_genes) where the model decodes genes from an embedding.
+
+    Parameters
+    ----------
+    sampler
+        Which rows go together.
+    source
+        What they are rows of.
     is_validation
         Whether these are the batches of a validation, whose number is that of the sampler's steps.
     """
 
-    def __init__(
-        self,
-        sampler: SetSampler,
-        rows: PackedRows | DenseRows,
-        table: PerturbationTable,
-        *,
-        batch: np.ndarray | None = None,
-        genes: PackedRows | None = None,
-        is_validation: bool = False,
-    ) -> None:
-        self.sampler, self.rows, self.genes, self.batch = sampler, rows, genes, batch
+    def __init__(self, sampler: SetSampler, source: SetSource, *, is_validation: bool = False) -> None:
+        self.sampler, self.source = sampler, source
         self.n_steps = sampler.n_steps if is_validation else None
         names = sorted(set(sampler.groups.perturbation))
-        self.vectors = table.encode(names)
+        self.vectors = source.table.encode(names)
         code = {name: i for i, name in enumerate(names)}
         self.code = np.array([code[name] for name in sampler.groups.perturbation])
 
     def step(self, i: int, rank: int, world_size: int, device: torch.device) -> dict[str, Tensor]:
         """Return the share of the sets of step `i` that belongs to a process."""
         group, perturbed, control = (part[rank::world_size] for part in self.sampler.step(i))
-        self.rows = self.rows.to(device)
+        source = self.source
+        source.move(device)
         batch = {
-            "control": self.rows.rows(control),
-            "perturbed": self.rows.rows(perturbed),
+            "control": source.rows.rows(control),
+            "perturbed": source.rows.rows(perturbed),
             "perturbation": self.vectors[self.code[group]].to(device),
         }
-        if self.batch is not None:
-            batch["batch"] = torch.from_numpy(self.batch[perturbed]).to(device)
-        if self.genes is not None:
-            self.genes = self.genes.to(device)
-            batch["genes"] = self.genes.rows(perturbed)
+        if source.batch is not None:
+            batch["batch"] = torch.from_numpy(source.batch[perturbed]).to(device)
+        if source.genes is not None:
+            batch["genes"] = source.genes.rows(perturbed)
         return batch
 
     def describe(self, i: int) -> str:
@@ -78,7 +92,7 @@ class SetBatches:
 
 
 def auto_batch_size(groups: CellGroups, set_size: int, *, on_gpu: bool, n_devices: int = 1) -> int:
-    """Sets per step: 8 on a CPU; on a GPU, where a step costs the same with many, up to 64 as the data allow."""
+    """Choose the sets per step: 8 on a CPU; on a GPU, where many cost no more, up to 64 as the data allow."""
     if not on_gpu:
         return _SETS_ON_CPU * n_devices
     fitting = _PASSES * groups.n_sets(set_size) // _FEWEST_STEPS
@@ -86,11 +100,11 @@ def auto_batch_size(groups: CellGroups, set_size: int, *, on_gpu: bool, n_device
 
 
 def default_steps(groups: CellGroups, set_size: int, batch_size: int) -> int:
-    """Steps for 20 passes over the cells, at least 400; above 20,000 fewer passes, but at least one."""
+    """Count the steps of 20 passes over the cells, at least 400; above 20,000 fewer passes, but at least one."""
     one_pass = -(-groups.n_sets(set_size) // batch_size)
     return max(min(max(_PASSES * one_pass, _FEWEST_STEPS), _MANY_STEPS), one_pass)
 
 
 def validation_steps(groups: CellGroups, set_size: int, batch_size: int) -> int:
-    """Steps in which every validation cell has a place, up to a limit."""
+    """Count the steps in which every validation cell has a place, up to a limit."""
     return min(-(-groups.n_sets(set_size) // batch_size), MOST_VALIDATION_STEPS)

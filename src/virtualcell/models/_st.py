@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -16,6 +15,7 @@ from mudata import MuData
 from torch import Tensor
 
 from virtualcell._errors import unknown_name
+from virtualcell._keys import ALL
 from virtualcell.data._cell_sets import CellGroups, SetSampler
 from virtualcell.data._expression import MOST_EXPRESSION
 from virtualcell.data._packed import DenseRows, PackedRows
@@ -25,8 +25,9 @@ from virtualcell.models._base import PerturbationModel
 from virtualcell.models._effects import Effects
 from virtualcell.models._features import PerturbationTable, find_drug
 from virtualcell.models._mixture import Mixture
-from virtualcell.models._set_batches import SetBatches, auto_batch_size, default_steps, validation_steps
+from virtualcell.models._set_batches import SetBatches, SetSource, validation_steps
 from virtualcell.models._st_files import from_arc, from_state, state_of, to_arc
+from virtualcell.models._st_fit import check_validation, completed, perturbation_table, start_at_mean
 from virtualcell.models._st_options import PRESETS, STTrainOptions, network_options
 from virtualcell.models._transferred import Transferred
 from virtualcell.modules import Ensemble, STConfig, STNetwork, networks, st_loss
@@ -106,9 +107,9 @@ class ST(PerturbationModel):
         for argument, value in (("n_networks", n_networks), ("set_size", set_size)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{argument}={value!r} is not a whole number of at least 1.")
-        self.table = _table(self.screen, self.control, perturbation_features) if table is None else table
+        self.table = perturbation_table(self.screen, perturbation_features) if table is None else table
         if self.screen is not None:
-            _check_validation(self.screen, self.table)
+            check_validation(self.screen, self.table)
         if table is None and self.table.has_features:
             options.setdefault("perturbation_dropout", _PERTURBATION_DROPOUT)
         if options.get("perturbation_dropout") and not self.table.has_features:
@@ -187,29 +188,17 @@ class ST(PerturbationModel):
             If a loss is not finite.
         """
         screen = _common.training_screen(self)
+        self._check_width(len(screen.genes) if screen.rep is None else screen.rep.shape[1])
         options = self.train_options(options, **keywords)
         if self.design.split_key is None and not screen.is_val.any():
             screen = screen.hold_out(options.val_fraction, options.seed)
         train, held = screen.groups(screen.is_train), screen.groups(screen.is_val) if screen.is_val.any() else None
         if not len(train):
             raise ValueError("there is nothing to train on: no perturbed training cells with matching controls.")
-        options = self._complete(options, train)
-        packed = PackedRows.pack(screen.expression)
-        rows, genes = (packed, None) if screen.rep is None else (DenseRows(torch.from_numpy(screen.rep)), packed)
-        shared = {"rows": rows, "genes": genes, "table": self.table, "batch": self._codes(screen)}
-
-        def batches(groups: CellGroups, n_steps: int, *, is_validation: bool) -> SetBatches:
-            sampler = SetSampler(
-                groups, set_size=self.set_size, sets_per_step=options.batch_size, n_steps=n_steps, seed=options.seed
-            )
-            return SetBatches(sampler, is_validation=is_validation, **shared)
-
-        training = batches(train, options.max_steps, is_validation=False)
-        validation = None
-        if held is not None:
-            n_steps = validation_steps(held, self.set_size, options.batch_size)
-            validation = batches(held, n_steps, is_validation=True)
-        self._start_at_mean(screen)
+        options = completed(options, train, self.set_size)
+        training, validation = self._batches(screen, train, held, options)
+        if self.config.head == "both":
+            start_at_mean(self.networks, screen)
         if self.transfer:
             effects = Effects.measure(screen, screen.is_known) if effects is None else effects
             self.transferred = Transferred.fit(effects, self._features)
@@ -223,6 +212,21 @@ class ST(PerturbationModel):
         self.mixture = self.mixture.weighed(self.networks, (training.step(i, 0, 1, self.device) for i in shown))
         logger.info(self.mixture.describe())
 
+    def _batches(
+        self, screen: Screen, train: CellGroups, held: CellGroups | None, options: STTrainOptions
+    ) -> tuple[SetBatches, SetBatches | None]:
+        """Batches of training and of validation, from one copy of the rows."""
+        packed = PackedRows.pack(screen.expression)
+        rows, genes = (packed, None) if screen.rep is None else (DenseRows(torch.from_numpy(screen.rep)), packed)
+        codes = None if screen.batch is None else self._batch_codes(np.asarray(screen.batch).astype(str))
+        source = SetSource(rows, self.table, batch=codes, genes=genes)
+        size = {"set_size": self.set_size, "sets_per_step": options.batch_size, "seed": options.seed}
+        training = SetBatches(SetSampler(train, n_steps=options.max_steps, **size), source)
+        if held is None:
+            return training, None
+        n_steps = validation_steps(held, self.set_size, options.batch_size)
+        return training, SetBatches(SetSampler(held, n_steps=n_steps, **size), source, is_validation=True)
+
     def train_options(self, options: STTrainOptions | Mapping | None = None, **keywords: object) -> STTrainOptions:
         """Complete the options of a training, and raise for one that there is not."""
         stated = options.stated if isinstance(options, TrainOptions) else dict(options or {})
@@ -234,42 +238,11 @@ class ST(PerturbationModel):
             {**stated, **keywords}, lr=1e-3, gradient_clip=10.0, loss="energy", val_fraction=0.1, **preset
         )
 
-    def _complete(self, options: STTrainOptions, groups: CellGroups) -> STTrainOptions:
-        """Decide the length and the size of a step, and say how often a cell is seen."""
-        on_gpu = options.accelerator in ("gpu", "cuda") or (options.accelerator == "auto" and torch.cuda.is_available())
-        n_devices = options.devices if isinstance(options.devices, int) and options.devices > 0 else 1
-        size = options.batch_size or auto_batch_size(groups, self.set_size, on_gpu=on_gpu, n_devices=n_devices)
-        steps = options.max_steps or default_steps(groups, self.set_size, size)
-        n_cells = int(groups.sizes.sum())
-        logger.info(
-            "ST sees each of %d training cells about %.3g times, in %d groups (context and perturbation) and %d steps of "
-            "%d sets of %d cells.",
-            *(n_cells, steps * size * self.set_size / n_cells, len(groups), steps, size, self.set_size),
-        )
-        return dataclasses.replace(options, batch_size=size, max_steps=steps)
-
-    @torch.no_grad()
-    def _start_at_mean(self, screen: Screen) -> None:
-        """Let the level head start at the mean of training cells; from zero, getting there takes most of the training.
-
-        Only where it is still zero: a network that was trained before goes on from there.
-        """
-        if self.config.head != "both":
-            return
-        rows = screen.in_order(screen.is_train)
-        mean = screen.expression.moments([rows]).mean[0] if screen.rep is None else screen.rep[rows].mean(axis=0)
-        for network in self.networks:
-            bias = network.project_level[-1].bias
-            bias.copy_(torch.where(bias == 0, torch.from_numpy(mean).to(bias), bias))
-
-    def _codes(self, screen: Screen) -> np.ndarray | None:
-        return None if screen.batch is None else self._batch_codes(np.asarray(screen.batch).astype(str))
-
     def _batch_codes(self, names: np.ndarray) -> np.ndarray:
         codes = pd.Index(self.batches).get_indexer(names)
         if (codes < 0).any():
             raise unknown_name(
-                "batch", names[codes < 0][0], self.batches, "This model knows only the batches it was trained on."
+                "batch", str(names[codes < 0][0]), self.batches, "This model knows only the batches it was trained on."
             )
         return codes
 
@@ -319,6 +292,7 @@ class ST(PerturbationModel):
         self, cells: np.ndarray, perturbation: str, batch: np.ndarray | None
     ) -> Iterator[tuple[Tensor, list[tuple[Tensor, ...]]]]:
         """Yield control sets (B, S, n_input), in the order given, and what the heads of each network predict."""
+        self._check_width(cells.shape[1])
         self.module.eval()
         vector = self.table.encode([perturbation]).to(self.device)
         codes = None if batch is None or not self.batches else self._batch_codes(batch)
@@ -330,6 +304,14 @@ class ST(PerturbationModel):
             outs = [network(control, vector.expand(len(rows), -1), of_batch) for network in self.networks]
             yield control, [out.heads for out in outs]
 
+    def _check_width(self, n: int) -> None:
+        """Raise unless cells have as many columns as the network takes."""
+        if n != self.config.n_input:
+            what = "the matrix" if self.design.use_rep is None else f"obsm[{self.design.use_rep!r}]"
+            raise ValueError(
+                f"{what} has {n} columns, this model {self.config.n_input}: give cells in the space it was trained in."
+            )
+
     def _set_starts(self, n: int) -> list[int]:
         """Where the sets begin; every one is full: the last one reaches back."""
         s = min(self.set_size, n)
@@ -340,7 +322,7 @@ class ST(PerturbationModel):
         cells: np.ndarray,
         perturbation: str,
         *,
-        context: str = "",
+        context: str = ALL,
         base: np.ndarray | None = None,
         batch: np.ndarray | None = None,
     ) -> np.ndarray:
@@ -357,7 +339,9 @@ class ST(PerturbationModel):
         n, s = len(cells), min(self.set_size, len(cells))
         before = (len(self._set_starts(n)) - 1) * s
         predicted = torch.cat(sets).cpu().numpy()
-        return np.concatenate([predicted[:before], predicted[before + s - (n - before) :]])  # of the last what is new
+        predicted = np.concatenate([predicted[:before], predicted[before + s - (n - before) :]])  # of the last set
+        _common.require_finite(self, predicted, perturbation, context)  # before anything is cut off
+        return predicted
 
     @torch.inference_mode()
     def predict_cells(
@@ -391,34 +375,10 @@ class ST(PerturbationModel):
     # -- files --------------------------------------------------------------------------------------------------------
 
     def parts(self) -> dict[str, PerturbationModel]:
-        """The SE and the baseline that this model carries."""
+        """Return the SE and the baseline that this model carries."""
         return {name: part for name, part in (("se", self.se), ("fallback", self.fallback)) if part is not None}
 
     state = state_of
     from_state = classmethod(from_state)
     from_arc = classmethod(from_arc)
     to_arc = to_arc
-
-
-def _table(screen: Screen, control: str, features: pd.DataFrame | None) -> PerturbationTable:
-    """Vectors of the perturbations of the training cells, and of those that validation alone holds."""
-    seen = set(screen.perturbation[screen.is_train])
-    if features is None:
-        table = PerturbationTable.one_hot(seen, control)
-    else:
-        only = set(screen.perturbation[screen.is_val]) - seen
-        table = PerturbationTable.from_features(features, seen, control, only)
-    if not table.n_dims or not set(seen) - {control}:
-        raise ValueError(f"the training cells hold no perturbation, only {control!r}.")
-    return table
-
-
-def _check_validation(screen: Screen, table: PerturbationTable) -> None:
-    """Raise for perturbations that occur in validation alone, where no features tell anything of them."""
-    seen = {*screen.perturbation[screen.is_train], *table.seen, screen.design.control}
-    only = sorted(set(screen.perturbation[screen.is_val]) - seen)
-    if only and not table.has_features:
-        raise ValueError(
-            f"{only[:10]} occur in validation but in no training cells, and a one-hot model learns nothing of them. "
-            "Mark their cells 'test', or give perturbation_features."
-        )

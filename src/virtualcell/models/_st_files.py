@@ -50,14 +50,13 @@ def state_of(model: ST) -> State:
 def from_state(cls: type[ST], state: State) -> ST:
     """Build the model that :meth:`state` described."""
     meta, tensors = state.meta, state.tensors
-    model = _from_arguments(cls, meta, tensors, meta["registry"])
+    model = _from_arguments(cls, meta, tensors, meta["registry"], transfer=meta["mixture"]["transferred"])
     _common.load_network(model.module, tensors)
     _common.restore_meta(model, meta)
     mixture = meta["mixture"]
     model.mixture = Mixture(
         tuple(mixture["heads"]), tuple(mixture["head_weights"]), mixture["transferred"], mixture["nonnegative"]
     )
-    model.transfer = model.mixture.transferred
     if "transferred" in meta:
         arrays = {k.removeprefix("transferred."): v.numpy() for k, v in tensors.items() if "transferred." in k}
         model.transferred = Transferred.from_arrays(meta["transferred"], arrays)
@@ -69,11 +68,13 @@ def from_state(cls: type[ST], state: State) -> ST:
     return model
 
 
-def _from_arguments(cls: type[ST], arguments: dict, tensors: dict[str, Tensor], registry: dict) -> ST:
+def _from_arguments(
+    cls: type[ST], arguments: dict, tensors: dict[str, Tensor], registry: dict, *, transfer: bool = False
+) -> ST:
     table = PerturbationTable(
         vectors=tensors["perturbations"], control=registry["setup_args"]["control"], **arguments["table"]
     )
-    return cls(registry=registry, table=table, transfer=False, **arguments["sizes"], **arguments["config"])
+    return cls(registry=registry, table=table, transfer=transfer, **arguments["sizes"], **arguments["config"])
 
 
 def from_arc(
