@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import anndata as ad
@@ -115,13 +116,7 @@ def synthetic(
     ValueError
         More than half of the genes would be targets, or a number is out of its range.
     """
-    if not 0 < n_perturbations <= n_genes // 2:
-        raise ValueError(
-            f"n_perturbations={n_perturbations} must be from 1 to half of n_genes={n_genes}: targets are drawn from "
-            "the better expressed half."
-        )
-    if not 0 <= context_specificity <= 1:
-        raise ValueError(f"context_specificity={context_specificity} must lie between 0 and 1.")
+    _check(n_perturbations, n_genes, context_specificity)
     for argument, value in (
         ("residual_expression", residual_expression),
         ("dispersion", dispersion),
@@ -130,10 +125,73 @@ def synthetic(
         if value <= 0:
             raise ValueError(f"{argument}={value} must be more than 0.")
     rng = np.random.default_rng(seed)
-    genes = _numbered("GENE", n_genes, width=max(3, len(str(n_genes))))
-    contexts = _numbered("type_", n_contexts)
-    programmes = _numbered("programme_", n_programmes)
+    truth = _draw_truth(
+        rng, (n_contexts, n_perturbations, n_genes, n_programmes), effect_size, context_specificity, residual_expression
+    )
+    per_context = np.append(
+        np.repeat(np.arange(n_perturbations), n_cells_per_group), [n_perturbations] * n_control_cells
+    )
+    perturbation = np.tile(per_context, n_contexts)
+    context = np.repeat(np.arange(n_contexts), len(per_context))
+    order = rng.permutation(len(context))
+    context, perturbation = context[order], perturbation[order]
+    batch = rng.integers(n_batches, size=len(order))
 
+    # the control is perturbation number n_perturbations, with no shift
+    shift = np.concatenate([truth.shift, np.zeros((n_contexts, 1, n_genes))], axis=1)
+    log_rate = truth.profile[context] + shift[context, perturbation]
+    log_rate += rng.normal(scale=_BATCH_SPREAD, size=(n_batches, n_genes))[batch]
+    log_rate += rng.normal(scale=_CELL_SPREAD, size=(len(order), n_programmes)) @ truth.weights.T
+    total = library_size * rng.lognormal(sigma=_LIBRARY_SPREAD, size=(len(order), 1))
+    mean = _share(log_rate) * total
+    counts = rng.poisson(mean * rng.gamma(1 / dispersion, dispersion, size=mean.shape))
+
+    genes = _numbered("GENE", n_genes, width=max(3, len(str(n_genes))))
+    contexts, batches = _numbered("type_", n_contexts), _numbered("batch_", n_batches)
+    names = np.append(np.array(genes)[truth.targets], control)
+    obs = {
+        "target_gene": pd.Categorical(names[perturbation]),
+        "cell_type": pd.Categorical(np.array(contexts)[context]),
+        "batch": pd.Categorical(np.array(batches)[batch]),
+    }
+    adata = AnnData(
+        sparse.csr_matrix(counts, dtype=np.float32),
+        obs=pd.DataFrame(obs, index=pd.Index(_numbered("cell_", len(order), width=6))),
+        var=pd.DataFrame(index=pd.Index(genes)),
+    )
+    _note_truth(adata, truth, contexts, names[:-1])
+    return adata
+
+
+def _check(n_perturbations: int, n_genes: int, context_specificity: float) -> None:
+    if not 0 < n_perturbations <= n_genes // 2:
+        raise ValueError(
+            f"n_perturbations={n_perturbations} must be from 1 to half of n_genes={n_genes}: targets are drawn from "
+            "the better expressed half."
+        )
+    if not 0 <= context_specificity <= 1:
+        raise ValueError(f"context_specificity={context_specificity} must lie between 0 and 1.")
+
+
+class _Truth(NamedTuple):
+    """What cells are drawn from: log profiles, their shifts, the genes that are targets, and the programmes."""
+
+    profile: np.ndarray  # (n_contexts, n_genes)
+    shift: np.ndarray  # (n_contexts, n_perturbations, n_genes)
+    targets: np.ndarray  # (n_perturbations,)
+    weights: np.ndarray  # (n_genes, n_programmes)
+    activity: np.ndarray  # (n_contexts, n_programmes)
+    push: np.ndarray  # (n_perturbations, n_programmes)
+
+
+def _draw_truth(
+    rng: np.random.Generator,
+    sizes: tuple[int, int, int, int],
+    effect_size: float,
+    context_specificity: float,
+    residual_expression: float,
+) -> _Truth:
+    n_contexts, n_perturbations, n_genes, n_programmes = sizes
     weights = rng.normal(size=(n_genes, n_programmes)) * (rng.random((n_genes, n_programmes)) < 0.25)
     weights[np.arange(n_genes), rng.integers(n_programmes, size=n_genes)] += 1
     # Unit length makes the scatter of cells multiply the mean of every gene alike, so it leaves the truth as it is.
@@ -150,48 +208,22 @@ def synthetic(
     gate = 1 + context_specificity * np.tanh(activity)
     shift = np.einsum("gk,pk,ck->cpg", weights, push, gate)
     shift[:, np.arange(n_perturbations), targets] = np.log(residual_expression)
+    return _Truth(profile, shift, targets, weights, activity, push)
 
-    share = _share(profile)
-    log_fold_change = np.log(_share(profile[:, None] + shift) / share[:, None])
-    # The control is perturbation number n_perturbations, with no shift.
-    shift = np.concatenate([shift, np.zeros((n_contexts, 1, n_genes))], axis=1)
-    per_context = np.append(
-        np.repeat(np.arange(n_perturbations), n_cells_per_group), [n_perturbations] * n_control_cells
-    )
-    perturbation = np.tile(per_context, n_contexts)
-    context = np.repeat(np.arange(n_contexts), len(per_context))
-    order = rng.permutation(len(context))
-    context, perturbation = context[order], perturbation[order]
-    batch = rng.integers(n_batches, size=len(order))
 
-    log_rate = profile[context] + shift[context, perturbation]
-    log_rate += rng.normal(scale=_BATCH_SPREAD, size=(n_batches, n_genes))[batch]
-    log_rate += rng.normal(scale=_CELL_SPREAD, size=(len(order), n_programmes)) @ weights.T
-    total = library_size * rng.lognormal(sigma=_LIBRARY_SPREAD, size=(len(order), 1))
-    mean = _share(log_rate) * total
-    counts = rng.poisson(mean * rng.gamma(1 / dispersion, dispersion, size=mean.shape))
-
-    names = np.append(np.array(genes)[targets], control)
-    cells = pd.Index(_numbered("cell_", len(order), width=6))
-    obs = {
-        "target_gene": pd.Categorical(names[perturbation]),
-        "cell_type": pd.Categorical(np.array(contexts)[context]),
-        "batch": pd.Categorical(np.array(_numbered("batch_", n_batches))[batch]),
-    }
-    adata = AnnData(
-        sparse.csr_matrix(counts, dtype=np.float32),
-        obs=pd.DataFrame(obs, index=cells),
-        var=pd.DataFrame(index=pd.Index(genes)),
-    )
-    adata.varm["programmes"] = pd.DataFrame(weights, index=genes, columns=programmes)
+def _note_truth(adata: AnnData, truth: _Truth, contexts: list[str], perturbations: np.ndarray) -> None:
+    """Write the truth beside the cells that were drawn from it."""
+    genes, programmes = list(adata.var_names), _numbered("programme_", truth.weights.shape[1])
+    share = _share(truth.profile)
+    log_fold_change = np.log(_share(truth.profile[:, None] + truth.shift) / share[:, None])
+    adata.varm["programmes"] = pd.DataFrame(truth.weights, index=genes, columns=programmes)
     adata.varm["truth_control"] = pd.DataFrame(share.T, index=genes, columns=contexts)
     for name, effects in zip(contexts, log_fold_change, strict=True):
-        adata.varm[f"truth_{name}"] = pd.DataFrame(effects.T, index=genes, columns=names[:-1])
+        adata.varm[f"truth_{name}"] = pd.DataFrame(effects.T, index=genes, columns=perturbations)
     adata.uns["truth"] = {
-        "programme_activity": pd.DataFrame(activity, index=contexts, columns=programmes),
-        "programme_effect": pd.DataFrame(push, index=names[:-1], columns=programmes),
+        "programme_activity": pd.DataFrame(truth.activity, index=contexts, columns=programmes),
+        "programme_effect": pd.DataFrame(truth.push, index=perturbations, columns=programmes),
     }
-    return adata
 
 
 def _share(log_rate: np.ndarray) -> np.ndarray:

@@ -54,22 +54,14 @@ def write_st(
     overwrite
         Replace a run that is there.
     """
-    c = network.config
-    if c.head in ("both", "shift"):
-        raise ValueError(
-            f"head={c.head!r} has no counterpart in Arc's format. Train with preset='published' to share a model."
-        )
-    if not isinstance(network, STNetwork):
-        raise ValueError("n_networks: Arc's format holds one network. Train with n_networks=1 to share a model.")
-    in_genes = setup["use_rep"] is None
-    if c.relu != (in_genes or not c.n_genes):
-        raise ValueError(f"relu={c.relu} has no counterpart in Arc's format, where genes are never negative.")
+    _check(network, setup)
     there = [name for name in _FILES if (folder / name).exists()]
     if there and not overwrite:
         raise FileExistsError(f"{folder} holds {', '.join(there)} already. Pass overwrite=True to replace them.")
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     for old in (folder / "checkpoints").glob("*.ckpt"):  # those of the model before would be read beside the new maps
         old.unlink()
+    c = network.config
     sizes = {
         "input_dim": c.n_input,
         "gene_dim": c.n_genes or c.n_output,
@@ -80,8 +72,46 @@ def write_st(
         "batch_dim": c.n_batches or max(len(batches), 1),
         "pert_names": list(perturbations),
     }
-    data = {
-        "embed_key": "X_hvg" if in_genes else setup["use_rep"],
+    data, model = _data_options(c, setup, batch_key), _model_options(c, set_size)
+    config = {
+        "data": {"name": "PerturbationDataModule", "kwargs": data, "output_dir": None, "debug": False},
+        "model": {"name": "state", "checkpoint": None, "device": "cuda", "kwargs": model},
+        "training": {"batch_size": 16, "lr": 1e-4, "weight_decay": 5e-4, "gradient_clip_val": 10, "train_seed": 42},
+        "name": folder.name,
+        "output_dir": folder.name,
+        "use_wandb": False,
+        "overwrite": False,
+        OURS: {k: setup[k] for k in ("context_key", "batch_key")},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    (folder / "var_dims.pkl").write_bytes(pickle.dumps(sizes, protocol=4))
+    torch.save({name: v.detach().cpu().clone() for name, v in perturbations.items()}, folder / "pert_onehot_map.pt")
+    for stem, labels in (("batch_onehot_map", batches), ("cell_type_onehot_map", contexts)):
+        labels = labels or ["0"]
+        torch.save(dict(zip(labels, torch.eye(len(labels)).unbind(), strict=True)), folder / f"{stem}.torch")
+    module = {**{k: v for k, v in data.items() if k not in ("pert_rep", "basal_rep")}, "cell_sentence_len": set_size}
+    torch.save({**module, "batch_size": 16, "random_seed": 42, "is_log1p": True}, folder / "data_module.torch")
+    checkpoint = _checkpoint(network, sizes, data, model, set_size)
+    torch.save(checkpoint, folder / "checkpoints" / "final.ckpt")
+
+
+def _check(network: STNetwork, setup: dict) -> None:
+    """Raise for what that format cannot express."""
+    c = network.config
+    if c.head in ("both", "shift"):
+        raise ValueError(
+            f"head={c.head!r} has no counterpart in Arc's format. Train with preset='published' to share a model."
+        )
+    if not isinstance(network, STNetwork):
+        raise ValueError("n_networks: Arc's format holds one network. Train with n_networks=1 to share a model.")
+    if c.relu != (setup["use_rep"] is None or not c.n_genes):
+        raise ValueError(f"relu={c.relu} has no counterpart in Arc's format, where genes are never negative.")
+
+
+def _data_options(c: STConfig, setup: dict, batch_key: str) -> dict:
+    """Return `data.kwargs`."""
+    return {
+        "embed_key": "X_hvg" if setup["use_rep"] is None else setup["use_rep"],
         "output_space": "all" if c.head == "all" else "gene",
         "pert_rep": "onehot",
         "basal_rep": "sample",
@@ -98,7 +128,13 @@ def write_st(
         "barcode": True,
         "num_workers": 0,
     }
-    model = _model_options(c, set_size)
+
+
+def _checkpoint(network: STNetwork, sizes: dict, data: dict, model: dict, set_size: int) -> dict:
+    """Return what Lightning would have written."""
+    c = network.config
+    state = OrderedDict((k, v.detach().float().cpu().clone()) for k, v in network.state_dict().items())
+    state["transformer_backbone.embed_tokens.weight"] = torch.zeros(_VOCABULARY, c.n_hidden)
     decoder = {
         "latent_dim": c.n_output,
         "gene_dim": c.n_genes or c.n_output,
@@ -109,28 +145,7 @@ def write_st(
     shared = {k: data[k] for k in ("embed_key", "output_space", "control_pert", "basal_mapping_strategy")}
     run = {"dropout": c.dropout, "lr": 1e-4, "decoder_cfg": decoder, "batch_size": 16}
     run["transformer_backbone_kwargs"] = {**model["transformer_backbone_kwargs"], "n_positions": set_size}
-    training = {"batch_size": 16, "lr": 1e-4, "weight_decay": 5e-4, "gradient_clip_val": 10, "train_seed": 42}
-    config = {
-        "data": {"name": "PerturbationDataModule", "kwargs": data, "output_dir": None, "debug": False},
-        "model": {"name": "state", "checkpoint": None, "device": "cuda", "kwargs": model},
-        "training": training,
-        "name": folder.name,
-        "output_dir": folder.name,
-        "use_wandb": False,
-        "overwrite": False,
-        OURS: {k: setup[k] for k in ("context_key", "batch_key")},
-    }
-    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-    (folder / "var_dims.pkl").write_bytes(pickle.dumps(sizes, protocol=4))
-    torch.save({name: v.detach().cpu().clone() for name, v in perturbations.items()}, folder / "pert_onehot_map.pt")
-    for stem, labels in (("batch_onehot_map", batches), ("cell_type_onehot_map", contexts)):
-        labels = labels or ["0"]
-        torch.save(dict(zip(labels, torch.eye(len(labels)).unbind(), strict=True)), folder / f"{stem}.torch")
-    module = {**{k: v for k, v in data.items() if k not in ("pert_rep", "basal_rep")}, "cell_sentence_len": set_size}
-    torch.save({**module, "batch_size": 16, "random_seed": 42, "is_log1p": True}, folder / "data_module.torch")
-    state = OrderedDict((k, v.detach().float().cpu().clone()) for k, v in network.state_dict().items())
-    state["transformer_backbone.embed_tokens.weight"] = torch.zeros(_VOCABULARY, c.n_hidden)
-    checkpoint = {
+    return {
         "epoch": 0,
         "global_step": 0,
         "pytorch-lightning_version": "2.5.0",
@@ -142,7 +157,6 @@ def write_st(
         "hparams_name": "kwargs",
         "hyper_parameters": {**{k: v for k, v in sizes.items() if k != "pert_names"}, **shared, **model, **run},
     }
-    torch.save(checkpoint, folder / "checkpoints" / "final.ckpt")
 
 
 def _model_options(c: STConfig, set_size: int) -> dict:

@@ -96,20 +96,7 @@ def split(
     ValueError
         The control is held out, a context with test cells has no control cells, or nothing is left to train or test on.
     """
-    if not isinstance(holdout, Mapping):
-        raise TypeError(f"holdout={holdout!r} must be a dictionary, such as {{'contexts': ['K562']}}.")
-    kind = _KINDS.get(frozenset(holdout))
-    if kind is None:
-        raise ValueError(
-            f"holdout={dict(holdout)!r} is none of the four kinds. Give one of {{'contexts': ...}}, "
-            "{'contexts': ..., 'perturbations': ...}, {'perturbations': ...} or {'fraction': ...}."
-        )
-    if not 0 <= val_fraction < 1:
-        raise ValueError(f"val_fraction={val_fraction!r} must be at least 0 and less than 1.")
-    if "contexts" in holdout and context_key is None:
-        raise ValueError(
-            "holdout names contexts, but context_key is not given. Name the column of obs that holds them."
-        )
+    kind = _kind(holdout, val_fraction, context_key)
     cells = _cells(adata, perturbation_key, context_key, modality)
     perturbed = cells["perturbation"] != control
     if perturbed.all():
@@ -158,6 +145,25 @@ def split(
         manifest["context_key"] = context_key
     _write(adata, cells, assigned, manifest, key_added, modality)
     _report(cells, assigned, manifest)
+
+
+def _kind(holdout: Mapping, val_fraction: float, context_key: str | None) -> str:
+    """Return which kind of split this is, after checking what can be checked without the cells."""
+    if not isinstance(holdout, Mapping):
+        raise TypeError(f"holdout={holdout!r} must be a dictionary, such as {{'contexts': ['K562']}}.")
+    kind = _KINDS.get(frozenset(holdout))
+    if kind is None:
+        raise ValueError(
+            f"holdout={dict(holdout)!r} is none of the four kinds. Give one of {{'contexts': ...}}, "
+            "{'contexts': ..., 'perturbations': ...}, {'perturbations': ...} or {'fraction': ...}."
+        )
+    if not 0 <= val_fraction < 1:
+        raise ValueError(f"val_fraction={val_fraction!r} must be at least 0 and less than 1.")
+    if "contexts" in holdout and context_key is None:
+        raise ValueError(
+            "holdout names contexts, but context_key is not given. Name the column of obs that holds them."
+        )
+    return kind
 
 
 def save_split(
