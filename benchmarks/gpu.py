@@ -46,7 +46,7 @@ def st(n_sets: int, *, set_size: int, n_genes: int, n_perturbation: int, **sizes
         return built
 
     def forward(network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        return network(batch["control"], batch["perturbation"], batch["batch"]).cells
+        return network(batch["control"], batch["perturbation"], batch["batch"]).heads[0]
 
     def loss(network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         return set_loss(forward(network, batch), batch["target"], mean_weight=1.0).mean()

@@ -27,8 +27,9 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 
-from virtualcell.models._feature_shifts import nearest_perturbations, ridge
-from virtualcell.models._shifts import ShiftTable, additive, additive_leave_one_out, cosine
+from virtualcell.models._closed_forms import additive, additive_leave_one_out, cosine
+from virtualcell.models._effects import Effects
+from virtualcell.models._regression import nearest_perturbations, ridge
 
 TABLES = {
     "Reactome": "gene_features_reactome_svd64",
@@ -197,7 +198,7 @@ def transfer(effects: dict[str, np.ndarray], features: dict[str, np.ndarray], ge
     """Predict a knockdown in one line from the other line, where it was measured, and from the features."""
     out, names = [], list(effects)
     contexts = np.repeat(names, len(genes))
-    table = ShiftTable.from_effects(np.concatenate(list(effects.values())), contexts, np.tile(genes, len(names)))
+    table = Effects.from_effects(np.concatenate(list(effects.values())), contexts, np.tile(genes, len(names)))
     additive_fit = additive_leave_one_out(table, additive(table))
     by_similarity = [similarity(list(features.values()), width) for width in WIDTHS]
     for here, there in (names, names[::-1]):

@@ -16,7 +16,7 @@ from scvi.model.base import BaseModelClass
 from virtualcell.data._design import Scale
 from virtualcell.data._screen import Screen
 from virtualcell.io._save import State, save
-from virtualcell.models import _common
+from virtualcell.models._common import KINDS, forget_data, load_model, require_finite, summary
 from virtualcell.models._mixture import standard_error
 from virtualcell.models._setup import design_of, register
 from virtualcell.models._start import Start, starts
@@ -31,7 +31,7 @@ class PerturbationModel(BaseModelClass):
 
     def __init_subclass__(cls, **options: object) -> None:
         super().__init_subclass__(**options)
-        _common.KINDS[cls.__name__] = cls
+        KINDS[cls.__name__] = cls
 
     @classmethod
     def setup_anndata(
@@ -177,14 +177,14 @@ class PerturbationModel(BaseModelClass):
         accelerator, device
             Where to put the network, as in scvi-tools.
         """
-        return _common.load_model(cls, dir_path, adata, accelerator=accelerator, device=device)
+        return load_model(cls, dir_path, adata, accelerator=accelerator, device=device)
 
     def forget_data(self) -> None:
         """Drop the training data, which scvi-tools would keep in memory for as long as the process lives."""
-        _common.forget_data(self)
+        forget_data(self)
 
     def __repr__(self) -> str:
-        return _common.summary(self)
+        return summary(self)
 
     # -- prediction from arrays ---------------------------------------------------------------------------------------
 
@@ -237,7 +237,7 @@ class PerturbationModel(BaseModelClass):
         predicted = self.predict_cells(
             start.dense(rows), perturbation, context=start.context, base=start.base, batch=start.batch_of(rows)
         )
-        _common.require_finite(self, predicted, perturbation, start.context)
+        require_finite(self, predicted, perturbation, start.context)
         order = np.argsort(rows[:n], kind="stable")
         return rows[:n][order], predicted[:n][order]
 
@@ -253,7 +253,7 @@ class PerturbationModel(BaseModelClass):
             )
             means.append(parts)
         error = standard_error(np.stack(means), weights)
-        _common.require_finite(self, error, perturbation, start.context)
+        require_finite(self, error, perturbation, start.context)
         return error
 
     # -- prediction from data -----------------------------------------------------------------------------------------

@@ -19,9 +19,9 @@ from virtualcell.data._expression import MOST_EXPRESSION
 from virtualcell.data._labels import known_parts
 from virtualcell.data._screen import Screen
 from virtualcell.io._save import State
-from virtualcell.models import _common
 from virtualcell.models._base import PerturbationModel
 from virtualcell.models._closed_forms import AdditiveFit, NearestContextFit, additive, nearest_context
+from virtualcell.models._common import meta_of, restore_meta, training_screen
 from virtualcell.models._effects import Effects
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class Baseline(PerturbationModel):
             Measured effects of the training cells, where these are known already.
         """
         if effects is None:
-            screen = _common.training_screen(self)
+            screen = training_screen(self)
             effects = Effects.measure(screen, screen.is_known)
         if not effects.perturbations:
             raise ValueError(f"the training cells hold no perturbation, only {self.control!r}.")
@@ -129,7 +129,7 @@ class Baseline(PerturbationModel):
 
     def state(self) -> State:
         """Return what is to be saved."""
-        meta = {**_common.meta_of(self), "known": self.known, "known_contexts": self.known_contexts}
+        meta = {**meta_of(self), "known": self.known, "known_contexts": self.known_contexts}
         tensors = {k: torch.as_tensor(v) for k, v in self.arrays.items()}
         return State(type(self).__name__, meta, tensors)
 
@@ -139,7 +139,7 @@ class Baseline(PerturbationModel):
         model = cls(registry=state.meta["registry"])
         arrays = {k: v.numpy() for k, v in state.tensors.items()}
         model._remember(state.meta["known"], state.meta["known_contexts"], arrays)
-        _common.restore_meta(model, state.meta)
+        restore_meta(model, state.meta)
         return model
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Literal, Self
 
 import numpy as np
@@ -15,14 +13,31 @@ import torch
 from anndata import AnnData
 from mudata import MuData
 from scvi.model.base import BaseModelClass
-from torch import Tensor
 
 from virtualcell import _keys
 from virtualcell.data._design import Scale
 from virtualcell.data._screen import Screen
-from virtualcell.io._arc_se import read_se, write_se
-from virtualcell.io._save import State, save
-from virtualcell.models import _common, _se_data
+from virtualcell.io._save import save
+from virtualcell.models._common import (
+    KINDS,
+    forget_data,
+    load_model,
+    summary,
+)
+from virtualcell.models._se_data import (
+    Source,
+    batches,
+    dataset_names,
+    gene_rows,
+    gene_table,
+    own_source,
+    read_cells,
+    register,
+    screen_registry,
+    sizes_of,
+    training_source,
+)
+from virtualcell.models._se_files import from_arc, from_state, state_of, to_arc
 from virtualcell.models._se_inference import Precision, cell_vectors, check_precision, decode, embed
 from virtualcell.models._se_options import SETrainOptions, network_options, train_options
 from virtualcell.modules import SEConfig, SENetwork, se_loss
@@ -90,7 +105,7 @@ class SE(BaseModelClass):
         gene_key
             Column of `var` with the names that `gene_embeddings` uses; `var_names` where it is `None`.
         """
-        _se_data.register(cls, adata, cls._get_setup_method_args(**locals()))
+        register(cls, adata, cls._get_setup_method_args(**locals()))
 
     @classmethod
     def setup_mudata(
@@ -114,7 +129,7 @@ class SE(BaseModelClass):
         layer, scale, dataset_key, gene_key
             As in :meth:`setup_anndata`; `dataset_key` is looked up in the modality's `obs`, then in the MuData's.
         """
-        _se_data.register(cls, mdata, cls._get_setup_method_args(**locals()), modality)
+        register(cls, mdata, cls._get_setup_method_args(**locals()), modality)
 
     def __init__(
         self,
@@ -130,13 +145,13 @@ class SE(BaseModelClass):
         **network: object,
     ) -> None:
         if isinstance(data, Screen):
-            super().__init__(None, _se_data.screen_registry(data))
+            super().__init__(None, screen_registry(data))
         else:
             super().__init__(data, registry)
         self.screen = data if isinstance(data, Screen) else None
         self.setup = self.registry["setup_args"]
-        self.datasets = _se_data.dataset_names(self.registry)
-        self.gene_names, self.gene_embeddings = _se_data.gene_table(gene_embeddings)
+        self.datasets = dataset_names(self.registry)
+        self.gene_names, self.gene_embeddings = gene_table(gene_embeddings)
         options = network_options(size, network)
         own_length, own_targets = options.pop("length"), options.pop("n_targets")
         self.length, self.n_targets = length or own_length, tuple(n_targets or own_targets)
@@ -144,7 +159,7 @@ class SE(BaseModelClass):
         given = {"n_token": self.gene_embeddings.shape[1], "n_datasets": len(self.datasets)}
         self.config = SEConfig(**{**given, **options})
         self.module = SENetwork(self.config)
-        self._model_summary_string = _se_data.summary(self)
+        self._model_summary_string = sizes_of(self)
 
     @property
     def device(self) -> torch.device:
@@ -156,36 +171,6 @@ class SE(BaseModelClass):
     def parts(self) -> dict[str, BaseModelClass]:
         """Models that this one carries: none."""
         return {}
-
-    def state(self) -> State:
-        """Return what is to be saved."""
-        meta = {**_common.meta_of(self), "arguments": self._arguments()}
-        tensors = {**_common.network_tensors(self.module), "gene_embeddings": self.gene_embeddings}
-        return State(type(self).__name__, meta, tensors)
-
-    @classmethod
-    def from_state(cls, state: State) -> Self:
-        """Build the model that :meth:`state` described."""
-        model = cls._from_arguments(state.meta["arguments"], state.tensors, state.meta["registry"])
-        _common.load_network(model.module, state.tensors)
-        _common.restore_meta(model, state.meta)
-        return model
-
-    def _arguments(self) -> dict:
-        return {
-            "length": self.length,
-            "n_targets": self.n_targets,
-            "cls_expression_gene": self.cls_expression_gene,
-            "fill_sentences": self.fill_sentences,
-            "genes": list(self.gene_names),
-            "config": dataclasses.asdict(self.config),
-        }
-
-    @classmethod
-    def _from_arguments(cls, arguments: dict, tensors: dict[str, Tensor], registry: dict) -> Self:
-        table = pd.DataFrame(tensors["gene_embeddings"].numpy(), index=arguments["genes"])
-        options = {k: v for k, v in arguments.items() if k not in ("genes", "config")}
-        return cls(gene_embeddings=table, registry=registry, **options, **arguments["config"])
 
     def save(self, dir_path: str | os.PathLike, *, overwrite: bool = False) -> None:
         """Write `model.safetensors` into a folder.
@@ -224,63 +209,12 @@ class SE(BaseModelClass):
         accelerator, device
             Where to put the network, as in scvi-tools.
         """
-        return _common.load_model(cls, dir_path, adata, accelerator=accelerator, device=device)
+        return load_model(cls, dir_path, adata, accelerator=accelerator, device=device)
 
-    @classmethod
-    def from_arc(
-        cls,
-        folder: str | os.PathLike,
-        *,
-        gene_embeddings: pd.DataFrame | None = None,
-        checkpoint: str | None = None,
-    ) -> SE:
-        """Read a model in Arc's format (SE-600M, SE-100M, or your own of `arc-state`). No code in its files is run.
-
-        Parameters
-        ----------
-        folder
-            Holds `config.yaml`, `model.safetensors` or a Lightning checkpoint, and `protein_embeddings.pt`.
-        gene_embeddings
-            Genes x dims, the table that the model was trained with or one made in the same way for other genes; by
-            default that of the folder, or else of the checkpoint.
-        checkpoint
-            File with the weights; by default `model.safetensors`, or else the only `.ckpt`.
-
-        Raises
-        ------
-        ValueError
-            If parameters are missing, unexpected or misshapen, or the gene table has another width.
-        UnsafePickleError
-            If a file asks for anything but data.
-        """
-        path = Path(folder)
-        arguments, tensors, registry = read_se(path, gene_embeddings=gene_embeddings, checkpoint=checkpoint)
-        with torch.device("meta"):  # without weights of its own to throw away
-            model = cls._from_arguments(arguments, tensors, registry)
-        _common.load_network(model.module, tensors, assign=True)
-        model.module.eval()
-        model.is_trained_ = True
-        logger.info("%s: %r", path.name, model)
-        return model
-
-    def to_arc(self, folder: str | os.PathLike, *, overwrite: bool = False) -> None:
-        """Write `config.yaml`, `model.safetensors` and `protein_embeddings.pt`, which `arc-state` reads.
-
-        That package always does what `cls_expression_gene` and `fill_sentences` describe. A model without them gives
-        other embeddings there than here; :meth:`from_arc` finds in `config.yaml` that it is without them.
-
-        Parameters
-        ----------
-        folder
-            The folder, made where it is missing.
-        overwrite
-            Whether to replace a model that is there.
-        """
-        if self.cls_expression_gene is None or not self.fill_sentences:
-            logger.warning("arc-state will embed with cls_expression_gene and fill_sentences, this model is without.")
-        write_se(
-            Path(folder), self.module, self.gene_names, self.gene_embeddings, self._arguments(), overwrite=overwrite
-        )
+    state = state_of
+    from_state = classmethod(from_state)
+    from_arc = classmethod(from_arc)
+    to_arc = to_arc
 
     # -- training -----------------------------------------------------------------------------------------------------
 
@@ -304,9 +238,9 @@ class SE(BaseModelClass):
             If a loss is not finite.
         """
         options = self.train_options(options, **keywords)
-        source = _se_data.training_source(self)
+        source = training_source(self)
         dataset = source.dataset_codes(self.setup["dataset_key"], self.datasets)
-        training, validation = _se_data.batches(_se_data.read_cells(self, source), dataset, self.n_targets, options)
+        training, validation = batches(read_cells(self, source), dataset, self.n_targets, options)
         self.history_ = fit(self.module, se_loss, training, options, validation=validation, name="SE")
         self.is_trained_ = True
 
@@ -317,10 +251,10 @@ class SE(BaseModelClass):
 
     def forget_data(self) -> None:
         """Drop the training data, which scvi-tools would keep in memory for as long as the process lives."""
-        _common.forget_data(self)
+        forget_data(self)
 
     def __repr__(self) -> str:
-        return _common.summary(self)
+        return summary(self)
 
     # -- results ------------------------------------------------------------------------------------------------------
 
@@ -355,10 +289,10 @@ class SE(BaseModelClass):
         self._check_if_trained(warn=False)
         check_precision(precision)
         if adata is None:
-            source = _se_data.own_source(self)
+            source = own_source(self)
         else:
-            source = _se_data.Source(adata, layer, scale or self.setup["scale"], gene_key, modality)
-        return embed(self.module, _se_data.read_cells(self, source), batch_size=batch_size, precision=precision)
+            source = Source(adata, layer, scale or self.setup["scale"], gene_key, modality)
+        return embed(self.module, read_cells(self, source), batch_size=batch_size, precision=precision)
 
     def decode(
         self,
@@ -391,9 +325,9 @@ class SE(BaseModelClass):
             For vectors of another width.
         """
         vectors, index = cell_vectors(adata, use_rep, modality)
-        rows = _se_data.gene_rows(self, genes)
+        rows = gene_rows(self, genes)
         decoded = decode(self.module, vectors, self.gene_embeddings[rows], read_depth)
         return pd.DataFrame(decoded, index=index, columns=list(genes))
 
 
-_common.KINDS["SE"] = SE
+KINDS["SE"] = SE

@@ -193,7 +193,7 @@ def gene_rows(model: SE, genes: Sequence[str]) -> np.ndarray:
     return rows
 
 
-def summary(model: SE) -> str:
+def sizes_of(model: SE) -> str:
     """Describe a model in one line."""
     config, n = model.config, sum(p.numel() for p in model.module.parameters())
     return (

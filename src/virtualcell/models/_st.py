@@ -20,8 +20,8 @@ from virtualcell.data._cell_sets import CellGroups, SetSampler
 from virtualcell.data._expression import MOST_EXPRESSION
 from virtualcell.data._packed import DenseRows, PackedRows
 from virtualcell.data._screen import Screen
-from virtualcell.models import _common
 from virtualcell.models._base import PerturbationModel
+from virtualcell.models._common import put_on, require_finite, training_screen
 from virtualcell.models._effects import Effects
 from virtualcell.models._features import PerturbationTable, find_drug
 from virtualcell.models._mixture import Mixture
@@ -187,7 +187,7 @@ class ST(PerturbationModel):
         FloatingPointError
             If a loss is not finite.
         """
-        screen = _common.training_screen(self)
+        screen = training_screen(self)
         self._check_width(len(screen.genes) if screen.rep is None else screen.rep.shape[1])
         options = self.train_options(options, **keywords)
         if self.design.split_key is None and not screen.is_val.any():
@@ -207,7 +207,7 @@ class ST(PerturbationModel):
         )
         self.history_ = fit(self.module, loss, training, options, validation=validation, name="ST")
         self.is_trained_ = True
-        _common.put_on(self, options.accelerator)
+        put_on(self, options.accelerator)
         shown = range(0, options.max_steps, max(1, options.max_steps // _WEIGHING_STEPS))
         self.mixture = self.mixture.weighed(self.networks, (training.step(i, 0, 1, self.device) for i in shown))
         logger.info(self.mixture.describe())
@@ -340,7 +340,7 @@ class ST(PerturbationModel):
         before = (len(self._set_starts(n)) - 1) * s
         predicted = torch.cat(sets).cpu().numpy()
         predicted = np.concatenate([predicted[:before], predicted[before + s - (n - before) :]])  # of the last set
-        _common.require_finite(self, predicted, perturbation, context)  # before anything is cut off
+        require_finite(self, predicted, perturbation, context)  # before anything is cut off
         return predicted
 
     @torch.inference_mode()

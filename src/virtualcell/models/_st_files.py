@@ -17,7 +17,7 @@ from torch import Tensor
 from virtualcell.io._arc_st import read_st
 from virtualcell.io._save import State
 from virtualcell.io._write_arc_st import write_st
-from virtualcell.models import _common
+from virtualcell.models._common import load_network, meta_of, model_of, network_tensors, restore_meta
 from virtualcell.models._features import PerturbationTable
 from virtualcell.models._mixture import Mixture
 from virtualcell.models._transferred import Transferred
@@ -32,14 +32,14 @@ def state_of(model: ST) -> State:
     """Return what is to be saved."""
     table = {"names": model.table.names, "seen": model.table.seen, "has_features": model.table.has_features}
     meta = {
-        **_common.meta_of(model),
+        **meta_of(model),
         "sizes": {"set_size": model.set_size, "n_networks": model.n_networks, "preset": model.preset},
         "config": dataclasses.asdict(model.config),
         "table": table,
         "mixture": dataclasses.asdict(model.mixture),
         "validation": None if model.validation is None else model.validation.to_dict(orient="split"),
     }
-    tensors = {**_common.network_tensors(model.module), "perturbations": model.table.vectors}
+    tensors = {**network_tensors(model.module), "perturbations": model.table.vectors}
     if model.transferred is not None:
         meta["transferred"], arrays = model.transferred.to_arrays()
         tensors |= {f"transferred.{k}": torch.from_numpy(np.ascontiguousarray(v)) for k, v in arrays.items()}
@@ -51,8 +51,8 @@ def from_state(cls: type[ST], state: State) -> ST:
     """Build the model that :meth:`state` described."""
     meta, tensors = state.meta, state.tensors
     model = _from_arguments(cls, meta, tensors, meta["registry"], transfer=meta["mixture"]["transferred"])
-    _common.load_network(model.module, tensors)
-    _common.restore_meta(model, meta)
+    load_network(model.module, tensors)
+    restore_meta(model, meta)
     mixture = meta["mixture"]
     model.mixture = Mixture(
         tuple(mixture["heads"]), tuple(mixture["head_weights"]), mixture["transferred"], mixture["nonnegative"]
@@ -64,7 +64,7 @@ def from_state(cls: type[ST], state: State) -> ST:
         index = pd.Index(known["index"], name="model")
         model.validation = pd.DataFrame(known["data"], index=index, columns=known["columns"])
     for name, part in state.parts.items():
-        setattr(model, name, _common.model_of(part))
+        setattr(model, name, model_of(part))
     return model
 
 
@@ -116,7 +116,7 @@ def from_arc(
     )
     with torch.device("meta"):  # without weights of its own to throw away
         model = _from_arguments(cls, arguments, tensors, registry)
-    _common.load_network(model.module, tensors, assign=True)
+    load_network(model.module, tensors, assign=True)
     model.module.eval()
     model.is_trained_ = True
     logger.info("%s: %r", path.name, model)

@@ -67,9 +67,7 @@ def expression_gene_embeddings(
     ValueError
         If the values are not on the stated scale, gene names repeat, or fewer than two genes vary.
     """
-    expression = read_expression(
-        adata, modality=modality, layer=layer, scale=scale, library_size_key=library_size_key
-    )
+    expression = read_expression(adata, modality=modality, layer=layer, scale=scale, library_size_key=library_size_key)
     return coexpression_vectors(expression, n_comps=n_comps, seed=seed)
 
 

@@ -109,9 +109,7 @@ def knockdown_efficiency(
     threshold = _THRESHOLDS[direction][0] if threshold is None else threshold
     cell_threshold = _THRESHOLDS[direction][1] if cell_threshold is None else cell_threshold
     expression = expression_modality(adata, modality)
-    design = Design(
-        perturbation_key, control, context_key, layer=layer, scale=scale, library_size_key=library_size_key
-    )
+    design = Design(perturbation_key, control, context_key, layer=layer, scale=scale, library_size_key=library_size_key)
     screen = Screen.from_anndata(adata, design, modality=modality)
     screen.require_control()
     label, context = (np.asarray(x).astype(str) for x in (screen.perturbation, screen.context))

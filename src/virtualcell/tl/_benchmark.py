@@ -249,13 +249,14 @@ class _Case:
         if not is_test.any():
             raise ValueError(f"split {name!r} has no test cells. Hold something out with `vc.pp.split`.")
         targets = screen.with_split(np.full(screen.n_cells, "train")).targets()  # known beforehand, of test cells too
-        screen = prepared(screen, min_cells=settings.min_cells, has_features=settings.features is not None)
-        screen = screen.select(choose_genes(screen, settings.n_top_genes, targets=targets))
-        scored = screen.take(is_test | screen.is_control)
-        real = AnnData(scored.expression.rows(), obs=scored.labels(), var=pd.DataFrame(index=list(screen.genes)))
+        seen = prepared(screen, min_cells=settings.min_cells, has_features=settings.features is not None)
+        genes = choose_genes(seen, settings.n_top_genes, targets=targets)
+        scored = screen.select(genes).take(is_test | screen.is_control)
+        real = AnnData(scored.expression.rows(), obs=scored.labels(), var=pd.DataFrame(index=genes))
         pairs = sorted((p, c) for c, p in screen.pairs(is_test))
-        effects = Effects.measure(screen, screen.is_known)
-        return cls(name, screen, effects, list(starts(screen.take(screen.is_control))), real, pairs, settings)
+        seen = seen.select(genes)
+        effects = Effects.measure(seen, seen.is_known)
+        return cls(name, seen, effects, list(starts(scored.take(scored.is_control))), real, pairs, settings)
 
     def scores(self, specs: dict[str, tuple[type, dict, str]]) -> list[pd.DataFrame]:
         """Scores of every model that can predict the test cells, with every seed."""

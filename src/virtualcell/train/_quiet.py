@@ -38,7 +38,7 @@ def silenced() -> Iterator[None]:
 
 
 @contextmanager
-def torch_threads_kept() -> Iterator[None]:
+def n_threads_kept() -> Iterator[None]:
     """Give torch its number of threads back, which Lightning lowers where it starts processes."""
     n_threads = torch.get_num_threads()
     try:

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from virtualcell.train._options import TrainOptions
 from virtualcell.train._plan import TrainingPlan
-from virtualcell.train._quiet import random_state_kept, silenced, torch_threads_kept
+from virtualcell.train._quiet import n_threads_kept, random_state_kept, silenced
 
 __all__ = ["Batches", "Loss", "TrainOptions", "fit"]
 
@@ -141,7 +141,7 @@ def fit(
     options = _checked(options, validation)
     plan = TrainingPlan(network, loss, batches, options, validation=validation, name=name)
     home = next(network.parameters()).device
-    with silenced(), torch_threads_kept():
+    with silenced(), n_threads_kept():
         trainer, strategy = _trainer(plan)
         _check_processes(options, trainer)
         _log_start(plan, trainer)
