@@ -77,6 +77,8 @@ def coexpression_vectors(expression: Expression, *, n_comps: int = 256, seed: in
         raise ValueError(f"n_comps={n_comps} must be at least 1.")
     genes, n_cells = sorted(expression.genes), expression.n_cells
     matrix = expression.select(genes).rows()
+    if not matrix.has_sorted_indices:  # sums go by entries: the order of genes in a file must not change them
+        matrix = matrix.sorted_indices()
     mean, sd = _moments(matrix)
     varies = sd > 0
     if varies.sum() < 2 or n_cells < 3:
