@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from virtualcell._threads import torch_threads_kept
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
@@ -24,6 +26,13 @@ def shared_file(*parts: str) -> Path:
 def _seed() -> None:
     np.random.seed(0)  # noqa: NPY002  scanpy and scvi draw from the global state
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _threads() -> None:
+    """Start numba, which scanpy uses, before it sets torch to all cores: on a busy machine that is slow."""
+    with torch_threads_kept():
+        pass
 
 
 @pytest.fixture(scope="session")

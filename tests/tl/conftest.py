@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 import virtualcell as vc
+from virtualcell.data._expression import Expression
 from virtualcell.models import ST
 
 DESIGN = {"perturbation_key": "target_gene", "control": "non-targeting", "context_key": "cell_type"}
 TINY = {"n_hidden": 32, "n_feedforward": 64, "n_layers": 1, "set_size": 16}
-QUICK = {"max_steps": 5, "progress_bar": False}
+QUICK = {"max_steps": 5, "progress_bar": False, "validate_every": 50}
 
 
 @pytest.fixture(scope="session")
@@ -66,6 +67,20 @@ def fitted(session_fitted) -> ad.AnnData:
 @pytest.fixture(scope="session")
 def model(session_fitted) -> ST:
     return session_fitted[1]
+
+
+@pytest.fixture
+def rows_read(monkeypatch) -> list[int]:
+    """How many rows expression is asked for from now on, call by call."""
+    numbers, rows = [], Expression.rows
+
+    def counted(self, index=None):
+        found = rows(self, index)
+        numbers.append(found.shape[0])
+        return found
+
+    monkeypatch.setattr(Expression, "rows", counted)
+    return numbers
 
 
 @pytest.fixture(scope="session")

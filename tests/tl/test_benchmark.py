@@ -2,17 +2,23 @@ from __future__ import annotations
 
 import logging
 
+import joblib
 import numpy as np
 import pandas as pd
 import pytest
 from scipy import sparse
 
 import virtualcell as vc
+from virtualcell._threads import count_threads
 from virtualcell.models import Additive
-from virtualcell.tl import benchmark
+from virtualcell.models._effects import Effects
+from virtualcell.tl import _benchmark, benchmark
 
 SUITE = ["pearson_delta", "mae"]
-TINY_ST = {"max_steps": 5, "model_kwargs": {"n_hidden": 32, "n_feedforward": 64, "n_layers": 1, "set_size": 16}}
+TINY_ST = {
+    "training": {"max_steps": 5, "validate_every": 50},
+    "network": {"n_hidden": 32, "n_feedforward": 64, "n_layers": 1, "set_size": 16},
+}
 
 
 @pytest.fixture
@@ -77,11 +83,8 @@ def test_several_splits_by_name_and_by_what_is_held_out(run, screen, targets):
 
 
 def test_what_test_cells_hold_changes_no_prediction(run, screen, monkeypatch):
-    kept = []
-    real_score = vc.tl._benchmark._score
-    monkeypatch.setattr(
-        vc.tl._benchmark, "_score", lambda p, *args, **kw: kept.append(p[0]) or real_score(p, *args, **kw)
-    )
+    kept, evaluate = [], _benchmark.evaluate
+    monkeypatch.setattr(_benchmark, "evaluate", lambda p, *args, **kw: kept.append(p.X) or evaluate(p, *args, **kw))
     models = ["Additive", "NearestContext", "ContextMean"]
     before = run(models, ceiling=False)
     x = screen.X.toarray()
@@ -157,13 +160,83 @@ def test_errors(run, screen, design):
         run(["Additive"], split_key=None, splits={})
     with pytest.raises(ValueError, match="n_top_genes=0: at least one gene"):
         run(["Additive"], n_top_genes=0)
+    with pytest.raises(ValueError, match="n_cells=0: at least one cell"):
+        run(["Additive"], n_cells=0)
     screen.obs["split"] = "train"
     with pytest.raises(ValueError, match="split 'split' has no test cells"):
         run(["Additive"])
 
 
+@pytest.mark.parametrize(
+    ("models", "options", "message"),
+    [
+        (
+            {"ST": ("ST", {"trainin": {}})},
+            {},
+            r"^models\['ST'\]: argument='trainin' is unknown\. Did you mean 'training'",
+        ),
+        ({"ST": ("ST", {"split_key": "split"})}, {}, r"argument='split_key' is unknown.*are the same for all models"),
+        ({"ST": ("ST", {"training": {"max_step": 5}})}, {}, r"option='max_step' is unknown\. Did you mean 'max_steps'"),
+        ({"ST": ("ST", {"network": {"n_hiden": 5}})}, {}, r"option='n_hiden' is unknown\. Did you mean 'n_hidden'"),
+        ({"ST": ("ST", {"network": {"use_rep": "X_pca"}})}, {}, r"^use_rep='X_pca' has no use here"),
+        ({"ST": ("ST", {"training": {"val_fraction": 0.2}})}, {}, r"^val_fraction=0\.2 has no use with split_key"),
+        ({"ST": ("ST", {"size": "tiny"})}, {}, r"^size='tiny' is unknown"),
+        ({"ST": ("ST", {"training": {"freeze": ["project_out"]}})}, {}, r"^freeze and lora need init_from="),
+        ({"mine": ("Ridge", {"k": 5})}, {}, r"^models\['mine'\]: argument='k' is unknown"),
+        (["Ridge"], {}, r"^models\['Ridge'\] predicts from features of perturbations: give perturbation_features="),
+        (["Additive"], {"floor": ["NoChang"]}, r"^floor='NoChang' is unknown\. Did you mean 'NoChange'"),
+        (["Additive"], {"suite": ["peason_delta"]}, r"^suite='peason_delta' is unknown\. Did you mean 'pearson_delta'"),
+        (["Additive"], {"n_jobs": 0}, r"^n_jobs=0 must be a number of threads"),
+    ],
+)
+def test_what_is_wrong_shows_before_anything_is_fitted(run, monkeypatch, models, options, message):
+    monkeypatch.setattr(vc.models.ST, "train", lambda *_, **__: pytest.fail("a model is trained"))
+    with pytest.raises((KeyError, ValueError), match=message):
+        run(
+            {"first": ("ST", TINY_ST), **(models if isinstance(models, dict) else dict.fromkeys(models, models[0]))},
+            **options,
+        )
+
+
+@pytest.mark.parametrize("n_targets", [2, 5])
+def test_cells_are_read_once_whatever_is_fitted(run, screen, targets, rows_read, monkeypatch, n_targets):
+    scored, evaluate = [], _benchmark.evaluate
+
+    def counted(*args, **kwargs):
+        before = len(rows_read)
+        scores = evaluate(*args, **kwargs)
+        scored.append(sum(rows_read[before:]))
+        return scores
+
+    monkeypatch.setattr(_benchmark, "evaluate", counted)
+    kept = screen[screen.obs["target_gene"].isin([*targets[:n_targets], "non-targeting"])].copy()
+    models = ["Additive", "NearestContext", "ContextMean"]
+    run(models, kept, ceiling=False, n_top_genes=None)
+    n = kept.obs["split"].value_counts()
+    # effects: training and control cells; test and control cells to score; control cells to start from
+    assert sum(rows_read) - sum(scored) == n["train"] + (n["test"] + 120) + 120
+    predicted = n_targets * 40
+    assert scored == [predicted + n["test"] + 40] * 5  # of the context with test cells, for each model and the floor
+
+
+def test_effects_are_measured_once_for_all_models(run, monkeypatch):
+    calls, measure = [], Effects.measure
+    monkeypatch.setattr(Effects, "measure", lambda *args: calls.append(args) or measure(*args))
+    run({"ST": ("ST", TINY_ST), "Additive": Additive, "NearestContext": "NearestContext"}, seeds=(0, 1), ceiling=False)
+    assert len(calls) == 1
+
+
+def test_all_cores_give_the_same_scores(run, monkeypatch):
+    asked, count = [], count_threads
+    monkeypatch.setattr("virtualcell.tl._evaluate.count_threads", lambda n: asked.append((n, count(n))) or count(n))
+    one = run(["Additive"], seeds=(0,))
+    every = run(["Additive"], seeds=(0,), n_jobs=-1)
+    assert set(asked) == {(1, 1), (-1, joblib.cpu_count())}
+    pd.testing.assert_frame_equal(one, every)
+
+
 def test_predictions_beyond_all_counts_of_a_cell_are_cut_with_a_warning(run, monkeypatch, caplog):
-    monkeypatch.setattr(Additive, "_predict_cells", lambda self, cells, *args, **kwargs: cells + 8)
+    monkeypatch.setattr(Additive, "predict_cells", lambda self, cells, *args, **kwargs: cells + 8)
     with caplog.at_level(logging.WARNING):
         scores = run(["Additive"], ceiling=False)
     assert "predicts more than all counts of a cell" in caplog.text

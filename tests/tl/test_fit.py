@@ -14,6 +14,7 @@ from scipy import sparse
 
 import virtualcell as vc
 from virtualcell.models import ST
+from virtualcell.models._effects import Effects
 
 CONTROL = "non-targeting"
 
@@ -34,7 +35,7 @@ def log1p_cp10k(counts, total=None) -> np.ndarray:
 def test_only_x_state_and_uns_are_written(screen, fit):
     screen.layers["other"] = screen.X.astype(np.float64) * 2
     before = screen.copy()
-    st = fit(screen, se=None, se_max_steps=2, split_key="split", batch_key="batch", n_top_genes=60)
+    st = fit(screen, se={"max_steps": 2}, split_key="split", batch_key="batch", n_top_genes=60)
     assert screen.X.dtype == before.X.dtype
     assert (screen.X != before.X).nnz == 0
     assert (screen.layers["other"] != before.layers["other"]).nnz == 0
@@ -45,7 +46,9 @@ def test_only_x_state_and_uns_are_written(screen, fit):
     assert set(screen.obsm) == {"X_state"}
     assert screen.obsm["X_state"].shape == (420, st.se.config.n_output + st.se.config.n_dataset)
     assert set(screen.uns) == {"truth", "virtualcell"}
-    assert set(screen.uns["virtualcell"]) - {"fallback"} == {"split_manifest", "design", "st", "validation"}
+    assert set(screen.uns["virtualcell"]) == {"split_manifest", "design", "st", "validation"}
+    assert screen.uns["virtualcell"]["st"].dtype == np.uint8
+    assert screen.uns["virtualcell"]["st"].ndim == 1
     manifests = screen.uns["virtualcell"]["split_manifest"], before.uns["virtualcell"]["split_manifest"]
     assert manifests[0]["split"]["holdout"] == manifests[1]["split"]["holdout"] == {"contexts": ["type_3"]}
     assert screen.uns["virtualcell"]["design"] == {
@@ -61,14 +64,23 @@ def test_only_x_state_and_uns_are_written(screen, fit):
 
 @pytest.mark.parametrize(
     "form",
-    [lambda x: x.toarray(), lambda x: x.tocsc(), lambda x: x.astype(np.int64), lambda x: x.toarray().astype(np.uint16)],
-    ids=["dense", "csc", "int64", "dense uint16"],
+    [
+        lambda x: x.toarray(),
+        lambda x: x.toarray().astype(np.uint16),
+        lambda x: x.toarray().astype(np.float64),
+        lambda x: x.tocsc(),
+        lambda x: x.tocsc().astype(np.float64),
+        lambda x: x.astype(np.int64),
+    ],
+    ids=["dense", "dense uint16", "dense float64", "csc", "csc float64", "csr int64"],
 )
-def test_any_matrix_of_counts_gives_the_same_and_stays_as_it_is(screen, fit, form):
+def test_any_matrix_of_counts_gives_the_same_and_stays_as_it_is(screen, fit, targets, form):
     reference = weights(fit(screen))
+    predicted = vc.tl.predict_perturbation(screen, targets[:2], n_cells=9)
     screen.X = form(screen.X)
     before = screen.X.copy()
     np.testing.assert_array_equal(weights(fit(screen)), reference)
+    np.testing.assert_array_equal(vc.tl.predict_perturbation(screen, targets[:2], n_cells=9).X, predicted.X)
     assert type(screen.X) is type(before)
     assert screen.X.dtype == before.dtype
     assert (before != screen.X).sum() == 0
@@ -80,18 +92,18 @@ def test_without_se_there_is_no_embedding(screen, fit):
     assert not screen.obsm
 
 
-def test_the_model_can_be_left_out_of_uns(screen, fit, targets):
-    fit(screen)
-    st = fit(screen, store_model=False, split_key="split")
-    assert set(screen.uns["virtualcell"]) == {"split_manifest", "design", "validation"}  # nor one from before
-    with pytest.raises(ValueError, match=r"holds no fitted model: run `vc\.tl\.fit_state.*or pass model="):
-        vc.tl.predict_perturbation(screen, targets[0])
-    assert vc.tl.predict_perturbation(screen, targets[0], model=st).n_obs == 120
+def test_another_fit_leaves_nothing_of_the_one_before(screen, fit, targets):
+    fit(screen, split_key="split", batch_key="batch")
+    st = fit(screen, validate=False)
+    assert set(screen.uns["virtualcell"]) == {"split_manifest", "design", "st"}
+    assert "batch_key" not in screen.uns["virtualcell"]["design"]
+    cells = vc.tl.predict_perturbation(screen, targets[0])
+    np.testing.assert_array_equal(cells.X, vc.tl.predict_perturbation(screen, targets[0], model=st).X)
 
 
 def test_nothing_holds_on_to_the_data(session_screen, fit):
     adata = session_screen.copy()
-    st = fit(adata, se=None, se_max_steps=1)
+    st = fit(adata, se={"max_steps": 1})
     gone = weakref.ref(adata)
     del adata
     gc.collect()
@@ -105,7 +117,7 @@ def test_random_states_and_threads_are_left_alone(screen, fit):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     before = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
-    fit(screen, se=None, se_max_steps=1, n_top_genes=60)
+    fit(screen, se={"max_steps": 1}, n_top_genes=60)
     assert torch.get_num_threads() == 1  # numba inside scanpy would set it to all cores
     torch.set_num_threads(threads)
     assert torch.equal(before[0], torch.get_rng_state())
@@ -155,7 +167,7 @@ def test_order_of_the_input_changes_no_bit_of_the_prediction(screen, fit, target
         other = other[:, rng.permutation(screen.n_vars)]
     other = other.copy()
     for data in (screen, other):
-        fit(data, n_top_genes=60, max_steps=30)
+        fit(data, n_top_genes=60, training={"max_steps": 30})
     one, two = (vc.tl.predict_perturbation(data, targets[0], n_cells=15) for data in (screen, other))
     assert list(one.obs_names) == list(two.obs_names)
     np.testing.assert_array_equal(one.X, two[:, one.var_names].X)
@@ -165,14 +177,14 @@ def test_order_of_the_input_changes_no_bit_of_the_prediction(screen, fit, target
 def test_order_of_genes_moves_x_state_only_by_rounding(screen, fit):
     other = screen[:, np.random.default_rng(0).permutation(screen.n_vars)].copy()
     for data in (screen, other):
-        fit(data, se=None, se_max_steps=2, max_steps=1)
+        fit(data, se={"max_steps": 2}, training={"max_steps": 1})
     np.testing.assert_allclose(other.obsm["X_state"], screen.obsm["X_state"], atol=1e-5)
 
 
 def test_order_of_real_cells_and_genes_changes_no_bit(kang, kang_design, fit):
     rng = np.random.default_rng(0)
     other = kang[rng.permutation(kang.n_obs), rng.permutation(kang.n_vars)].copy()
-    options = {**kang_design, "n_top_genes": 300, "max_steps": 8}
+    options = {**kang_design, "n_top_genes": 300, "training": {"max_steps": 8}}
     one, two = fit(kang, **options), fit(other, **options)
     assert one.genes == two.genes
     np.testing.assert_array_equal(weights(one), weights(two))
@@ -184,31 +196,87 @@ def test_seed_decides(screen, fit):
     assert not np.array_equal(weights(one), weights(three))
 
 
-def test_test_cells_are_never_seen(screen, fit):
-    options = {"split_key": "split", "n_top_genes": 60, "se": None, "se_max_steps": 1}
-    st = fit(screen, **options)
-    other = screen.copy()
-    test = (other.obs["split"] == "test").to_numpy()
-    counts = other.X.toarray()
-    counts[test] = np.random.default_rng(0).permuted(counts[test], axis=1)  # other genes vary there now
-    other.X = sparse.csr_matrix(counts)
-    again = fit(other, **options)
-    assert st.genes == again.genes
-    np.testing.assert_array_equal(weights(st), weights(again))
-    np.testing.assert_array_equal(weights(st.se), weights(again.se))
-    blind = fit(other, **{**options, "split_key": None, "se": False})
-    assert st.genes != blind.genes  # which shows that they would have mattered
+SPLIT = {"split_key": "split", "n_top_genes": 60, "se": {"max_steps": 1}}
+
+
+@pytest.fixture(scope="module")
+def on_split(session_screen, fit) -> ST:
+    return fit(session_screen.copy(), **SPLIT)
+
+
+@pytest.mark.parametrize("part", ["test", "val"])
+@pytest.mark.parametrize("what", ["counts", "labels"])
+def test_test_and_validation_cells_choose_nothing(screen, fit, on_split, part, what):
+    rows = np.flatnonzero(screen.obs["split"] == part)
+    if what == "counts":
+        counts = screen.X.toarray()
+        counts[rows] = np.random.default_rng(0).permuted(counts[rows], axis=1)  # other genes vary there now
+        screen.X = sparse.csr_matrix(counts)
+    else:
+        labels = screen.obs["target_gene"].astype(str).to_numpy()
+        labels[rows[::2]] = sorted(set(screen.var_names) - set(on_split.genes))[0]
+        screen.obs["target_gene"] = labels
+    again = fit(screen, **SPLIT)
+    assert again.genes == on_split.genes
+    assert again.table.names == on_split.table.names
+    np.testing.assert_array_equal(weights(again), weights(on_split))
+    np.testing.assert_array_equal(weights(again.se), weights(on_split.se))
+    assert again.mixture == on_split.mixture
+    blind = fit(screen, n_top_genes=60)
+    assert blind.genes != on_split.genes  # which shows that they would have mattered
+
+
+def test_batches_of_test_cells_are_unknown_to_the_model(screen, fit, targets):
+    screen.obs["batch"] = np.where(screen.obs["split"] == "test", "late", screen.obs["batch"].astype(str))
+    st = fit(screen, split_key="split", batch_key="batch")
+    assert st.batches == ["batch_1", "batch_2"]  # a vector of "late" would never be trained
+    assert vc.tl.predict_perturbation(screen, targets[0], context="type_3").n_obs == 40
+
+
+def test_what_test_cells_hold_does_not_matter(screen, fit):
+    counts = screen.X.toarray()
+    counts[np.flatnonzero(screen.obs["split"] == "test")[:5], 3] = [np.nan, -1, 0.5, np.inf, 1e9]
+    screen.X = counts
+    assert fit(screen, split_key="split").is_trained
+
+
+def test_a_training_that_diverges_stops_and_leaves_nothing(screen, fit):
+    before = screen.copy()
+    for options in ({"training": {"lr": 1e12, "max_steps": 50}}, {"se": {"lr": 1e12, "max_steps": 50}}):
+        with pytest.raises(FloatingPointError, match=r"not finite.*lower learning rate \(lr=1e\+12 here\)"):
+            fit(screen, **options)
+        assert not screen.obsm
+        assert set(screen.uns) == set(before.uns)
+        assert set(screen.uns["virtualcell"]) == {"split_manifest"}
+        pd.testing.assert_frame_equal(screen.obs, before.obs)
+
+
+@pytest.mark.parametrize("n_steps", [1, 5, 50])
+def test_there_are_validation_losses_however_few_steps_there_are(screen, fit, n_steps):
+    # a pass over all cells would take 12 steps
+    st = fit(screen, validate=False, network={"set_size": 4}, training={"max_steps": n_steps, "validate_every": None})
+    for name in ("train_loss", "validation_loss"):
+        losses = st.history[name][name]
+        assert losses.index[-1] == n_steps
+        assert np.isfinite(losses).all()
+        assert len(losses) == min(n_steps, 25)
+
+
+@pytest.mark.parametrize("options", [{}, {"validate": False}, {"network": {"transfer": False}}])
+def test_effects_are_measured_once(screen, fit, monkeypatch, options):
+    calls, measure = [], Effects.measure
+    monkeypatch.setattr(Effects, "measure", lambda *args: calls.append(args) or measure(*args))
+    fit(screen, **options)
+    assert len(calls) == 1
 
 
 def test_highly_variable_genes_are_those_of_the_training_cells_and_targets_come_along(screen, fit, targets):
     import scanpy as sc
 
-    threads = torch.get_num_threads()
     st = fit(screen, split_key="split", n_top_genes=20)
-    seen = screen[screen.obs["split"] != "test"]
+    seen = screen[screen.obs["split"] == "train"]
     reference = ad.AnnData(log1p_cp10k(seen.X).astype(np.float32), var=seen.var[[]])
     sc.pp.highly_variable_genes(reference, n_top_genes=20)
-    torch.set_num_threads(threads)
     assert set(st.genes) == set(reference.var_names[reference.var["highly_variable"]]) | set(targets)
     assert st.genes == sorted(st.genes)
     assert fit(screen, n_top_genes=None).genes == sorted(screen.var_names)
@@ -225,11 +293,11 @@ def test_perturbations_with_few_cells_are_left_out(screen, fit, targets, caplog)
     assert rare in st.genes
     with pytest.raises(KeyError, match=f"perturbation='{rare}' is unknown"):
         vc.tl.predict_perturbation(few, rare)
-    assert fit(few, min_cells=6).table.names == targets
+    assert fit(few, training={"min_cells": 6}).table.names == targets
     with pytest.raises(
         ValueError, match="no perturbation has min_cells=99 training cells: there is nothing to train on"
     ):
-        fit(few, min_cells=99)
+        fit(few, training={"min_cells": 99})
 
 
 # -- SE, gene tables, embedding space, features -----------------------------------------------------------------------
@@ -245,21 +313,24 @@ def test_a_trained_se_is_used_as_it_is(screen, model, fit):
 
 def test_a_gene_table_may_use_names_of_a_column(screen, fit):
     table = vc.pp.expression_gene_embeddings(screen, n_comps=8)
-    options = {"se": None, "se_max_steps": 1, "max_steps": 1}
-    reference = fit(screen, gene_embeddings=table, **options)
+    one_step = {"training": {"max_steps": 1}}
+    with_table = {"se": {"gene_embeddings": table, "max_steps": 1}, **one_step}
+    reference = fit(screen, **with_table)
     assert reference.se.config.n_token == 8
     ensembl = screen.copy()
     ensembl.var["symbol"] = ensembl.var_names.to_numpy()
     ensembl.var_names = [f"ENSG{i:011d}" for i in range(ensembl.n_vars)]
-    fit(ensembl, gene_embeddings=table, gene_key="symbol", **options)
+    fit(ensembl, gene_key="symbol", **with_table)
     np.testing.assert_allclose(ensembl.obsm["X_state"], screen.obsm["X_state"], atol=1e-5)
-    fit(ensembl, gene_key="symbol", **options)  # the table from the data has the names of the data
+    fit(
+        ensembl, gene_key="symbol", se={"max_steps": 1}, **one_step
+    )  # the table from the data has the names of the data
     with pytest.raises(ValueError, match=r"Only 0 of 90 genes.*gene_key='symbol'"):
-        fit(ensembl, gene_embeddings=table, **options)
+        fit(ensembl, **with_table)
 
 
 def test_working_on_x_state(screen, fit, targets):
-    st = fit(screen, se=None, se_max_steps=2, use_rep="X_state", model_kwargs={"n_hidden": 32, "decoder_hidden": (16,)})
+    st = fit(screen, se={"max_steps": 2}, network={"use_rep": "X_state", "decoder_hidden": (16,)})
     assert st.config.n_input == 74
     cells = vc.tl.predict_perturbation(screen, targets[0], context="type_3")
     assert cells.shape == (40, 90)
@@ -274,7 +345,7 @@ def test_working_on_x_state(screen, fit, targets):
     again = vc.tl.predict_perturbation(other, targets[0], context="type_3")
     np.testing.assert_array_equal(again.X, cells.X)
     with pytest.raises(KeyError, match=r"use_rep='X_pca' is unknown.*'X_state'"):
-        fit(screen, use_rep="X_pca")
+        fit(screen, network={"use_rep": "X_pca"})
 
 
 def test_features_reach_unseen_perturbations(screen, fit, targets):
@@ -290,31 +361,37 @@ def test_published_form_and_other_options_get_through(screen, fit):
     st = fit(
         screen,
         batch_key="batch",
-        max_steps=None,
-        model_kwargs={"residual": "hidden", "n_hidden": 32},
-        train_kwargs={"max_epochs": 1, "loss": "energy+sinkhorn", "batch_size": 1},
+        network={"preset": "published", "n_networks": 2},
+        training={"loss": "energy+sinkhorn", "batch_size": 1, "validate_every": 2},
     )
-    assert st.config.residual == "hidden"
+    assert (st.config.head, st.transfer, st.n_networks, st.set_size) == ("level", False, 2, 16)
     assert st.batches == ["batch_1", "batch_2"]
-    assert len(st.history["train_loss"]) == 1
+    assert list(st.history["train_loss"].index) == [2, 4, 5]
 
 
 # -- MuData -----------------------------------------------------------------------------------------------------------
 
 
 def test_mudata_with_keys_of_its_own_gives_the_same(screen, fit, targets):
-    fit(screen, se=None, se_max_steps=1)
+    screen.obs["total"] = screen.X.sum(axis=1).A1 * 2
+    options = {"se": {"max_steps": 1}, "library_size_key": "total"}
+    fit(screen, **options)
     reference = vc.tl.predict_perturbation(screen, targets[0], context="type_2")
     rna = ad.AnnData(screen.X, obs=screen.obs[["target_gene"]], var=screen.var[[]])
     mdata = md.MuData({"gex": rna, "prot": ad.AnnData(np.ones((screen.n_obs, 2), np.float32), obs=screen.obs[[]])})
-    mdata.obs["cell_type"] = screen.obs["cell_type"].loc[mdata.obs_names].to_numpy()
-    fit(mdata, se=None, se_max_steps=1, modality="gex")
-    assert "X_state" in mdata["gex"].obsm
+    for key in ("cell_type", "total"):
+        mdata.obs[key] = screen.obs[key].loc[mdata.obs_names].to_numpy()
+    fit(mdata, modality="gex", **options)
+    np.testing.assert_array_equal(mdata["gex"].obsm["X_state"], screen.obsm["X_state"])
+    assert mdata["gex"].uns["virtualcell"]["design"]["library_size_key"] == "total"
     cells = vc.tl.predict_perturbation(mdata, targets[0], context="type_2", modality="gex")
     np.testing.assert_array_equal(cells.X, reference.X)
     assert list(cells.obs["cell_type"]) == ["type_2"] * 40
+    np.testing.assert_array_equal(cells.layers["control"], reference.layers["control"])
     with pytest.raises(KeyError, match=r"modality='rna' is unknown"):
         fit(mdata)
+    with pytest.raises(KeyError, match=r"library_size_key='totals' is unknown\. Did you mean 'total'"):
+        fit(mdata, modality="gex", library_size_key="totals")
 
 
 def test_papalexi_screen(papalexi_file, fit):
@@ -328,8 +405,7 @@ def test_papalexi_screen(papalexi_file, fit):
         context_key=None,
         batch_key="batch",
         library_size_key="total_counts",
-        max_steps=120,
-        train_kwargs={"lr": 3e-3},
+        training={"max_steps": 120, "lr": 3e-3},
     )
     assert len(st.genes) == 303
     rna = mdata["rna"]
@@ -347,8 +423,8 @@ def test_papalexi_screen(papalexi_file, fit):
 def test_norman_combinations(norman_file, fit):
     adata = ad.read_h5ad(norman_file)
     adata = adata[adata.obs["cell_type"] == "K562"].copy()
-    train = {"max_steps": 200, "train_kwargs": {"lr": 6e-3}}
-    st = fit(adata, context_key=None, library_size_key="total_counts", n_top_genes=100, **train)
+    training = {"max_steps": 200, "lr": 6e-3}
+    st = fit(adata, context_key=None, library_size_key="total_counts", n_top_genes=100, training=training)
     assert "KLF1+MAP2K6" in st.table.seen
     assert {"KLF1", "MAP2K6", "BPGM", "SAMD1"} <= set(st.table.names)
     assert not [n for n in st.table.names if "+" in n]
@@ -400,12 +476,13 @@ def test_arguments_that_do_not_fit(screen, fit, options, error, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda x: x / 3, r"scale='counts' was stated, but X holds fractions.*layer=.*scale='log1p'"),
+        (np.log1p, r"scale='counts' was stated, but X holds fractions.*layer=.*scale='log1p'"),
+        (lambda x: x / 3, r"scale='counts' was stated, but X holds fractions and reaches .*layer=.*np\.rint"),
         (lambda x: x - 1, r"X holds negative values \(least -1\), so it is scaled"),
         (lambda x: np.where(x == x.max(), np.nan, x), r"X holds NaN or infinite values"),
         (lambda x: np.where(np.arange(len(x))[:, None] < 2, 0, x), r"2 cells have no counts, among them \['cell_"),
     ],
-    ids=["fractions", "negative", "NaN", "empty cells"],
+    ids=["logarithms", "fractions", "negative", "NaN", "empty cells"],
 )
 def test_matrices_that_do_not_fit(screen, fit, change, message):
     screen.X = change(screen.X.toarray()).astype(np.float32)
@@ -459,18 +536,5 @@ def test_wrong_data_is_refused_before_anything_is_trained(screen, fit, change, o
     else:
         screen.X.data = np.minimum(screen.X.data, 9)
     with pytest.raises(ValueError, match=message):
-        fit(screen, se=None, se_max_steps=2, **options)
+        fit(screen, se={"max_steps": 2}, **options)
     assert "X_state" not in screen.obsm
-
-
-def test_se_that_would_be_ignored_or_is_none(screen, model, fit):
-    table = vc.pp.expression_gene_embeddings(screen, n_comps=4)
-    with pytest.raises(ValueError, match=r"^gene_embeddings= is for an SE that is trained here"):
-        fit(screen, se=model.se, gene_embeddings=table)
-    with pytest.raises(TypeError, match=r"^se must be a trained SE, False or None, got bool"):
-        fit(screen, se=True)
-
-
-def test_a_model_in_half_precision_is_refused(screen, fit):
-    with pytest.raises(ValueError, match=r"^precision='bf16-true' is not for these models.*Use 'bf16-mixed'"):
-        fit(screen, precision="bf16-true")

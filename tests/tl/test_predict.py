@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import gc
 import logging
 import warnings
+import weakref
 
 import anndata as ad
 import mudata as md
@@ -9,11 +11,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import scanpy as sc
-import torch
 from scipy import sparse
 
 import virtualcell as vc
 from virtualcell.models import Additive, NoChange
+from virtualcell.tl import _predict
 
 CONTROL = "non-targeting"
 
@@ -59,10 +61,9 @@ def test_output_contract(fitted, model, targets):
 def test_it_is_what_the_model_predicts(fitted, model, targets):
     cells = vc.tl.predict_perturbation(fitted, targets[1], n_cells=30, seed=3)
     controls = fitted[fitted.obs["target_gene"] == CONTROL]
-    log = ad.AnnData(log1p_cp10k(controls).to_numpy(np.float32), obs=controls.obs.copy(), var=controls.var[[]])
-    direct = model.predict(log, targets[1], n_cells=30, seed=3)
+    direct = model.predict(controls, targets[1], n_cells=30, seed=3)
     assert list(direct.index) == list(cells.obs["control_barcode"])
-    np.testing.assert_allclose(cells.X, direct[list(cells.var_names)], atol=1e-4)
+    np.testing.assert_array_equal(cells.X, direct[list(cells.var_names)])
     with_model = vc.tl.predict_perturbation(fitted, targets[1], n_cells=30, seed=3, model=model)
     np.testing.assert_array_equal(with_model.X, cells.X)
 
@@ -81,11 +82,9 @@ def test_ready_for_scanpy_and_concat(fitted, targets, tmp_path):
     both = ad.concat([cells, observed], join="outer")
     assert both.obs_names.is_unique
     both.uns["log1p"] = cells.uns["log1p"]
-    threads = torch.get_num_threads()
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*log.*")
         sc.tl.rank_genes_groups(both, "target_gene", reference=CONTROL, method="wilcoxon")
-    torch.set_num_threads(threads)
     top = sc.get.rank_genes_groups_df(both, targets[0]).set_index("names")["logfoldchanges"]
     assert top[targets[0]] < -0.5  # the target itself goes down
     cells.write_h5ad(tmp_path / "cells.h5ad")
@@ -222,9 +221,117 @@ def test_batches_come_along(screen, fit, targets):
     fit(screen, batch_key="batch")
     cells = vc.tl.predict_perturbation(screen, targets[0])
     assert (cells.obs["batch"].to_numpy() == screen.obs["batch"].loc[cells.obs["control_barcode"]].to_numpy()).all()
-    screen.obs["batch"] = "batch_7"
+    # a batch that is new in another context, or among perturbed cells, does not matter to this one
+    screen.obs["batch"] = screen.obs["batch"].astype(str)
+    here = (screen.obs["cell_type"] == "type_1").to_numpy()
+    screen.obs.loc[~here | (screen.obs["target_gene"] != CONTROL).to_numpy(), "batch"] = "batch_7"
+    alone = vc.tl.predict_perturbation(screen, targets[0], context="type_1")
+    np.testing.assert_array_equal(alone.X, cells[cells.obs["cell_type"] == "type_1"].X)
     with pytest.raises(KeyError, match=r"batch='batch_7' is unknown.*only the batches it was trained on"):
         vc.tl.predict_perturbation(screen, targets[0])
+
+
+# -- what is read -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_names", [1, 5])
+def test_control_cells_are_read_once_whatever_is_predicted(fitted, targets, rows_read, n_names):
+    vc.tl.predict_perturbation(fitted, targets[:n_names], n_samples=2)
+    assert sum(rows_read) == 3 * 40
+    rows_read.clear()
+    vc.tl.predict_perturbation(fitted, targets[:n_names], context="type_2")
+    assert sum(rows_read) == 40
+
+
+def test_other_cells_do_not_matter(fitted, targets):
+    reference = vc.tl.predict_perturbation(fitted, targets[:2], context="type_2")
+    counts = fitted.X.toarray()
+    here = (fitted.obs["target_gene"] == CONTROL) & (fitted.obs["cell_type"] == "type_2")
+    elsewhere = np.flatnonzero(~here)
+    counts[elsewhere[:5], 0] = [np.nan, np.inf, -1, 0.5, 1e30]
+    counts[elsewhere[5:]] = 0
+    fitted.X = counts
+    fitted.obsm["X_state"][elsewhere] = np.nan
+    found = vc.tl.predict_perturbation(fitted, targets[:2], context="type_2")
+    np.testing.assert_array_equal(found.X, reference.X)
+    counts[np.flatnonzero(here)[0], 0] = np.nan
+    with pytest.raises(ValueError, match="X holds NaN or infinite values"):
+        vc.tl.predict_perturbation(fitted, targets[0], context="type_2")
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda x: x.toarray(),
+        lambda x: x.toarray().astype(np.float64),
+        lambda x: x.tocsc(),
+        lambda x: x.astype(np.int64),
+    ],
+    ids=["dense", "dense float64", "csc", "csr int64"],
+)
+def test_any_matrix_of_counts_gives_the_same(fitted, targets, form):
+    reference = vc.tl.predict_perturbation(fitted, targets[:2], n_cells=9)
+    fitted.X = form(fitted.X)
+    found = vc.tl.predict_perturbation(fitted, targets[:2], n_cells=9)
+    np.testing.assert_array_equal(found.X, reference.X)
+    np.testing.assert_array_equal(found.layers["control"], reference.layers["control"])
+
+
+# -- the model in uns -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unpacked(monkeypatch) -> list:
+    """Models that are read from `uns` from now on."""
+    calls, unpack = [], _predict.unpack
+    monkeypatch.setattr(_predict, "unpack", lambda *args, **kw: calls.append(args) or unpack(*args, **kw))
+    return calls
+
+
+def test_the_stored_model_is_read_once_and_let_go_with_the_data(session_fitted, targets, unpacked):
+    adata = session_fitted[0].copy()
+    gc.collect()
+    before = len(_predict._LOADED)
+    for name in targets:
+        vc.tl.predict_perturbation(adata, name, n_cells=2)
+    vc.tl.predict_perturbation(md.MuData({"rna": adata}), targets[0], n_cells=2)
+    assert len(unpacked) == 1
+    (loaded,) = (weakref.ref(m) for ref, m in _predict._LOADED.values() if ref() is adata.uns["virtualcell"]["st"])
+    assert len(_predict._LOADED) == before + 1
+    unpacked.clear()
+    del adata
+    gc.collect()
+    assert loaded() is None
+    assert len(_predict._LOADED) == before
+
+
+def test_another_fit_is_another_model(screen, fit, targets, unpacked):
+    predicted = []
+    for seed in (0, 1):
+        fit(screen, seed=seed, validate=False)
+        predicted.append(vc.tl.predict_perturbation(screen, targets[0], n_cells=3).X)
+    assert len(unpacked) == 2
+    assert not np.array_equal(*predicted)
+
+
+def test_copies_views_and_files_predict_the_same_bits(fitted, model, targets, tmp_path):
+    names = [targets[0], f"{targets[1]}+{targets[2]}"]
+    expected = vc.tl.predict_perturbation(fitted, names, model=model, n_samples=3)
+    fitted.write_h5ad(tmp_path / "fitted.h5ad")
+    fitted.write_zarr(tmp_path / "fitted.zarr")
+    model.save(tmp_path / "model")
+    again = {
+        "copy": (fitted.copy(), None),
+        "view": (fitted[fitted.obs["target_gene"] == CONTROL], None),
+        "h5ad": (ad.read_h5ad(tmp_path / "fitted.h5ad"), None),
+        "zarr": (ad.read_zarr(tmp_path / "fitted.zarr"), None),
+        "folder": (fitted, vc.models.ST.load(tmp_path / "model")),
+    }
+    for data, of_file in again.values():
+        found = vc.tl.predict_perturbation(data, names, model=of_file, n_samples=3)
+        np.testing.assert_array_equal(found.X, expected.X)
+        np.testing.assert_array_equal(found.layers["standard_error"], expected.layers["standard_error"])
+        assert list(found.obs_names) == list(expected.obs_names)
 
 
 # -- errors -----------------------------------------------------------------------------------------------------------
@@ -244,11 +351,14 @@ def test_unknown_names(fitted, targets):
         vc.tl.predict_perturbation(fitted, targets[0])
 
 
-def test_drugs_are_found_by_an_st_alone(fitted, targets):
+def test_drugs_are_found_by_an_st_alone(fitted, design):
     with pytest.raises(KeyError, match=r"drug='STAT1' is unknown.*ask for perturbation="):
         vc.tl.predict_perturbation(fitted, drug="STAT1")
+    NoChange.setup_anndata(fitted, **design, scale="counts")
+    baseline = NoChange(fitted)
+    baseline.train()
     with pytest.raises(TypeError, match="drug='aspirin' is found in the names of an ST"):
-        vc.tl.predict_perturbation(fitted, drug="aspirin", model=vc.models.NoChange.__new__(vc.models.NoChange))
+        vc.tl.predict_perturbation(fitted, drug="aspirin", model=baseline)
 
 
 def test_arguments_of_the_wrong_kind(fitted, targets):
@@ -260,7 +370,7 @@ def test_arguments_of_the_wrong_kind(fitted, targets):
 
 def test_data_without_controls_or_with_repeated_cells(fitted, targets):
     only = fitted[fitted.obs["target_gene"] != CONTROL].copy()
-    with pytest.raises(ValueError, match=r"obs\['target_gene'\] has no 'non-targeting' cells: predictions start from"):
+    with pytest.raises(KeyError, match=r"^control='non-targeting' is unknown.*It labels the unperturbed cells"):
         vc.tl.predict_perturbation(only, targets[0])
     fitted.obs_names = ["cell"] * fitted.n_obs
     with pytest.raises(ValueError, match=r"obs_names repeats control cells\. Run `adata\.obs_names_make_unique\(\)`"):
@@ -289,12 +399,11 @@ def test_empty_controls(fitted, targets):
         vc.tl.predict_perturbation(fitted, targets[0])
 
 
-def test_fewer_genes_than_at_fitting_are_reported_because_library_sizes_shrink(fitted, model, targets, caplog):
+def test_fewer_genes_than_at_fitting_are_reported_because_library_sizes_shrink(fitted, fit, targets, caplog):
     others = pd.DataFrame(index=[f"other{i}" for i in range(fitted.n_vars)])
     silent = ad.AnnData(sparse.csr_matrix((fitted.n_obs, fitted.n_vars), dtype=np.float32), obs=fitted.obs, var=others)
     wide = ad.concat([fitted, silent], axis=1, merge="same")
-    small = {"se": False, "max_steps": 1, "enable_progress_bar": False, "n_top_genes": 20}
-    vc.tl.fit_state(wide, perturbation_key="target_gene", control=CONTROL, context_key="cell_type", **small)
+    fit(wide, n_top_genes=20, training={"max_steps": 1})
     vc.tl.predict_perturbation(wide, targets[0])
     assert "library sizes" not in caplog.text
     few = wide[:, fitted.var_names].copy()

@@ -8,7 +8,6 @@ import pandas as pd
 import pytest
 import scanpy as sc
 
-from virtualcell._threads import torch_threads_kept
 from virtualcell.data._design import Design
 from virtualcell.data._screen import Screen
 from virtualcell.tl._prepare import choose_genes, prepared, with_enough_cells, with_known_batches
@@ -119,8 +118,7 @@ def test_genes_are_scanpys_of_the_training_cells_and_the_targets(screen, read, t
     train = screen[screen.obs["split"] == "train"].to_memory()
     counts = train.X.toarray()
     reference = ad.AnnData(np.log1p(1e4 * counts / counts.sum(axis=1, keepdims=True)), var=train.var[[]])
-    with torch_threads_kept():
-        sc.pp.highly_variable_genes(reference, n_top_genes=20)
+    sc.pp.highly_variable_genes(reference, n_top_genes=20)
     found = chosen(read(split_key="split"))
     assert set(found) == {*reference.var_names[reference.var["highly_variable"]], *targets}
     assert found == sorted(found)

@@ -10,7 +10,7 @@ import scanpy as sc
 
 import virtualcell as vc
 
-LOSES = {"max_steps": 1, "train_kwargs": {"lr": 1e-9}, "model_kwargs": {"residual": "expression", "prior": None}}
+LOSES = {"training": {"max_steps": 1, "lr": 1e-9}, "network": {"head": "shift"}}
 
 
 @pytest.fixture
@@ -122,7 +122,6 @@ def test_a_model_that_wins_needs_no_fallback(screen, fit, targets, monkeypatch):
     monkeypatch.setattr(_fit, "judge", won)
     st = fit(screen, split_key="split")
     assert st.fallback is None
-    assert "fallback" not in screen.uns["virtualcell"]
     predicted = vc.tl.predict_perturbation(screen, targets[0], fallback="best")
     assert predicted.uns["virtualcell"]["predicted_by"] == "ST"
 
@@ -136,12 +135,12 @@ def test_what_was_not_validated_has_no_better_one(screen, fit, targets, caplog):
     with pytest.raises(ValueError, match="fallback='worst' is unknown; valid are 'best' and None"):
         vc.tl.predict_perturbation(screen, targets[0], fallback="worst")
     with caplog.at_level(logging.WARNING, logger="virtualcell"):
-        fit(screen, train_kwargs={"val_fraction": 0.0})
+        fit(screen, training={"val_fraction": 0.0})
     assert any("no perturbed validation cells" in r.getMessage() for r in caplog.records)
 
 
 def test_standard_errors_of_a_prediction(screen, fit, targets):
-    fit(screen, split_key="split", max_steps=40, train_kwargs={"lr": 3e-3})
+    fit(screen, split_key="split", training={"max_steps": 40, "lr": 3e-3})
     predicted = vc.tl.predict_perturbation(screen, targets[:2], n_samples=8)
     error = predicted.layers["standard_error"]
     assert error.shape == predicted.shape

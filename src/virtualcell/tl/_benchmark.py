@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,25 +13,22 @@ import pandas as pd
 from anndata import AnnData
 from mudata import MuData
 
-from virtualcell import models as _models
-from virtualcell._errors import UnknownNameError, unknown_name
+from virtualcell._threads import count_threads
 from virtualcell.data._design import Design, Scale, check_library_sizes
 from virtualcell.data._expression import MOST_EXPRESSION
 from virtualcell.data._screen import Screen
+from virtualcell.models import ST
 from virtualcell.models._base import PerturbationModel
 from virtualcell.models._baselines import Baseline
 from virtualcell.models._effects import Effects
-from virtualcell.models._feature_baselines import FeatureBaseline
 from virtualcell.models._start import Start, starts
 from virtualcell.pp import split as split_cells
+from virtualcell.tl._benchmark_models import Spec, fit_st, model_specs, reason_not_to_predict
 from virtualcell.tl._evaluate import evaluate
-from virtualcell.tl._fit import build_st, train_st
-from virtualcell.tl._fit_options import FitOptions, NetworkOptions, choose_size
+from virtualcell.tl._evaluate_checks import metric_names
 from virtualcell.tl._prepare import choose_genes, prepared
 
 logger = logging.getLogger(__name__)
-
-Spec = str | type[PerturbationModel] | tuple[str | type[PerturbationModel], dict]
 
 COLUMNS = ["split", "seed", "source", "model", "context", "perturbation", "metric", "value"]
 CEILING = "ceiling"
@@ -137,7 +133,11 @@ def benchmark(
     ValueError
         If no split or no seed is given, or the data does not fit what was stated.
     """
-    specs = _specs(models, floor)
+    specs = model_specs(models, floor, perturbation_features)
+    metric_names(suite)  # a wrong name shows now, and not when all is fitted
+    count_threads(n_jobs)
+    if n_cells is not None and n_cells < 1:
+        raise ValueError(f"n_cells={n_cells!r}: at least one cell is needed.")
     if not len(seeds):
         raise ValueError("seeds=() is empty: give at least one, seeds=(0,).")
     if suite == "vcc2026":
@@ -177,29 +177,6 @@ def benchmark(
     return out
 
 
-def _specs(models: Sequence[str] | Mapping[str, Spec], floor: Sequence[str]) -> dict[str, tuple[type, dict, str]]:
-    """Class, arguments and source of each model by the name to show, those with something random in them first."""
-    if isinstance(models, str):
-        raise TypeError(f"models={models!r} must be a list of names, [{models!r}], or a dictionary.")
-    given = dict(models) if isinstance(models, Mapping) else {name: name for name in models}
-    out = {}
-    for source, wanted in (("model", given), ("floor", {name: name for name in floor if name not in given})):
-        for label, spec in wanted.items():
-            kind, kwargs = spec if isinstance(spec, tuple) else (spec, {})
-            known = {n: k for n in _models.__all__ if issubclass(k := getattr(_models, n), PerturbationModel)}
-            if isinstance(kind, str):
-                if kind not in known:
-                    raise unknown_name("models" if source == "model" else "floor", kind, known)
-                kind = known[kind]
-            if not (inspect.isclass(kind) and issubclass(kind, PerturbationModel)):
-                raise TypeError(f"models[{label!r}]={kind!r} must be the name or the class of a model.")
-            out[label] = kind, dict(kwargs), "floor" if label in floor else source
-    if not given:
-        raise ValueError(f"models={models!r} names no model.")
-    # the ceiling comes with the first score of each seed, so that a model fitted with every seed saves a round
-    return dict(sorted(out.items(), key=lambda item: issubclass(item[1][0], Baseline)))
-
-
 def _splits(
     data: AnnData | MuData,
     design: Design,
@@ -230,7 +207,7 @@ def _splits(
 
 @dataclass(frozen=True)
 class _Case:
-    """One split: its cells on the genes to model, what the training cells tell, and the test cells to predict.
+    """One split: the cells to learn from on the genes to model, what they tell, and the test cells to predict.
 
     Control cells are read once, for all models and perturbations.
     """
@@ -248,15 +225,22 @@ class _Case:
         is_test = (screen.split == "test") & ~screen.is_control
         if not is_test.any():
             raise ValueError(f"split {name!r} has no test cells. Hold something out with `vc.pp.split`.")
+        screen.expression.rows(np.arange(0))  # the first reading checks all cells, once for what is taken from them
         targets = screen.with_split(np.full(screen.n_cells, "train")).targets()  # known beforehand, of test cells too
-        seen = prepared(screen, min_cells=settings.min_cells, has_features=settings.features is not None)
-        genes = choose_genes(seen, settings.n_top_genes, targets=targets)
-        scored = screen.select(genes).take(is_test | screen.is_control)
+        known = prepared(screen, min_cells=settings.min_cells, has_features=settings.features is not None)
+        genes = choose_genes(known, settings.n_top_genes, targets=targets)
+        known, screen = known.select(genes), screen.select(genes)
+        scored = screen.take(is_test | screen.is_control)
         real = AnnData(scored.expression.rows(), obs=scored.labels(), var=pd.DataFrame(index=genes))
-        pairs = sorted((p, c) for c, p in screen.pairs(is_test))
-        seen = seen.select(genes)
-        effects = Effects.measure(seen, seen.is_known)
-        return cls(name, seen, effects, list(starts(scored.take(scored.is_control))), real, pairs, settings)
+        return cls(
+            name=name,
+            screen=known,
+            effects=Effects.measure(known, known.is_known),
+            starts=list(starts(screen.take(screen.is_control))),
+            real=real,
+            pairs=sorted((p, c) for c, p in screen.pairs(is_test)),
+            settings=settings,
+        )
 
     def scores(self, specs: dict[str, tuple[type, dict, str]]) -> list[pd.DataFrame]:
         """Scores of every model that can predict the test cells, with every seed."""
@@ -270,7 +254,7 @@ class _Case:
                     continue
                 if not deterministic or first:
                     model = self._fit(kind, kwargs, seed)
-                    if (reason := _cannot(model, sorted({p for p, _ in self.pairs}))) is not None:
+                    if (reason := reason_not_to_predict(model, sorted({p for p, _ in self.pairs}))) is not None:
                         logger.warning("%s is left out of split %r: %s", label, self.name, reason)
                         break
                     predicted = self._predict(model, seed)
@@ -287,11 +271,8 @@ class _Case:
 
     def _fit(self, kind: type, kwargs: dict, seed: int) -> PerturbationModel:
         """Fit a model on the cells that are not test."""
-        features = self.settings.features
-        if issubclass(kind, _models.ST):
-            return _fit_st(self.screen, {"perturbation_features": features, **kwargs}, seed)
-        if issubclass(kind, FeatureBaseline):
-            kwargs = {"perturbation_features": features, **kwargs}
+        if issubclass(kind, ST):
+            return fit_st(self.screen, self.effects, kwargs, seed)
         model = kind(self.screen, **kwargs)
         model.train(self.effects)
         model.forget_data()
@@ -330,37 +311,3 @@ class _Case:
             n_jobs=settings.n_jobs,
             seed=seed,
         )
-
-
-_OF_ST = ("perturbation_features", "init_from", "size", "network", "training", "validate")
-
-
-def _fit_st(screen: Screen, kwargs: dict, seed: int) -> _models.ST:
-    """Fit an ST with arguments of `fit_state` on a screen whose genes are chosen."""
-    for name in kwargs:
-        if name not in _OF_ST:
-            raise unknown_name("argument of ST", name, _OF_ST, "Data and design are the same for all models.")
-    options = FitOptions.from_(kwargs.get("training"), seed=seed, progress_bar=False)
-    features = kwargs["perturbation_features"]
-    init_from = kwargs.get("init_from")
-    st = build_st(
-        screen,
-        features=features,
-        init_from=init_from,
-        size=choose_size(kwargs.get("size", "auto"), screen.n_cells),
-        network=NetworkOptions.of(kwargs.get("network")),
-        options=options,
-    )
-    validate = kwargs.get("validate", False)
-    train_st(st, options=options, features=features, validate=validate, partly=isinstance(init_from, _models.ST))
-    return st
-
-
-def _cannot(model: PerturbationModel, perturbations: Sequence[str]) -> UnknownNameError | None:
-    """Say why a model cannot predict one of these, if so."""
-    for perturbation in perturbations:
-        try:
-            model.check_perturbation(perturbation)
-        except UnknownNameError as reason:
-            return reason
-    return None

@@ -218,21 +218,40 @@ def build_st(
 
 
 def train_st(
-    st: ST, *, options: FitOptions, features: pd.DataFrame | None, validate: bool, partly: bool = False
+    st: ST,
+    *,
+    options: FitOptions,
+    features: pd.DataFrame | None,
+    effects: Effects | None = None,
+    validate: bool = False,
+    partly: bool = False,
 ) -> None:
-    """Train an ST on its screen, ask whether it beats the baselines, and let go of the data."""
+    """Train an ST on its screen, ask whether it beats the baselines, and let go of the data.
+
+    Parameters
+    ----------
+    st, options, features
+        Model, options of its training, and features of perturbations.
+    effects
+        Measured effects of the training cells, where these are known already.
+    validate
+        Whether to ask.
+    partly
+        Whether the options say which parts of the model to train.
+    """
     screen = st.screen
-    validate = validate and bool((screen.is_val & ~screen.is_control).any())
-    effects = Effects.measure(screen, screen.is_known) if st.transfer or validate else None
+    can_validate = bool((screen.is_val & ~screen.is_control).any())
+    if validate and not can_validate:
+        logger.warning("There are no perturbed validation cells: whether ST beats the baselines was not asked.")
+    validate = validate and can_validate
+    if effects is None and (st.transfer or validate):
+        effects = Effects.measure(screen, screen.is_known)
     partial = {"freeze": options.freeze or (), "lora": options.lora, "seed": options.seed} if partly else {}
     with partly_trained(st.module, **partial):
         st.train(options.of_training(), effects=effects)
     if validate:
-        table, baseline = judge(st, screen, effects, features, seed=options.seed)
-        st.validation = table
-        st.fallback = baseline if table.index[0] != "ST" else None
-    elif not screen.is_val.any():
-        logger.warning("There are no perturbed validation cells: whether ST beats the baselines was not asked.")
+        st.validation, baseline = judge(st, screen, effects, features, seed=options.seed)
+        st.fallback = baseline if st.validation.index[0] != "ST" else None
     st.forget_data()
 
 

@@ -283,7 +283,8 @@ def _cells(start: Start, design: Design, rows: np.ndarray, cells: np.ndarray, na
         obs[design.context_key] = start.context
     if design.batch_key is not None:
         obs[design.batch_key] = start.batch_of(rows)
-    index = pd.Index([f"{barcode}-{name}" for barcode in barcodes])
+    # a control cell occurs several times where more cells than controls were asked for
+    index = make_index_unique(pd.Index([f"{barcode}-{name}" for barcode in barcodes]))
     frame = pd.DataFrame({**obs, _keys.CONTROL_BARCODE: np.asarray(barcodes)}, index=index)
     return AnnData(np.ascontiguousarray(cells, dtype=np.float32), obs=frame)
 
@@ -292,7 +293,6 @@ def _joined(predicted: dict[str, list[AnnData]], genes: Sequence[str]) -> AnnDat
     """Put the cells together, perturbation by perturbation; labels become categories."""
     out = ad.concat([cells for of_name in predicted.values() for cells in of_name])
     out.var_names = list(genes)
-    # a control cell occurs several times where more cells than controls were asked for
     out.obs_names = make_index_unique(pd.Index(out.obs_names))
     for key in out.obs.columns.difference([_keys.CONTROL_BARCODE, _keys.EXPECTED_ERROR]):
         out.obs[key] = pd.Categorical(out.obs[key])
