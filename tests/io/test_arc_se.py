@@ -318,7 +318,7 @@ def test_our_own_model_goes_to_arc_and_back(
     vc.models.SE.setup_anndata(cells)
     table = pd.DataFrame(np.random.default_rng(0).normal(size=(200, 8)), index=cells.var_names)
     se = vc.models.SE(cells, table)
-    se.train(max_steps=3, enable_progress_bar=False, accelerator="cpu")
+    se.train(max_steps=3, progress_bar=False, accelerator="cpu")
     assert se.cls_expression_gene is None
     with caplog.at_level("WARNING"):
         se.to_arc(tmp_path / "arc")

@@ -279,6 +279,16 @@ def test_options_of_the_training(counts, table):
     assert set(se.history) == {"train_loss", "train_loss_cell", "train_loss_gene"}
 
 
+def test_two_processes_make_the_same_curve_as_one(counts, table, weights):
+    options = {"max_steps": 4, "batch_size": 8, "validate_every": 2, "accelerator": "cpu"}
+    one = train(build(counts.copy(), table, dropout=0.0), **options)  # of one data set
+    two = train(build(counts, table, dropout=0.0), **options, devices=2, strategy="ddp_spawn")
+    assert set(one.history) == set(two.history)
+    for name, losses in one.history.items():
+        np.testing.assert_allclose(two.history[name], losses, rtol=1e-4)
+    np.testing.assert_allclose(weights(two), weights(one), atol=1e-4)
+
+
 def test_training_does_not_touch_the_data(counts, table):
     before = counts.copy()
     train(build(counts, table))
