@@ -11,6 +11,7 @@ import pytest
 
 import virtualcell as vc
 from virtualcell._errors import UnknownNameError
+from virtualcell._keys import ALL
 
 DESIGN = {"perturbation_key": "target_gene", "control": "non-targeting", "context_key": "cell_type"}
 
@@ -128,6 +129,13 @@ def test_groups_count_the_cells(screen):
     assert found["K562", "A", "train"] == 18
     assert found["RPE1", "A", "test"] == 20
     assert found["RPE1", "non-targeting", "train"] == 30
+
+
+def test_without_contexts_all_cells_are_of_one(screen):
+    vc.pp.split(screen, perturbation_key="target_gene", control="non-targeting", holdout={"fraction": 0.2})
+    groups = screen.uns["virtualcell"]["split_manifest"]["split"]["groups"]
+    assert set(groups["context"]) == {ALL}
+    assert groups["n_cells"].sum() == screen.n_obs
 
 
 def test_replay_takes_a_part_of_the_cells_but_no_others(screen, tmp_path):

@@ -13,7 +13,9 @@ import torch
 from scipy import sparse
 
 import virtualcell as vc
-from virtualcell.models import ST
+from virtualcell.data._design import Design
+from virtualcell.data._screen import Screen
+from virtualcell.models import ST, _transferred
 from virtualcell.models._effects import Effects
 
 CONTROL = "non-targeting"
@@ -99,6 +101,28 @@ def test_another_fit_leaves_nothing_of_the_one_before(screen, fit, targets):
     assert "batch_key" not in screen.uns["virtualcell"]["design"]
     cells = vc.tl.predict_perturbation(screen, targets[0])
     np.testing.assert_array_equal(cells.X, vc.tl.predict_perturbation(screen, targets[0], model=st).X)
+
+
+def test_effects_of_many_perturbations_are_stored_in_little_and_predict_as_well(fit, design, monkeypatch):
+    adata = vc.datasets.synthetic(
+        n_contexts=5, n_perturbations=300, n_genes=2400, n_cells_per_group=1, n_control_cells=15, seed=2
+    )
+    network = {"n_hidden": 8, "n_feedforward": 8, "n_heads": 1, "head_dim": 8, "set_size": 3}
+    st = fit(adata, n_top_genes=None, validate=False, network=network, training={"max_steps": 1, "min_cells": 1})
+    effects = Effects.measure(Screen.from_anndata(adata, Design(**design)).select(st.genes))
+    assert adata.uns["virtualcell"]["st"].nbytes < effects.effects.nbytes / 5
+    monkeypatch.setattr(_transferred, "leading_axes", lambda table, noise: np.eye(table.shape[1], dtype=np.float32))
+    exact = _transferred.Transferred.fit(effects)
+    missed, size = [], []
+    for name in effects.perturbations[::20]:
+        (scale, shift), (wanted_scale, wanted_shift) = (
+            each(name, control=CONTROL, context="type_1", base=effects.controls[0]) for each in (st.transferred, exact)
+        )
+        missed.append(effects.controls[0] * (scale - wanted_scale) + shift - wanted_shift)
+        size.append(effects.controls[0] * (wanted_scale - 1) + wanted_shift)
+    noise = effects.noise() / effects.effects.size / 5  # of the mean over five contexts
+    assert np.mean(np.square(missed)) < noise
+    assert np.mean(np.square(missed)) < np.mean(np.square(size))
 
 
 def test_nothing_holds_on_to_the_data(session_screen, fit):

@@ -68,6 +68,55 @@ def test_validation_contexts_may_bring_their_own_controls(screen, fit):
     assert "ST" in screen.uns["virtualcell"]["validation"].index
 
 
+@pytest.mark.parametrize("n_targets", [2, 5])
+def test_control_cells_are_read_once_per_context(screen, fit, targets, rows_read, n_targets):
+    kept = screen[screen.obs["target_gene"].isin([*targets[:n_targets], "non-targeting"])].copy()
+    n = []
+    for validate in (False, True):
+        rows_read.clear()
+        fit(kept, split_key="split", validate=validate)
+        n.append(sum(rows_read))
+    # the validation cells, and the control cells of the two contexts that have some
+    assert n[1] - n[0] == (kept.obs["split"] == "val").sum() + 2 * 40
+
+
+def test_many_groups_are_drawn_from(screen, fit, monkeypatch):
+    from virtualcell.tl import _verdict
+
+    monkeypatch.setattr(_verdict, "_MOST_GROUPS", 4)
+    one, again, other = (fit(screen, split_key="split", seed=seed).validation for seed in (0, 0, 1))
+    assert (one["n_groups"] == 4).all()
+    pd.testing.assert_frame_equal(one, again)
+    assert one.loc["NoChange", "mae"] != other.loc["NoChange", "mae"]  # other groups
+
+
+def test_the_order_of_a_file_changes_no_bit_of_the_verdict(screen, fit):
+    rng = np.random.default_rng(0)
+    other = screen[rng.permutation(screen.n_obs), rng.permutation(screen.n_vars)].copy()
+    options = {"split_key": "split", "n_top_genes": 60}
+    pd.testing.assert_frame_equal(fit(screen, **options).validation, fit(other, **options).validation, check_exact=True)
+
+
+def test_features_bring_ridge_and_unseen_validation_perturbations(screen, fit, targets, caplog):
+    features = pd.DataFrame(np.random.default_rng(0).normal(size=(5, 3)), index=targets)
+    screen.obs["split"] = np.where(screen.obs["target_gene"] == targets[0], "val", "train")
+    with caplog.at_level(logging.INFO, logger="virtualcell"):
+        st = fit(screen, split_key="split", perturbation_features=features)
+    assert {"ST", "Ridge", "NoChange"} <= set(st.validation.index)
+    assert not {"Additive", "NearestContext"} & set(st.validation.index)
+    assert "Additive cannot predict all that is validated on and is left out" in caplog.text
+
+
+def test_batches_are_no_hindrance(screen, fit, targets):
+    """Validation cells of a batch that was not learned from are left out, with their control cells."""
+    screen.obs["batch"] = np.where(screen.obs["cell_type"] == "type_3", "late", screen.obs["batch"].astype(str))
+    screen.obs["split"] = np.where(screen.obs["cell_type"] == "type_3", "val", screen.obs["split"].astype(str))
+    st = fit(screen, split_key="split", batch_key="batch")
+    assert (st.validation["n_groups"] == 10).all()
+    with pytest.raises(KeyError, match="batch='late' is unknown"):
+        vc.tl.predict_perturbation(screen, targets[0], context="type_3")
+
+
 def test_fallback_is_asked_for_and_said(screen, crippled, targets, caplog):
     plain = vc.tl.predict_perturbation(screen, targets[0], context="type_3")
     assert plain.uns["virtualcell"]["predicted_by"] == "ST"

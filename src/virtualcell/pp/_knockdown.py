@@ -65,7 +65,7 @@ def knockdown_efficiency(
         Cells. In a MuData, the modality is read and written.
     perturbation_key, context_key
         Columns of `obs`. Labels of perturbations are names of their targets. Without `context_key` all cells are one
-        context, "all".
+        context, "(all)".
     control
         Label of the control cells.
     layer, scale
@@ -114,8 +114,7 @@ def knockdown_efficiency(
     screen.require_control()
     label, context = (np.asarray(x).astype(str) for x in (screen.perturbation, screen.context))
     is_control = screen.is_control
-    without = sorted(set(context) - set(context[is_control]))
-    if without:
+    if without := [name for name in screen.context_names if name not in screen.controls()]:
         raise ValueError(
             f"Context {without[0]!r} has no control cells ({control!r}) to compare with. Drop its cells, or leave "
             "context_key out to compare with the controls of all contexts."

@@ -69,7 +69,7 @@ def split(
     adata
         Cells with unique names. In a MuData, the modality is read and written.
     perturbation_key, context_key
-        Columns of `obs`. Without `context_key` all cells are one context, "all".
+        Columns of `obs`. Without `context_key` all cells are one context, "(all)".
     control
         Label of the control cells in `perturbation_key`.
     holdout
@@ -243,7 +243,7 @@ def _cells(adata: AnnData | MuData, perturbation_key: str, context_key: str | No
     if not perturbation.index.is_unique:
         twice = perturbation.index[perturbation.index.duplicated()]
         raise ValueError(f"obs_names repeats {list(twice[:3])}. Run `adata.obs_names_make_unique()` first.")
-    cells = pd.DataFrame({"context": "all", "perturbation": perturbation})
+    cells = pd.DataFrame({"context": _keys.ALL, "perturbation": perturbation})
     if context_key is not None:
         cells["context"] = read_labels(adata, context_key, argument="context_key", modality=modality)
     return cells
