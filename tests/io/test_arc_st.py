@@ -40,19 +40,18 @@ def largest_difference(st: ST, folder: Path) -> float:
     for i in range(len(expected["control"]) // s):
         rows = slice(i * s, (i + 1) * s)
         name = NAMES[int(expected["perturbation"][rows.start].argmax())]
-        batch = expected["batch"][rows].astype(int) if st.batches else None
-        found = st.predict_sets(expected["control"][rows], name, batch)
-        pairs = [("cells", "predicted"), *([("genes", "predicted_genes")] if "predicted_genes" in expected else [])]
-        for ours, theirs in pairs:
-            assert expected[theirs][rows].std() > 0.01
-            worst = max(worst, float(np.abs(found[ours] - expected[theirs][rows]).max()))
+        control, codes = expected["control"][rows], expected["batch"][rows].astype(int)
+        batch = np.array(st.batches)[codes] if st.batches else None
+        found = {"predicted": st.predict_embedding(control, name, batch=batch)}
+        if "predicted_genes" in expected:
+            base = control.mean(axis=0)
+            found["predicted_genes"] = st.predict_cells(control, name, context="any", base=base, batch=batch)
+        for key, ours in found.items():
+            assert expected[key][rows].std() > 0.01
+            worst = max(worst, float(np.abs(ours - expected[key][rows]).max()))
         if "confidence" in expected:
             with torch.no_grad():
-                out = st.module(
-                    torch.from_numpy(expected["control"][rows])[None],
-                    st.table.encode([name]),
-                    torch.from_numpy(batch)[None],
-                )
+                out = st.module(torch.from_numpy(control)[None], st.table.encode([name]), torch.from_numpy(codes)[None])
             worst = max(worst, abs(float(out.confidence) - float(expected["confidence"][i, 0])))
     return worst
 
@@ -77,7 +76,7 @@ def run_difference(st: ST, golden: Path) -> float:
     expected = load_file(golden / "st_run" / "expected.safetensors")
     names = [k.removeprefix("predicted.") for k in expected if k.startswith("predicted.")]
     assert set(names) == {"g2", "g7", "non-targeting"}
-    found = {n: st.predict_sets(expected["control"].numpy(), n)["cells"] for n in names}
+    found = {n: st.predict_embedding(expected["control"].numpy(), n) for n in names}
     return max(float(np.abs(found[n] - expected[f"predicted.{n}"].numpy()).max()) for n in names)
 
 
@@ -239,10 +238,10 @@ def test_control_of_tahoe_is_a_drug_at_no_dose(run: Path, golden: Path) -> None:
         run / "checkpoints" / "final.ckpt", lambda c: c["hyper_parameters"].update(control_pert="DMSO_TF")
     )
     st = ST.from_arc(run)
-    assert st.control == st.setup["control"] == vehicle
+    assert st.control == st.design.control == vehicle
     assert vehicle not in st.perturbations
     expected = load_file(golden / "st_run" / "expected.safetensors")
-    found = st.predict_sets(expected["control"].numpy(), vehicle)["cells"]
+    found = st.predict_embedding(expected["control"].numpy(), vehicle)
     np.testing.assert_allclose(found, expected["predicted.non-targeting"], atol=TOLERANCE)
 
 
@@ -325,9 +324,17 @@ def test_messages_for_missing_files_and_models_that_do_not_fit_the_format(
         ST.from_arc(run)
     adata = ad.AnnData(np.random.default_rng(0).random((40, 6)).astype(np.float32), obs={"p": ["c", "x"] * 20})
     ST.setup_anndata(adata, perturbation_key="p", control="c")
-    with pytest.raises(ValueError, match="residual='both' with prior='similar' has no counterpart"):
-        ST(adata).to_arc(tmp_path / "no")
-    st = ST(adata, residual="hidden")
+    for options, message in (
+        ({}, "transfer=True has no counterpart in Arc's format. Train with preset='published'"),
+        ({"transfer": False}, "head='both' has no counterpart"),
+        ({"head": "shift"}, "head='shift' has no counterpart"),
+        ({"preset": "published", "n_networks": 2}, "n_networks: Arc's format holds one network"),
+        ({"preset": "published", "relu": False}, "relu=False has no counterpart"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ST(adata, **options).to_arc(tmp_path / "no")
+    assert not (tmp_path / "no").exists()
+    st = ST(adata, preset="published")
     st.is_trained_ = True
     st.to_arc(tmp_path / "yes")
     again = ST.from_arc(tmp_path / "yes")
@@ -408,7 +415,7 @@ def test_scale_is_checked(golden: Path) -> None:
     with pytest.raises(ValueError, match=r"holds whole numbers only. Say scale='counts'"):
         vc.tl.predict_perturbation(adata, "g2", model=st, **here)
     adata.X = sparse.csr_matrix(np.log1p(5e4 * adata.X.multiply(1 / adata.X.sum(axis=1))))
-    with pytest.raises(ValueError, match=r"normalised to 5e\+04 counts each, not to 10000"):
+    with pytest.raises(ValueError, match=r"normalised to 5e\+04 counts per cell \(median\) and not to 10000"):
         vc.tl.predict_perturbation(adata, "g2", model=st, **here)
     raw = some_cells(st.genes)
     raw.X = raw.X.log1p()
@@ -416,12 +423,12 @@ def test_scale_is_checked(golden: Path) -> None:
         vc.tl.predict_perturbation(raw, "g2", model=st, **here)
     # less is that of some of the genes, unless all cells have the same: then they were normalised to another total
     adata.X = sparse.csr_matrix(np.log1p(np.expm1(adata.X.toarray()) / 20))
-    with pytest.raises(ValueError, match=r"normalised to 2500 counts each, not to 10000"):
+    with pytest.raises(ValueError, match=r"normalised to 2500 counts per cell \(median\) and not to 10000"):
         vc.tl.predict_perturbation(adata, "g2", model=st, **here)
     vc.tl.predict_perturbation(adata[:, :1000].copy(), "g2", model=st, **here)
     more = adata[:, :1000].copy()
     more.X = sparse.csr_matrix(np.log1p(np.expm1(more.X.toarray()) * 5))
-    with pytest.raises(ValueError, match=r"holds 1.2\d+e\+04 counts per cell \(median\) and not 10000"):
+    with pytest.raises(ValueError, match=r"normalised to 1.2\d+e\+04 counts per cell \(median\) and not to 10000"):
         vc.tl.predict_perturbation(more, "g2", model=st, **here)
 
 
@@ -429,7 +436,9 @@ def test_columns_must_be_named_and_known(golden: Path) -> None:
     st = ST.from_arc(golden / "st_run")
     adata = some_cells(st.genes)
     with pytest.raises(KeyError, match="perturbation_key='gene' is unknown"):
-        vc.tl.predict_perturbation(adata, "g2", model=st, scale="counts")
+        vc.tl.predict_perturbation(adata, "g2", model=st, scale="counts", context_key="line")
+    with pytest.raises(KeyError, match="context_key='cell_type' is unknown"):
+        vc.tl.predict_perturbation(adata, "g2", model=st, scale="counts", perturbation_key="guide")
     with pytest.raises(ValueError, match="batch_key='line' was given, but the model was set up without batch_key"):
         vc.tl.predict_perturbation(adata, "g2", model=st, batch_key="line", **HERE)
 
@@ -450,7 +459,7 @@ def test_model_with_batches_takes_them_from_the_data(golden: Path) -> None:
 
 def test_embedding_model_takes_embeddings_and_gives_genes(golden: Path) -> None:
     st = bare(golden / "st_embedding")
-    assert st.setup["use_rep"] == "X_state"
+    assert st.design.use_rep == "X_state"
     adata = some_cells(st.genes)
     here = {"perturbation_key": "guide", "control": "NT", "scale": "counts"}
     with pytest.raises(KeyError, match=r"works on obsm\['X_state'\], which this data does not have. Run `vc.tl.embed"):
