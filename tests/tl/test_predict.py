@@ -368,6 +368,41 @@ def test_arguments_of_the_wrong_kind(fitted, targets):
         vc.tl.predict_perturbation(fitted, targets[0], model="folder")
 
 
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"n_cells": 2.5}, TypeError, r"^n_cells=2\.5 must be a whole number"),
+        ({"n_cells": "all"}, TypeError, r"^n_cells='all' must be a whole number"),
+        ({"n_samples": 1}, ValueError, r"^n_samples=1: at least 2 draws are needed"),
+        ({"seed": -1}, ValueError, r"^seed=-1 must be at least 0"),
+        ({"min_gene_coverage": 0}, ValueError, r"^min_gene_coverage=0 must be above 0"),
+        ({"dose": 0.5}, ValueError, r"^dose=0\.5 was given without drug="),
+        (
+            {"batch_key": "batch"},
+            ValueError,
+            r"^batch_key='batch' was given, but the model was set up without batch_key",
+        ),
+        (
+            {"scale": "log1p", "library_size_key": "n"},
+            ValueError,
+            r"^library_size_key='n' has no use with scale='log1p'",
+        ),
+    ],
+)
+def test_arguments_with_wrong_values(fitted, targets, options, error, message):
+    with pytest.raises(error, match=message):
+        vc.tl.predict_perturbation(fitted, targets[0], **options)
+
+
+@pytest.mark.parametrize("stored", ["model", np.zeros(3, np.uint8), None])
+def test_what_is_no_model_is_said_to_be_none(fitted, targets, stored):
+    whole = fitted.uns["virtualcell"]["st"]
+    for damaged in (stored, whole[:-100]):
+        fitted.uns["virtualcell"]["st"] = damaged
+        with pytest.raises(ValueError, match=r"^uns\['virtualcell'\].*(no model|no fitted model)"):
+            vc.tl.predict_perturbation(fitted, targets[0])
+
+
 def test_data_without_controls_or_with_repeated_cells(fitted, targets):
     only = fitted[fitted.obs["target_gene"] != CONTROL].copy()
     with pytest.raises(KeyError, match=r"^control='non-targeting' is unknown.*It labels the unperturbed cells"):

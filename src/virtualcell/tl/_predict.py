@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import weakref
 from collections.abc import Iterator, Sequence
+from numbers import Integral
 from typing import Literal
 
 import anndata as ad
@@ -106,7 +107,7 @@ def predict_perturbation(
     ValueError
         If there is no fitted model, or the matrix is not on the stated scale.
     """
-    _check_numbers(context, n_cells, n_samples)
+    _check_numbers(context, n_cells, n_samples, seed)
     stated = {"layer": layer, "scale": scale, "library_size_key": library_size_key, "context_key": context_key}
     stated |= {"perturbation_key": perturbation_key, "control": control, "batch_key": batch_key}
     expression = expression_modality(adata, modality)
@@ -142,9 +143,14 @@ def predict_perturbation(
     return out
 
 
-def _check_numbers(context: object, n_cells: int | None, n_samples: int | None) -> None:
+def _check_numbers(context: object, n_cells: int | None, n_samples: int | None, seed: int) -> None:
     if context is not None and not isinstance(context, str):
         raise TypeError(f"context={context!r} must be one label, as a string; leave it out for all contexts.")
+    for argument, value in (("n_cells", n_cells), ("n_samples", n_samples), ("seed", seed)):
+        if value is not None and (not isinstance(value, Integral) or isinstance(value, bool)):
+            raise TypeError(f"{argument}={value!r} must be a whole number.")
+    if seed < 0:
+        raise ValueError(f"seed={seed!r} must be at least 0.")
     if n_cells is not None and n_cells < 1:
         raise ValueError(f"n_cells={n_cells!r}: at least one cell is needed.")
     if n_samples is not None and n_samples < 2:
@@ -178,6 +184,8 @@ def _of_drug(
 ) -> str | Sequence[str] | None:
     """Return the perturbation, or the name of a drug at a dose in its place."""
     if drug is None:
+        if dose is not None:
+            raise ValueError(f"dose={dose!r} was given without drug=, whose dose it would be.")
         return perturbation
     if perturbation is not None:
         raise ValueError(f"perturbation={perturbation!r} and drug={drug!r} were both given: give one of them.")
@@ -205,6 +213,8 @@ def _stored_model(adata: AnnData) -> ST:
             f"uns[{_keys.UNS!r}] holds no fitted model: run `vc.tl.fit_state(adata, ...)` first, or pass model= "
             "(`vc.models.ST.load(folder)`)."
         )
+    if not isinstance(stored, np.ndarray):
+        raise ValueError(f"uns[{_keys.UNS!r}]['st'] is a {type(stored).__name__} and no model: fit it again.")
     key = id(stored)
     if key not in _LOADED or _LOADED[key][0]() is not stored:
         model = put_on(model_of(unpack(stored, source=f"uns[{_keys.UNS!r}]['st']")))
