@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import pickle
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+import torch.multiprocessing  # which tells ForkingPickler of tensors
 from anndata import AnnData
 from scipy import sparse
 
@@ -152,6 +154,18 @@ def test_what_float16_cannot_hold_is_refused() -> None:
     with pytest.raises(ValueError, match=r"dtype='float16' cannot hold 7e\+04. Say dtype='float32'"):
         PackedRows.pack(Expression(adata, unit="counts"), dtype="float16")
     assert PackedRows.pack(Expression(adata), dtype="float16").rows([0]).isfinite().all()
+
+
+def test_a_store_that_was_sent_to_another_process_can_be_read_here_too() -> None:
+    """Sending moves tensors into memory that processes share; what was there before is given to others."""
+    adata = make_cells(2000, 300)
+    rows = PackedRows.pack(expression(adata))
+    before = rows.rows(np.arange(60))
+    sent = [ForkingPickler.dumps(rows)]
+    others = [np.full(rows.values.numel() // 7, -1, np.float32) for _ in range(8)]
+    assert torch.equal(rows.rows(np.arange(60)), before)
+    assert torch.equal(pickle.loads(pickle.dumps(rows)).rows(np.arange(60)), before)
+    assert len(sent) + len(others) == 9
 
 
 def test_dense_rows() -> None:

@@ -35,16 +35,24 @@ class PackedRows:
 
     def __init__(self, indptr: Tensor, genes: Tensor, values: Tensor, n_genes: int) -> None:
         self.indptr, self.genes, self.values, self.n_genes = indptr, genes, values, n_genes
-        self._compressed: sparse.csr_matrix | None = None  # the same memory, where scipy can read it
-        if (
-            (indptr.device.type, genes.dtype, values.dtype) == ("cpu", torch.int32, torch.float32)
-            and len(genes) <= np.iinfo(np.int32).max  # beyond, scipy would copy the genes
-        ):
-            arrays = values.numpy(), genes.numpy(), indptr.numpy()
-            self._compressed = sparse.csr_matrix(arrays, shape=(len(indptr) - 1, n_genes), copy=False)
+        self._scipy: sparse.csr_matrix | None = None
 
     def __reduce__(self) -> tuple:
         return type(self), (self.indptr, self.genes, self.values, self.n_genes)  # once, not twice
+
+    @property
+    def _compressed(self) -> sparse.csr_matrix | None:
+        """The same memory, where scipy can read it."""
+        if (
+            (self.indptr.device.type, self.genes.dtype, self.values.dtype) != ("cpu", torch.int32, torch.float32)
+            or len(self.genes) > np.iinfo(np.int32).max  # beyond, scipy would copy the genes
+        ):
+            return None
+        # what goes to another process is moved into shared memory, also here, and scipy would read where it was
+        if self._scipy is None or self._scipy.data.ctypes.data != self.values.data_ptr():
+            arrays = self.values.numpy(), self.genes.numpy(), self.indptr.numpy()
+            self._scipy = sparse.csr_matrix(arrays, shape=(len(self.indptr) - 1, self.n_genes), copy=False)
+        return self._scipy
 
     @classmethod
     def pack(
@@ -131,8 +139,8 @@ class PackedRows:
     def rows(self, index: np.ndarray) -> Tensor:
         """Return rows, (*shape of index, n_genes), float32, on the device of the store."""
         flat = np.ravel(index).astype(np.int64, copy=False)
-        if self._compressed is not None:
-            dense = torch.from_numpy(self._compressed[flat].toarray())
+        if (compressed := self._compressed) is not None:
+            dense = torch.from_numpy(compressed[flat].toarray())
         elif self.indptr.device.type == "cpu":
             dense = torch.from_numpy(self._gathered(flat).toarray())
         else:
