@@ -264,10 +264,23 @@ def test_what_test_cells_hold_does_not_matter(screen, fit):
     assert fit(screen, split_key="split").is_trained
 
 
+def test_a_perturbation_that_validation_alone_holds_is_not_predicted_from_an_untrained_vector(screen, fit, targets):
+    known = screen[screen.obs["target_gene"] != targets[0]].copy()
+    st = fit(known, validate=False)
+    screen.obs["split"] = np.where(screen.obs["target_gene"] == targets[0], "val", "train")
+    for start in (None, st):
+        with pytest.raises(ValueError, match=rf"^\['{targets[0]}'\] occur in validation but in no training cells"):
+            fit(screen, split_key="split", init_from=start, training={"min_cells": 0})
+
+
 def test_a_training_that_diverges_stops_and_leaves_nothing(screen, fit):
     before = screen.copy()
-    for options in ({"training": {"lr": 1e12, "max_steps": 50}}, {"se": {"lr": 1e12, "max_steps": 50}}):
-        with pytest.raises(FloatingPointError, match=r"not finite.*lower learning rate \(lr=1e\+12 here\)"):
+    for options, message in (
+        ({"training": {"lr": 1e12, "max_steps": 50}}, r"ST.* not finite.*lower learning rate \(lr=1e\+12 here\)"),
+        ({"training": {"lr": 1e30, "max_steps": 1, "val_fraction": 0.0}}, r"NaN or infinite.*lower learning rate"),
+        ({"se": {"lr": 1e12, "max_steps": 50}}, r"SE.* not finite.*lower learning rate \(lr=1e\+12 here\)"),
+    ):
+        with pytest.raises(FloatingPointError, match=message):
             fit(screen, **options)
         assert not screen.obsm
         assert set(screen.uns) == set(before.uns)

@@ -73,6 +73,16 @@ def test_features_allow_perturbations_that_validation_alone_holds(screen, read, 
     assert "test" not in with_enough_cells(read(split_key="split"), 10, has_features=True).split
 
 
+def test_combinations_may_be_met_in_validation_first(screen, read, targets):
+    labels, a, b = screen.obs["target_gene"].astype(str).to_numpy(), targets[0], targets[1]
+    rows = np.flatnonzero(labels == targets[2])
+    labels[rows[:20]], labels[rows[20:40]], labels[rows[40:]] = f"{a}+{b}", f"{a}+UNKNOWN", "UNKNOWN"
+    screen.obs["target_gene"] = labels
+    screen.obs["split"] = np.where(np.isin(np.arange(screen.n_obs), rows), "val", "train")
+    found = with_enough_cells(read(split_key="split"), 10, has_features=False)
+    assert set(found.perturbation[found.is_val]) == {f"{a}+{b}"}
+
+
 def test_validation_cells_of_unknown_batches_are_left_out(screen, read, caplog):
     screen.obs["batch"] = screen.obs["batch"].astype(str)
     first = screen.obs_names[screen.obs["split"] == "val"][:3]

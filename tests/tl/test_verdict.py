@@ -107,6 +107,25 @@ def test_features_bring_ridge_and_unseen_validation_perturbations(screen, fit, t
     assert "Additive cannot predict all that is validated on and is left out" in caplog.text
 
 
+def test_new_combinations_are_validated_on(screen, fit, targets):
+    pair = f"{targets[0]}+{targets[1]}"
+    labels = screen.obs["target_gene"].astype(str)
+    is_pair = labels == targets[2]
+    screen.obs["target_gene"] = labels.where(~is_pair, pair)
+    screen.obs["split"] = np.where(is_pair, "val", "train")
+    st = fit(screen, split_key="split")
+    assert pair not in st.table.names
+    assert set(st.validation.index) == {
+        "ST",
+        "NoChange",
+        "ContextMean",
+        "PerturbationMean",
+        "Additive",
+        "NearestContext",
+    }
+    assert (st.validation["n_groups"] == 3).all()
+
+
 def test_batches_are_no_hindrance(screen, fit, targets):
     """Validation cells of a batch that was not learned from are left out, with their control cells."""
     screen.obs["batch"] = np.where(screen.obs["cell_type"] == "type_3", "late", screen.obs["batch"].astype(str))

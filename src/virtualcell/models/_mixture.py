@@ -67,6 +67,11 @@ class Mixture:
                     heads = network(batch["control"], batch["perturbation"], batch.get("batch")).heads
                     off = torch.stack([x.mean(dim=1) - wanted for x in heads]).cpu().double()
                     errors += off.square().mean(dim=(1, 2))
+        if not torch.isfinite(errors).all():
+            raise FloatingPointError(
+                "A head predicts NaN or infinite values for training cells. Use a lower learning rate (lr), and look "
+                "for extreme or missing values in the data."
+            )
         inverse = 1 / errors.clamp_min(_LEAST_ERROR)
         weights = inverse / inverse.sum()
         return Mixture(self.heads, tuple(weights.tolist()), self.transferred, self.nonnegative)

@@ -209,12 +209,14 @@ def _splits(
 class _Case:
     """One split: the cells to learn from on the genes to model, what they tell, and the test cells to predict.
 
-    Control cells are read once, for all models and perturbations.
+    Control cells are read once, for all models and perturbations. Baselines have no use for validation cells and learn
+    from them too: what a model has to beat is the best that the cells which are not test allow.
     """
 
     name: str
     screen: Screen
-    effects: Effects
+    effects: Effects  # of training cells
+    of_baselines: Effects  # of validation cells too
     starts: list[Start]
     real: AnnData
     pairs: list[tuple[str, str]]
@@ -236,6 +238,7 @@ class _Case:
             name=name,
             screen=known,
             effects=Effects.measure(known, known.is_known),
+            of_baselines=Effects.measure(known),
             starts=list(starts(screen.take(screen.is_control))),
             real=real,
             pairs=sorted((p, c) for c, p in screen.pairs(is_test)),
@@ -274,7 +277,7 @@ class _Case:
         if issubclass(kind, ST):
             return fit_st(self.screen, self.effects, kwargs, seed)
         model = kind(self.screen, **kwargs)
-        model.train(self.effects)
+        model.train(self.of_baselines)
         model.forget_data()
         return model
 

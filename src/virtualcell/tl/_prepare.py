@@ -11,6 +11,7 @@ import scanpy as sc
 from anndata import AnnData
 
 from virtualcell._threads import torch_threads_kept
+from virtualcell.data._labels import parts
 from virtualcell.data._screen import Screen
 
 logger = logging.getLogger(__name__)
@@ -19,21 +20,25 @@ logger = logging.getLogger(__name__)
 def with_enough_cells(screen: Screen, min_cells: int, *, has_features: bool) -> Screen:
     """Mark the cells of perturbations with fewer training cells than that "test", with a warning that names them.
 
-    With features a perturbation may be met for the first time in validation.
+    With features a perturbation may be met for the first time in validation, and so may a combination of perturbations
+    that have enough cells.
     """
     control = screen.design.control
     counts = pd.Series(screen.perturbation[screen.is_train]).value_counts()
     counts = counts[counts > 0]
-    if not has_features:
-        counts = counts.reindex(pd.Index(screen.perturbation[screen.split != "test"]).unique(), fill_value=0)
-    few = sorted(set(counts.index[counts < min_cells]) - {control})
+    enough = set(counts.index[counts >= min_cells]) - {control}
+    if not enough:
+        raise ValueError(f"no perturbation has min_cells={min_cells} training cells: there is nothing to train on.")
+    few = set(counts.index) - enough
+    if not has_features and min_cells > 0:
+        new = set(screen.perturbation[screen.is_val]) - set(counts.index)
+        few |= {name for name in new if not set(parts(name, control)) <= enough}
+    few = sorted(few - {control})
     if few:
         logger.warning(
             "%d perturbations have fewer than min_cells=%d training cells and are left out: %s%s.",
             *(len(few), min_cells, ", ".join(few[:10]), " ..." if len(few) > 10 else ""),
         )
-    if not set(counts.index) - set(few) - {control}:
-        raise ValueError(f"no perturbation has min_cells={min_cells} training cells: there is nothing to train on.")
     split = screen.split.copy()
     split[screen.perturbation.isin(few)] = "test"
     return screen.with_split(split)
