@@ -213,8 +213,9 @@ def test_cells_are_read_once_whatever_is_fitted(run, screen, targets, rows_read,
     models = ["Additive", "NearestContext", "ContextMean"]
     run(models, kept, ceiling=False, n_top_genes=None)
     n = kept.obs["split"].value_counts()
-    # effects: training and control cells; test and control cells to score; control cells to start from
-    assert sum(rows_read) - sum(scored) == n["train"] + (n["test"] + 120) + 120
+    # effects of training and control cells, and with validation cells for baselines; test and control cells to score;
+    # control cells to start from
+    assert sum(rows_read) - sum(scored) == 2 * n["train"] + n["val"] + (n["test"] + 120) + 120
     predicted = n_targets * 40
     assert scored == [predicted + n["test"] + 40] * 5  # of the context with test cells, for each model and the floor
 
@@ -223,7 +224,15 @@ def test_effects_are_measured_once_for_all_models(run, monkeypatch):
     calls, measure = [], Effects.measure
     monkeypatch.setattr(Effects, "measure", lambda *args: calls.append(args) or measure(*args))
     run({"ST": ("ST", TINY_ST), "Additive": Additive, "NearestContext": "NearestContext"}, seeds=(0, 1), ceiling=False)
-    assert len(calls) == 1
+    assert len(calls) == 2  # what ST transfers, of training cells; what baselines learn from, with validation cells
+
+
+def test_baselines_learn_from_all_cells_that_are_not_test(run, screen, design):
+    scores = run(["Additive"], ceiling=False, n_top_genes=None)
+    moved = screen.copy()
+    moved.obs["split"] = moved.obs["split"].astype(str).replace("val", "train")
+    again = run(["Additive"], moved, ceiling=False, n_top_genes=None)
+    np.testing.assert_array_equal(*(s.loc[s["model"] == "Additive", "value"] for s in (scores, again)))
 
 
 def test_all_cores_give_the_same_scores(run, monkeypatch):

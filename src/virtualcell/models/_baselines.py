@@ -55,16 +55,16 @@ class Baseline(PerturbationModel):
     # -- training -----------------------------------------------------------------------------------------------------
 
     def train(self, effects: Effects | None = None) -> None:
-        """Learn from the mean effect of each perturbation in each context.
+        """Learn from the mean effect of each perturbation in each context, on all cells that are not "test".
 
         Parameters
         ----------
         effects
-            Measured effects of the training cells, where these are known already.
+            Measured effects to learn from, where these are known already.
         """
         if effects is None:
             screen = training_screen(self)
-            effects = Effects.measure(screen, screen.is_known)
+            effects = Effects.measure(screen, screen.split != "test")
         if not effects.perturbations:
             raise ValueError(f"the training cells hold no perturbation, only {self.control!r}.")
         if effects.effects.shape[1] != len(self.genes):
