@@ -409,7 +409,7 @@ def test_published_form_and_other_options_get_through(screen, fit):
 # -- MuData -----------------------------------------------------------------------------------------------------------
 
 
-def test_mudata_with_keys_of_its_own_gives_the_same(screen, fit, targets):
+def test_mudata_with_keys_of_its_own_gives_the_same(screen, fit, targets, tmp_path):
     screen.obs["total"] = screen.X.sum(axis=1).A1 * 2
     options = {"se": {"max_steps": 1}, "library_size_key": "total"}
     fit(screen, **options)
@@ -424,6 +424,10 @@ def test_mudata_with_keys_of_its_own_gives_the_same(screen, fit, targets):
     cells = vc.tl.predict_perturbation(mdata, targets[0], context="type_2", modality="gex")
     np.testing.assert_array_equal(cells.X, reference.X)
     assert list(cells.obs["cell_type"]) == ["type_2"] * 40
+    mdata.write_h5mu(tmp_path / "screen.h5mu")
+    again = md.read_h5mu(tmp_path / "screen.h5mu")
+    again = vc.tl.predict_perturbation(again, targets[0], context="type_2", modality="gex")
+    np.testing.assert_array_equal(again.X, reference.X)
     np.testing.assert_array_equal(cells.layers["control"], reference.layers["control"])
     with pytest.raises(KeyError, match=r"modality='rna' is unknown"):
         fit(mdata)
