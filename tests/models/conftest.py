@@ -85,11 +85,12 @@ def build() -> Callable[..., ST]:
 
 @pytest.fixture(scope="session")
 def fit(build) -> Callable[..., ST]:
-    """Build a small ST and train it for a few steps, or as `train` says."""
+    """Build a small ST and train it for a few steps on all cells, or as `train` says."""
 
     def fit(data, features=None, *, train: dict | None = None, **options) -> ST:
         st = build(data, features, **options)
-        st.train(**{"max_steps": 5, "progress_bar": False, **(train or {})})
+        few = {} if "max_steps" in (train or {}) else {"max_steps": 3, "val_fraction": 0.0}
+        st.train(**{"progress_bar": False, **few, **(train or {})})
         return st
 
     return fit
@@ -98,7 +99,7 @@ def fit(build) -> Callable[..., ST]:
 @pytest.fixture(scope="session")
 def learned(session_screen, fit) -> ST:
     """An ST that has learned `screen` without the held-out cells."""
-    return fit(session_screen.copy(), setup={"split_key": "split"}, train={"max_steps": 240, "lr": 3e-3})
+    return fit(session_screen.copy(), setup={"split_key": "split"}, train={"max_steps": 200, "lr": 3e-3})
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from virtualcell.modules import STNetwork
 
 CONTROL = "non-targeting"
 TINY = {"n_hidden": 64, "n_feedforward": 128, "n_layers": 1, "set_size": 16}
-QUIET = {"progress_bar": False, "accelerator": "cpu"}
+QUIET = {"progress_bar": False, "accelerator": "cpu", "val_fraction": 0.0}
 FAST = {"scale": "log1p", "se": False, "validate": False}
 STAY = {"max_steps": 1, "lr": 1e-30}  # a step that changes nothing
 
@@ -269,13 +269,14 @@ def test_learns_new_perturbations_faster_than_from_scratch(design):
     *_, new = np.split(np.array(sorted(set(counts.obs["target_gene"]) - {CONTROL})), [7])
     is_new = counts.obs["target_gene"].isin(new)
     options = {**design, **FAST, "split_key": "split"}
+    quiet = {k: v for k, v in QUIET.items() if k != "val_fraction"}  # the split says which
     # the transferred effect would know the new perturbations without learning, the level head knows the mean cell
     network = {**TINY, "head": "shift"}
 
     def training(max_steps: int) -> dict:
-        return {"training": {**QUIET, "lr": 3e-3, "contrast_weight": 0, "max_steps": max_steps}}
+        return {"training": {**quiet, "lr": 3e-3, "contrast_weight": 0, "max_steps": max_steps}}
 
-    old = vc.tl.fit_state(counts[~is_new].copy(), **options, **training(200), network=network)
+    old = vc.tl.fit_state(counts[~is_new].copy(), **options, **training(120), network=network)
     few = counts[is_new | (counts.obs["target_gene"] == CONTROL)]
     starts = ({"init_from": old}, {"network": network})
     unseen = counts[counts.obs["cell_type"] == "type_5"].copy()
@@ -433,7 +434,7 @@ def test_arguments_that_do_not_go_together(screen, shuffled, targets, start, con
 @pytest.mark.parametrize("has_features", [False, True])
 def test_a_perturbation_that_only_validation_holds_needs_features(screen, targets, start, continued, has_features):
     old = start(screen, list(screen.var_names), targets[:-1])
-    last, validated = targets[-1], {"split_key": "part", "training": {"min_cells": 0}}
+    last, validated = targets[-1], {"split_key": "part", "training": {"min_cells": 0, "val_fraction": None}}
     screen.obs["part"] = np.where(screen.obs["target_gene"] == last, "val", "train")
     if has_features:
         table = pd.DataFrame(np.random.default_rng(0).normal(size=(6, 3)), index=targets)

@@ -138,9 +138,7 @@ def test_wrong_class(folder, name, kind, right):
 
 
 def test_not_a_model(tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match=r"holds no model\.safetensors: it is not a folder written by"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"holds no model\.safetensors: it is not a folder written by"):
         ST.load(tmp_path)
 
 

@@ -200,6 +200,16 @@ def test_gradient_is_finite_where_the_prediction_is_the_target(kind: str) -> Non
     assert torch.isfinite(predicted.grad).all()
 
 
+@pytest.mark.parametrize("kind", ["energy", "sinkhorn", "energy+sinkhorn"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_loss_of_a_prediction_that_is_not_finite_is_not_finite_either(kind: str, value: float) -> None:
+    predicted = torch.rand(2, 6, 5)
+    predicted[1, 3, 2] = value
+    loss = set_loss(predicted.requires_grad_(), torch.rand(2, 6, 5), kind=kind, mean_weight=1.0).mean()
+    loss.backward()  # as a training does before it looks
+    assert not torch.isfinite(loss)
+
+
 def test_set_loss_adds_up(sets: tuple) -> None:
     x, y = sets
     energy, sinkhorn, mean = energy_distance(x, y), sinkhorn_divergence(x, y), mean_distance(x, y)

@@ -37,6 +37,7 @@ def continue_st(
     """Build an ST on the cells of a screen, of the sizes of `old`, and carry the weights over."""
     theirs = {**dataclasses.asdict(old.config), "n_networks": old.n_networks, "transfer": old.transfer}
     theirs["preset"] = old.preset
+    network = {k: tuple(v) if isinstance(v, list) else v for k, v in network.items()}
     wrong = [k for k in network if k in theirs and k not in _FREE and network[k] != theirs[k]]
     if wrong:
         told = ", ".join(f"{k}={network[k]!r} (init_from has {theirs[k]!r})" for k in wrong)

@@ -27,7 +27,7 @@ from virtualcell.models._features import PerturbationTable, find_drug
 from virtualcell.models._mixture import Mixture
 from virtualcell.models._set_batches import SetBatches, SetSource, validation_steps
 from virtualcell.models._st_files import from_arc, from_state, state_of, to_arc
-from virtualcell.models._st_fit import check_validation, completed, perturbation_table, start_at_mean
+from virtualcell.models._st_fit import check_embedding, check_validation, completed, perturbation_table, start_at_mean
 from virtualcell.models._st_options import PRESETS, STTrainOptions, network_options
 from virtualcell.models._transferred import Transferred
 from virtualcell.modules import Ensemble, STConfig, STNetwork, networks, st_loss
@@ -189,6 +189,7 @@ class ST(PerturbationModel):
         """
         screen = training_screen(self)
         self._check_width(len(screen.genes) if screen.rep is None else screen.rep.shape[1])
+        check_embedding(screen)
         options = self.train_options(options, **keywords)
         if self.design.split_key is None and not screen.is_val.any():
             screen = screen.hold_out(options.val_fraction, options.seed)

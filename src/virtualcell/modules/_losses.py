@@ -77,6 +77,8 @@ def sinkhorn_divergence(x: Tensor, y: Tensor | Target, blur: float = 0.05) -> Te
         "yy": _self_distances(y).square() / 2,
     }
     diameter = float(costs["xy"].detach().max().mul(2).sqrt().clamp_min(2 * blur))
+    if not math.isfinite(diameter):  # a training stops at such a loss, and says in which step
+        return costs["xy"].mean(dim=(-2, -1)) * math.nan
     n_steps = math.ceil(math.log(diameter / blur) / math.log(2))
     temperatures = [max(diameter * 0.5**i, blur) ** 2 for i in range(n_steps + 1)] + [blur**2] * 2
 
