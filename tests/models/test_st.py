@@ -752,6 +752,22 @@ def test_an_unknown_batch_in_another_context_stops_no_prediction(screen, fit, ta
         st.predict(screen, targets[0], context="type_2")
 
 
+def test_a_batch_of_test_cells_alone_stays_unknown(screen, fit, targets, tmp_path):
+    screen.obs["batch"] = screen.obs["batch"].astype(str).where(screen.obs["cell_type"] != "type_5", "another")
+    screen.obs["part"] = np.where(screen.obs["cell_type"] == "type_5", "test", "train")
+    st = fit(screen, setup={"batch_key": "batch", "split_key": "part"})
+    st.save(tmp_path)
+    for model in (st, ST.load(tmp_path)):
+        assert model.batches == ["batch_1", "batch_2"]
+        assert model.module.batch_encoder.num_embeddings == 2
+        assert len(model.predict(screen, targets[0], context="type_1")) == 60
+        with pytest.raises(KeyError, match=r"batch='another' is unknown.*only the batches it was trained on"):
+            model.predict(screen, targets[0], context="type_5")
+    screen.obs["part"] = screen.obs["part"].replace("test", "val")
+    with pytest.raises(ValueError, match=r"batches \['another'\] occur in validation but in no training cells"):
+        fit(screen, setup={"batch_key": "batch", "split_key": "part"})
+
+
 # -- validation -------------------------------------------------------------------------------------------------------
 
 

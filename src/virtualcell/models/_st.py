@@ -110,6 +110,7 @@ class ST(PerturbationModel):
         self.table = perturbation_table(self.screen, perturbation_features) if table is None else table
         if self.screen is not None:
             check_validation(self.screen, self.table)
+            self.batches = self.screen.take(self.screen.is_train).batch_names  # of others it learns nothing
         if table is None and self.table.has_features:
             options.setdefault("perturbation_dropout", _PERTURBATION_DROPOUT)
         if options.get("perturbation_dropout") and not self.table.has_features:
@@ -219,7 +220,10 @@ class ST(PerturbationModel):
         """Batches of training and of validation, from one copy of the rows."""
         packed = PackedRows.pack(screen.expression)
         rows, genes = (packed, None) if screen.rep is None else (DenseRows(torch.from_numpy(screen.rep)), packed)
-        codes = None if screen.batch is None else self._batch_codes(np.asarray(screen.batch).astype(str))
+        codes = None
+        if screen.batch is not None:
+            codes, seen = np.full(screen.n_cells, -1), screen.is_train | screen.is_val
+            codes[seen] = self._batch_codes(np.asarray(screen.batch[seen]).astype(str))
         source = SetSource(rows, self.table, batch=codes, genes=genes)
         size = {"set_size": self.set_size, "sets_per_step": options.batch_size, "seed": options.seed}
         training = SetBatches(SetSampler(train, n_steps=options.max_steps, **size), source)

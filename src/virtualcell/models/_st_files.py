@@ -33,6 +33,7 @@ def state_of(model: ST) -> State:
     table = {"names": model.table.names, "seen": model.table.seen, "has_features": model.table.has_features}
     meta = {
         **meta_of(model),
+        "batches": model.batches,
         "sizes": {"set_size": model.set_size, "n_networks": model.n_networks, "preset": model.preset},
         "config": dataclasses.asdict(model.config),
         "table": table,
@@ -53,6 +54,7 @@ def from_state(cls: type[ST], state: State) -> ST:
     model = _from_arguments(cls, meta, tensors, meta["registry"], transfer=meta["mixture"]["transferred"])
     load_network(model.module, tensors)
     restore_meta(model, meta)
+    model.batches = meta["batches"]
     mixture = meta["mixture"]
     model.mixture = Mixture(
         tuple(mixture["heads"]), tuple(mixture["head_weights"]), mixture["transferred"], mixture["nonnegative"]
@@ -145,13 +147,14 @@ def to_arc(self: ST, folder: str | os.PathLike, *, overwrite: bool = False) -> N
         )
     table = dict(zip(self.table.names, self.table.vectors, strict=True))
     batch = self.registry["field_registries"]["batch"]["state_registry"]
+    names = self.batches or batch["categorical_mapping"]
     write_st(
         Path(folder),
         self.module,
         setup=dataclasses.asdict(self.design),
         genes=self.genes,
         perturbations=table | {self.control: self.table.encode([self.control])[0]},
-        batches=[str(b) for b in batch["categorical_mapping"]],
+        batches=[str(b) for b in names],
         batch_key=batch.get("original_key", self.design.batch_key or "batch").removeprefix("_scvi_"),
         contexts=self.contexts,
         set_size=self.set_size,

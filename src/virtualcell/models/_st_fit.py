@@ -33,10 +33,17 @@ def perturbation_table(screen: Screen, features: pd.DataFrame | None) -> Perturb
 
 
 def check_validation(screen: Screen, table: PerturbationTable) -> None:
-    """Raise for perturbations that validation alone holds, where nothing tells what they do.
+    """Raise for what validation alone holds and nothing tells of: batches, and perturbations.
 
-    Features do, and so do training cells with each part of a combination.
+    Features tell of perturbations, and so do training cells with each part of a combination.
     """
+    if screen.batch is not None:
+        only = sorted(set(screen.batch[screen.is_val]) - set(screen.batch[screen.is_train]))
+        if only:
+            raise ValueError(
+                f"the batches {only[:10]} occur in validation but in no training cells, and an ST learns nothing of "
+                "them. Mark their cells 'test', or leave batch_key out."
+            )
     if table.has_features:
         return
     control = screen.design.control
