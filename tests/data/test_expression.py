@@ -362,6 +362,10 @@ def test_log1p_of_another_total_is_refused(kang: AnnData) -> None:
         read(other, scale="log1p")
     genes = other[:, ::3].copy()  # a panel: its totals differ and say nothing
     assert read(genes, scale="log1p").shape == genes.shape
+    million = lognorm(kang, 1e6)  # whose values no logarithm of 10,000 reaches; rounding would not give counts
+    for scale in ("counts", "log1p"):
+        with pytest.raises(ValueError, match=rf"scale='{scale}' was stated.*normalised to 1e\+06 counts per cell"):
+            read(million, scale=scale)
     right = lognorm(kang)
     np.testing.assert_array_equal(read(right, scale="log1p"), right.X.toarray())
     panel = right[:, ::3].copy()

@@ -12,6 +12,8 @@ from anndata import AnnData
 from scipy import sparse
 
 import virtualcell as vc
+from virtualcell.data._expression import read_expression
+from virtualcell.pp._coexpression import coexpression_vectors
 
 ISGS = ["ISG15", "IFI6", "IFIT1", "IFIT3", "ISG20", "IFITM3", "IRF7"]
 CYTOTOXIC = ["GNLY", "NKG7", "GZMB", "PRF1"]
@@ -71,6 +73,11 @@ def test_all_components_give_the_correlation(kang: AnnData, caplog: pytest.LogCa
     with caplog.at_level(logging.WARNING, logger="virtualcell"):
         frame = vc.pp.expression_gene_embeddings(adata, n_comps=256, library_size_key="total")
     assert caplog.messages == [f"n_comps=256 is more than {adata.n_obs} cells x 50 genes allow: 49."]
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="virtualcell"):  # nothing to say where nobody asked for a number
+        few = coexpression_vectors(read_expression(adata, library_size_key="total"))
+    assert caplog.messages == []
+    pd.testing.assert_frame_equal(few, frame)
     correlation = np.corrcoef(dense_z(kang)[:, :50].T)
     # What is missing is the least of the 50 components.
     np.testing.assert_allclose(

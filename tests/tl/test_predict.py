@@ -176,6 +176,17 @@ def test_new_data_on_another_scale(new_cells, model, targets):
         vc.tl.predict_perturbation(log, targets[0], model=model, scale="log1p")
 
 
+def test_genes_of_another_kind_of_name_are_not_a_matter_of_coverage(new_cells, model, targets):
+    other = new_cells.copy()
+    other.var_names = [f"ENSG{i:05d}" for i in range(other.n_vars)]
+    with pytest.raises(KeyError, match=rf"none of the model's .*{model.genes[0]}.*ENSG00000.*adata\.var_names = "):
+        vc.tl.predict_perturbation(other, targets[0], model=model)
+    other.var["symbol"] = new_cells.var_names.to_numpy()
+    other.var_names = other.var["symbol"].astype(str)
+    ours, same = (vc.tl.predict_perturbation(x, targets[0], model=model) for x in (new_cells, other))
+    np.testing.assert_array_equal(ours.X, same.X)
+
+
 def test_genes_must_all_be_there_unless_said_otherwise(new_cells, model, targets, caplog):
     gone = model.genes[0]
     part = new_cells[:, new_cells.var_names != gone].copy()
@@ -374,6 +385,7 @@ def test_arguments_of_the_wrong_kind(fitted, targets):
         ({"n_cells": 2.5}, TypeError, r"^n_cells=2\.5 must be a whole number"),
         ({"n_cells": "all"}, TypeError, r"^n_cells='all' must be a whole number"),
         ({"n_samples": 1}, ValueError, r"^n_samples=1: at least 2 draws are needed"),
+        ({"seed": None}, TypeError, r"^seed=None must be a whole number"),
         ({"seed": -1}, ValueError, r"^seed=-1 must be at least 0"),
         ({"min_gene_coverage": 0}, ValueError, r"^min_gene_coverage=0 must be above 0"),
         ({"dose": 0.5}, ValueError, r"^dose=0\.5 was given without drug="),

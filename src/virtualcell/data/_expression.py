@@ -231,6 +231,10 @@ class Expression:
         stated, argument = f"{self._argument}={self.scale!r} was stated, but {self._where}", self._argument
         logs, is_high = f"log(1 + counts per {self.target_sum:,.0f})", most > 1.01 * np.log1p(self.target_sum)
         if not whole and is_high:
+            with np.errstate(over="ignore"):  # of what is no logarithm
+                one_total = _is_one_total(row_sums(self._sample().expm1()))
+            if one_total:  # such as a million: rounding logarithms would not make them counts
+                self._check_totals()
             raise ValueError(
                 f"{stated} holds fractions and reaches {most:.4g}: these are neither raw counts nor {logs}. Give the "
                 f"layer with raw counts (layer=), or round counts that were corrected with `np.rint` and say "
@@ -295,7 +299,8 @@ class Expression:
         totals = row_sums(counts)
         if not totals.any():
             return
-        median, stated = float(np.median(totals[totals > 0])), f"{self._argument}='log1p' was stated, but {self._where}"
+        median = float(np.median(totals[totals > 0]))
+        stated = f"{self._argument}={self.scale!r} was stated, but {self._where}"
         anew = (
             f"Normalise anew with `sc.pp.normalize_total(adata, target_sum={self.target_sum:g})`, or give raw counts "
             f"with {self._argument}='counts'."

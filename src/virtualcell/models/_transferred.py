@@ -98,7 +98,9 @@ class Transferred:
             regression = ridge(vectors[:, :-1], fit.perturbation, vectors[:, -1])
             coefficients, intercept = regression.coefficients @ axes.T, axes @ regression.intercept
         bandwidth = choose_bandwidth(effects)
-        if bandwidth < BANDWIDTHS[-1]:
+        if len(np.unique(effects.context)) == 1:
+            logger.info("Effects were measured in one context, and every other is given the same.")
+        elif bandwidth < BANDWIDTHS[-1]:
             logger.info(
                 "Effects are transferred from contexts with similar control cells: an effect counts %.2f times as much "
                 "where the correlation is lower by %g than in the most similar context.",

@@ -71,9 +71,9 @@ def expression_gene_embeddings(
     return coexpression_vectors(expression, n_comps=n_comps, seed=seed)
 
 
-def coexpression_vectors(expression: Expression, *, n_comps: int = 256, seed: int = 0) -> pd.DataFrame:
-    """As :func:`expression_gene_embeddings`, of cells that are read already."""
-    if n_comps < 1:
+def coexpression_vectors(expression: Expression, *, n_comps: int | None = None, seed: int = 0) -> pd.DataFrame:
+    """As :func:`expression_gene_embeddings`, of cells that are read already; by default 256, or what they allow."""
+    if n_comps is not None and n_comps < 1:
         raise ValueError(f"n_comps={n_comps} must be at least 1.")
     genes, n_cells = sorted(expression.genes), expression.n_cells
     matrix = expression.select(genes).rows()
@@ -119,7 +119,7 @@ def _blocks(matrix: sparse.csr_matrix) -> Iterator[sparse.csr_matrix]:
 
 
 def _principal_axes(
-    matrix: sparse.csr_matrix, mean: np.ndarray, sd: np.ndarray, n_comps: int, seed: int
+    matrix: sparse.csr_matrix, mean: np.ndarray, sd: np.ndarray, n_comps: int | None, seed: int
 ) -> tuple[np.ndarray, float]:
     """Return V S / sqrt(n) of the standardised matrix (n_genes, n_comps), and the share of variance it explains.
 
@@ -128,7 +128,9 @@ def _principal_axes(
     """
     n_cells, n_genes = matrix.shape
     limit = min(n_cells, n_genes) - 1
-    if n_comps > limit:
+    if n_comps is None:
+        n_comps = min(256, limit)
+    elif n_comps > limit:
         logger.warning("n_comps=%d is more than %d cells x %d genes allow: %d.", n_comps, n_cells, n_genes, limit)
         n_comps = limit
 

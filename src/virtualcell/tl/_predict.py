@@ -147,7 +147,8 @@ def _check_numbers(context: object, n_cells: int | None, n_samples: int | None, 
     if context is not None and not isinstance(context, str):
         raise TypeError(f"context={context!r} must be one label, as a string; leave it out for all contexts.")
     for argument, value in (("n_cells", n_cells), ("n_samples", n_samples), ("seed", seed)):
-        if value is not None and (not isinstance(value, Integral) or isinstance(value, bool)):
+        may_lack = value is None and argument != "seed"
+        if not may_lack and (not isinstance(value, Integral) or isinstance(value, bool)):
             raise TypeError(f"{argument}={value!r} must be a whole number.")
     if seed < 0:
         raise ValueError(f"seed={seed!r} must be at least 0.")
@@ -326,7 +327,13 @@ def _common_genes(here: pd.Index, wanted: Sequence[str], min_coverage: float | N
     genes = [g for g in wanted if g in here]
     share = len(genes) / len(wanted)
     logger.info("%d of the model's %d genes are in the data.", len(genes), len(wanted))
-    if not genes or (min_coverage is not None and share < min_coverage):
+    if not genes:
+        raise UnknownNameError(
+            f"none of the model's {len(wanted)} genes ({', '.join(wanted[:3])}, ...) is among var_names "
+            f"({', '.join(here[:3])}, ...): they are matched by name. Put names of the same kind there, "
+            "`adata.var_names = adata.var[column]`."
+        )
+    if min_coverage is not None and share < min_coverage:
         missing = next(g for g in wanted if g not in here)
         raise unknown_name(
             "genes",

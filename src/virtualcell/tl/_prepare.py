@@ -28,7 +28,11 @@ def with_enough_cells(screen: Screen, min_cells: int, *, has_features: bool) -> 
     counts = counts[counts > 0]
     enough = set(counts.index[counts >= min_cells]) - {control}
     if not enough:
-        raise ValueError(f"no perturbation has min_cells={min_cells} training cells: there is nothing to train on.")
+        most = counts.drop(control, errors="ignore").max() if len(counts) else 0
+        raise ValueError(
+            f"no perturbation has min_cells={min_cells} training cells: there is nothing to train on."
+            + (f" Lower min_cells (fit_state takes it in training=) to {most} or less." if most > 0 else "")
+        )
     few = set(counts.index) - enough
     if not has_features and min_cells > 0:
         new = set(screen.perturbation[screen.is_val]) - set(counts.index)
