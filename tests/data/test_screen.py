@@ -362,8 +362,11 @@ def test_a_context_without_controls_is_refused(adata: AnnData) -> None:
         screen.take(~there.to_numpy()).groups(np.ones(N - there.sum(), bool))
     # controls of the test part are not to be looked at
     split = np.where(there, "test", "train")
-    with pytest.raises(ValueError, match=r"context 'NK' has no control cells"):
+    with pytest.raises(ValueError, match=r"all control cells \('ctrl'\) of context 'NK' are marked 'test'.*Mark some"):
         screen.with_split(split).groups(split == "train")
+    split[np.flatnonzero(there)[0]] = "train"  # as the message says
+    screen.with_split(split).groups(split == "train")
+    split = np.where(there, "test", "train")
     # a context that is not asked for needs none
     screen.with_split(split).groups((screen.context == "T") & (split == "train"))
 

@@ -319,6 +319,15 @@ def test_features_must_be_there(kind, screen, design, targets):
         kind(screen)
     with pytest.raises(ValueError, match=rf"no row for 1 perturbations of the data: \['{targets[0]}'\]"):
         kind(screen, table(targets[1:]))
+    # effects are learned from validation cells too, and those of test cells need no row
+    for part in ("val", "test"):
+        screen.obs["part"] = np.where(screen.obs["target_gene"] == targets[0], part, "train")
+        if part == "test":
+            train(kind, screen, design, table(targets[1:]), split_key="part")
+            continue
+        kind.setup_anndata(screen, **design, split_key="part")
+        with pytest.raises(ValueError, match=rf"no row for 1 perturbations of the data: \['{targets[0]}'\]"):
+            kind(screen, table(targets[1:]))
     model = train(kind, screen, design, table([*targets, "new"]))
     assert not model.predict(screen, "new").isna().any(axis=None)
     with pytest.raises(KeyError, match="no row in the feature table"):

@@ -162,6 +162,9 @@ def test_errors(run, screen, design):
         run(["Additive"], n_top_genes=0)
     with pytest.raises(ValueError, match="n_cells=0: at least one cell"):
         run(["Additive"], n_cells=0)
+    in_test = ((screen.obs["cell_type"] == "type_3") & (screen.obs["target_gene"] == "non-targeting")).to_numpy()
+    with pytest.raises(ValueError, match=r"context 'type_3' has no control cells .* to start from"):
+        run(["Additive"], screen[~in_test].copy())
     screen.obs["split"] = "train"
     with pytest.raises(ValueError, match="split 'split' has no test cells"):
         run(["Additive"])

@@ -324,14 +324,21 @@ class Screen:
             raise unknown_name("control", self.design.control, names, "It labels the unperturbed cells.")
 
     def check_controls(self, mask: np.ndarray) -> None:
-        """Raise for a context of the marked cells that has no control cells to start from."""
+        """Raise for a context of the marked cells that has no control cells to start from, of those not "test"."""
         there = _present(self.context[self.is_control & (self.split != "test")])
+        in_test = _present(self.context[self.is_control & (self.split == "test")])
         for context in _present(self.context[mask]):
-            if context not in there:
+            if context in there:
+                continue
+            if context in in_test:
                 raise ValueError(
-                    f"context {context!r} has no control cells ({self.design.control!r}) to start from. Drop it or add "
-                    "controls."
+                    f"all control cells ({self.design.control!r}) of context {context!r} are marked 'test', and those "
+                    "are not read. Mark some of them 'train', or all cells of the context 'test'."
                 )
+            raise ValueError(
+                f"context {context!r} has no control cells ({self.design.control!r}) to start from. Drop it or add "
+                "controls."
+            )
 
 
 def scvi_registry(model: str, setup: dict, states: dict[str, dict], summaries: dict[str, dict] | None = None) -> dict:

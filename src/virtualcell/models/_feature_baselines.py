@@ -33,7 +33,7 @@ class FeatureBaseline(Baseline):
         Data registered with `setup_anndata` or `setup_mudata`, or a screen.
     perturbation_features
         One row of features per perturbation (gene embeddings, pathway membership); columns are standardised. Every
-        perturbation of the training cells needs a row, and any other with a row can be predicted.
+        perturbation of cells that are not "test" needs a row, and any other with a row can be predicted.
     registry
         What a saved model knows of its data.
     """
@@ -54,7 +54,7 @@ class FeatureBaseline(Baseline):
                 f"perturbation_features=None: {type(self).__name__} predicts from features of perturbations. Give a "
                 "table of them (rows named as the perturbations), such as gene embeddings."
             )
-        seen = set(self.screen.perturbation[self.screen.is_train])
+        seen = set(self.screen.perturbation[self.screen.split != "test"])
         self.table = PerturbationTable.from_features(perturbation_features, seen, self.control)
 
     def _encode(self, labels: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

@@ -228,7 +228,9 @@ class _Case:
         if not is_test.any():
             raise ValueError(f"split {name!r} has no test cells. Hold something out with `vc.pp.split`.")
         screen.expression.rows(np.arange(0))  # the first reading checks all cells, once for what is taken from them
-        targets = screen.with_split(np.full(screen.n_cells, "train")).targets()  # known beforehand, of test cells too
+        whole = screen.with_split(np.full(screen.n_cells, "train"))
+        whole.check_controls(is_test)  # predictions start from those of test contexts
+        targets = whole.targets()  # known beforehand, of test cells too
         known = prepared(screen, min_cells=settings.min_cells, has_features=settings.features is not None)
         genes = choose_genes(known, settings.n_top_genes, targets=targets)
         known, screen = known.select(genes), screen.select(genes)
