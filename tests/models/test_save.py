@@ -88,7 +88,10 @@ def test_a_folder_holds_one_file_with_all_that_a_model_carries(folder, session_s
     assert state.kind == "ST"
     assert state.meta["virtualcell_version"] == vc.__version__
     assert state.meta["registry"]["setup_args"]["control"] == "non-targeting"
-    np.testing.assert_array_equal(state.tensors["perturbations"], np.eye(6))
+    # one-hot vectors follow from the names, features are held
+    assert "perturbations" not in state.tensors
+    np.testing.assert_array_equal(ST.load(folder / "st").table.vectors, np.eye(6))
+    assert read_state(folder / "features").tensors["perturbations"].shape == (7, 4)
     assert {name: part.kind for name, part in state.parts.items()} == {"se": "SE"}
     # a cell is not in there, by name or by value
     content = (folder / "st" / "model.safetensors").read_bytes()

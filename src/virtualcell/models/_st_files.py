@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_VECTORS = "perturbations"  # in a file
+
 
 def state_of(model: ST) -> State:
     """Return what is to be saved."""
@@ -40,7 +42,7 @@ def state_of(model: ST) -> State:
         "mixture": dataclasses.asdict(model.mixture),
         "validation": None if model.validation is None else model.validation.to_dict(orient="split"),
     }
-    tensors = {**network_tensors(model.module), "perturbations": model.table.vectors}
+    tensors = {**network_tensors(model.module), **_vectors(model.table)}
     if model.transferred is not None:
         meta["transferred"], arrays = model.transferred.to_arrays()
         tensors |= {f"transferred.{k}": torch.from_numpy(np.ascontiguousarray(v)) for k, v in arrays.items()}
@@ -70,12 +72,19 @@ def from_state(cls: type[ST], state: State) -> ST:
     return model
 
 
+def _vectors(table: PerturbationTable) -> dict[str, Tensor]:
+    """Vectors of perturbations, but for plain one-hot ones, whose square would be larger than the network."""
+    n, n_dims = table.vectors.shape
+    is_plain = n == n_dims and torch.equal(table.vectors, torch.eye(n))
+    return {} if is_plain else {_VECTORS: table.vectors}
+
+
 def _from_arguments(
     cls: type[ST], arguments: dict, tensors: dict[str, Tensor], registry: dict, *, transfer: bool = False
 ) -> ST:
-    table = PerturbationTable(
-        vectors=tensors["perturbations"], control=registry["setup_args"]["control"], **arguments["table"]
-    )
+    vectors = tensors.get(_VECTORS)
+    vectors = torch.eye(len(arguments["table"]["names"])) if vectors is None else vectors
+    table = PerturbationTable(vectors=vectors, control=registry["setup_args"]["control"], **arguments["table"])
     return cls(registry=registry, table=table, transfer=transfer, **arguments["sizes"], **arguments["config"])
 
 
