@@ -103,6 +103,10 @@ def test_wrong_values_are_refused(refused, options, message):
     [
         ({"split_key": "split", "training": {"val_fraction": 0.2}}, r"^val_fraction=0\.2 has no use with split_key"),
         ({"training": {"val_fraction": 0.0, "early_stopping": True}}, r"^early_stopping=True needs validation cells"),
+        (
+            {"training": {"val_fraction": 0.02, "early_stopping": True}},
+            r"^early_stopping=True needs .*val_fraction=0\.02 of .* 40 cells, is none\. Say val_fraction=0\.025",
+        ),
         ({"network": {"use_rep": "X_state", "transfer": True}}, r"^transfer=True is about genes"),
         ({"network": {"use_rep": "X_state", "perturbation_dropout": 0.1}}, r"^perturbation_dropout=0\.1 hides feat"),
         ({"scale": "log1p", "library_size_key": "total"}, r"^library_size_key='total' has no use with scale='log1p'"),

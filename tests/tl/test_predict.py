@@ -176,6 +176,17 @@ def test_new_data_on_another_scale(new_cells, model, targets):
         vc.tl.predict_perturbation(log, targets[0], model=model, scale="log1p")
 
 
+def test_a_layer_that_the_model_was_fitted_on_is_named(screen, fit, targets):
+    fitted = screen.copy()
+    fitted.layers["raw"] = fitted.X.copy()
+    model = fit(fitted, layer="raw", validate=False)
+    with pytest.raises(KeyError, match=r"layer='raw' is unknown.*adata\.layers\['raw'\] = adata\.X"):
+        vc.tl.predict_perturbation(screen, targets[0], model=model)
+    screen.layers["raw"] = screen.X
+    ours, same = (vc.tl.predict_perturbation(x, targets[0], model=model) for x in (fitted, screen))
+    np.testing.assert_array_equal(ours.X, same.X)
+
+
 def test_genes_of_another_kind_of_name_are_not_a_matter_of_coverage(new_cells, model, targets):
     other = new_cells.copy()
     other.var_names = [f"ENSG{i:05d}" for i in range(other.n_vars)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -253,6 +254,14 @@ def check_call(
 def require_validation(options: FitOptions, screen: Screen) -> None:
     """Raise where training is to stop by validation cells, and there are none."""
     if options.early_stopping and not screen.is_val.any():
+        if screen.design.split_key is None and options.val_fraction > 0:
+            most = max(map(len, screen.pairs(screen.is_train).values()))
+            least = math.ceil(1000 / most) / 1000  # with which the largest group gives a cell
+            raise ValueError(
+                f"early_stopping=True needs validation cells, and val_fraction={options.val_fraction!r} of each "
+                f"context and perturbation, which have at most {most} cells, is none. Say val_fraction={least} or more, or use "
+                "early_stopping=False."
+            )
         raise ValueError(
             "early_stopping=True needs validation cells: give val_fraction > 0 or a split with 'val', or use "
             "early_stopping=False."

@@ -167,6 +167,15 @@ def _design(model: PerturbationModel, adata: AnnData, stated: dict[str, str | No
     if rep is not None and rep not in adata.obsm:
         remedy = "Run `vc.tl.embed(adata, model.se)` first." if rep == _keys.X_STATE else "Compute it first."
         raise UnknownNameError(f"the model works on obsm[{rep!r}], which this data does not have. {remedy}")
+    layer = model.design.layer
+    if stated["layer"] is None and layer is not None and layer not in adata.layers:
+        raise unknown_name(
+            "layer",
+            layer,
+            adata.layers,
+            "The model was fitted on the layer of that name: say which layer has the same here, layer=, or where it is "
+            f"in X, put it there first, `adata.layers[{layer!r}] = adata.X`.",
+        )
     return dataclasses.replace(model.design.restated(**stated), split_key=None, gene_key=None)
 
 
