@@ -259,8 +259,8 @@ def require_validation(options: FitOptions, screen: Screen) -> None:
             least = math.ceil(1000 / most) / 1000  # with which the largest group gives a cell
             raise ValueError(
                 f"early_stopping=True needs validation cells, and val_fraction={options.val_fraction!r} of each "
-                f"context and perturbation, which have at most {most} cells, is none. Say val_fraction={least} or more, "
-                "or use early_stopping=False."
+                f"context and perturbation, which have at most {most} cells, is none. Say val_fraction={least} or "
+                "more, or use early_stopping=False."
             )
         raise ValueError(
             "early_stopping=True needs validation cells: give val_fraction > 0 or a split with 'val', or use "
