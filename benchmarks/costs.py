@@ -89,15 +89,16 @@ def memory() -> dict[str, float]:
 def verdict() -> dict[str, float]:
     import virtualcell.tl._fit as module
 
-    spent, judge = [], module.judge
+    name = "compare_with_baselines" if hasattr(module, "compare_with_baselines") else "judge"  # as it was called before
+    spent, compare = [], getattr(module, name)
 
     def timed(*arguments: object, **keywords: object) -> object:
         start = time.perf_counter()
-        out = judge(*arguments, **keywords)
+        out = compare(*arguments, **keywords)
         spent.append(time.perf_counter() - start)
         return out
 
-    module.judge = timed
+    setattr(module, name, timed)
     fit(screen(4000, 12, 10, 4, 1000, 0.1), max_steps=5, validate=True)
     return {"verdict_seconds": spent[0]}
 

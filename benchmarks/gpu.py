@@ -69,8 +69,8 @@ def se(n_cells: int, *, length: int, n_genes: int, n_targets: int, **sizes: int)
 
     def loss(network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         cell, dataset = forward(network, batch).split([config.n_output, config.n_dataset], dim=1)
-        codes = network.encoder(batch["table"])[batch["target_tokens"]]
-        decoded = network.decode_codes(codes, cell, dataset, batch["targets"].mean(dim=1))
+        codes, depth = network.encoder(batch["table"]), batch["targets"].mean(dim=1)
+        decoded = network.decode_codes(codes, batch["target_tokens"], cell, dataset, depth)
         return torch.linalg.vector_norm((decoded - batch["targets"]).float(), dim=1).mean()
 
     batch = {

@@ -187,7 +187,7 @@ def test_a_model_that_wins_needs_no_fallback(screen, fit, targets, monkeypatch):
         table = pd.DataFrame({"pearson_delta": [1.0, 0.0], "mae": [0.0, 1.0], "n_groups": 1}, index=["ST", "NoChange"])
         return table, vc.models.NoChange.__new__(vc.models.NoChange)
 
-    monkeypatch.setattr(_fit, "judge", won)
+    monkeypatch.setattr(_fit, "compare_with_baselines", won)
     st = fit(screen, split_key="split")
     assert st.fallback is None
     predicted = vc.tl.predict_perturbation(screen, targets[0], fallback="best")

@@ -34,7 +34,7 @@ from virtualcell.tl._fit_options import (
 )
 from virtualcell.tl._fit_se import fit_se
 from virtualcell.tl._prepare import choose_genes, prepared
-from virtualcell.tl._verdict import judge
+from virtualcell.tl._verdict import compare_with_baselines
 
 logger = logging.getLogger(__name__)
 
@@ -250,7 +250,7 @@ def train_st(
     with partly_trained(st.module, **partial):
         st.train(options.of_training(), effects=effects)
     if validate:
-        st.validation, baseline = judge(st, screen, effects, features, seed=options.seed)
+        st.validation, baseline = compare_with_baselines(st, screen, effects, features, seed=options.seed)
         st.fallback = baseline if st.validation.index[0] != "ST" else None
     st.forget_data()
 

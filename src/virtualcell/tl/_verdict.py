@@ -25,7 +25,7 @@ _N_CELLS = 256  # predicted for each
 Groups = dict[tuple[str, str], np.ndarray]
 
 
-def judge(
+def compare_with_baselines(
     st: ST, screen: Screen, effects: Effects, features: pd.DataFrame | None, *, seed: int = 0
 ) -> tuple[pd.DataFrame, PerturbationModel]:
     """Score ST and the baselines on validation cells, and say in one line what came out.
