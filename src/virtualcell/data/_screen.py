@@ -272,10 +272,13 @@ class Screen:
         return dataclasses.replace(self, split=split)
 
     def hold_out(self, fraction: float, seed: int = 0) -> Screen:
-        """Mark that share of the training cells of every context and perturbation "val", rounded down, by name."""
+        """Mark that share of the perturbed training cells of every context and perturbation "val", rounded down, by name.
+
+        Control cells stay "train", as :func:`virtualcell.pp.split` has them: predictions start from all of them.
+        """
         rng = np.random.default_rng(seed)
         split = self.split.copy()
-        for rows in self.pairs(self.is_train).values():
+        for rows in self.pairs(self.is_train & ~self.is_control).values():
             n = int(fraction * len(rows) + 1e-9)  # a tenth of 30 is 3, whatever 0.1 * 30 is
             split[rng.permutation(rows)[:n]] = "val"
         return self.with_split(split)
