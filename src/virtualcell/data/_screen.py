@@ -272,8 +272,9 @@ class Screen:
         return dataclasses.replace(self, split=split)
 
     def hold_out(self, fraction: float, seed: int = 0) -> Screen:
-        """Mark that share of the perturbed training cells of every context and perturbation "val", rounded down, by name.
+        """Mark that share of the perturbed training cells of each context and perturbation "val", rounded down.
 
+        Cells are drawn by name, so that their order in a file changes nothing.
         Control cells stay "train", as :func:`virtualcell.pp.split` has them: predictions start from all of them.
         """
         rng = np.random.default_rng(seed)
