@@ -19,7 +19,15 @@ N_GENES, N_CELLS, LENGTH = 40, 6, 15
 @pytest.fixture
 def network() -> SENetwork:
     torch.manual_seed(0)
-    sizes = {"n_token": 12, "n_hidden": 16, "n_layers": 2, "n_heads": 4, "n_feedforward": 24, "n_output": 9}
+    sizes = {
+        "n_token": 12,
+        "n_hidden": 16,
+        "n_layers": 2,
+        "n_heads": 4,
+        "n_feedforward": 24,
+        "n_output": 9,
+        "dropout": 0.1,
+    }
     return SENetwork(SEConfig(**sizes, n_datasets=3)).eval()
 
 

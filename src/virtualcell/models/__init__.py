@@ -3,6 +3,7 @@
 from virtualcell.models._baselines import Additive, ContextMean, NearestContext, NoChange, PerturbationMean
 from virtualcell.models._feature_baselines import NearestPerturbations, Ridge
 from virtualcell.models._se import SE
+from virtualcell.models._se_options import SETrainOptions
 from virtualcell.models._st import ST
 from virtualcell.models._st_options import STTrainOptions
 from virtualcell.modules import SEConfig, STConfig
@@ -19,6 +20,7 @@ __all__ = [
     "PerturbationMean",
     "Ridge",
     "SEConfig",
+    "SETrainOptions",
     "STConfig",
     "STTrainOptions",
     "TrainOptions",

@@ -18,12 +18,7 @@ from virtualcell import _keys
 from virtualcell.data._design import Scale
 from virtualcell.data._screen import Screen
 from virtualcell.io._save import save
-from virtualcell.models._common import (
-    KINDS,
-    forget_data,
-    load_model,
-    summary,
-)
+from virtualcell.models._common import KINDS, forget_data, load_model, put_on, summary
 from virtualcell.models._se_data import (
     Source,
     batches,
@@ -221,7 +216,8 @@ class SE(BaseModelClass):
     def train(self, options: TrainOptions | Mapping[str, object] | None = None, **keywords: object) -> None:
         """Train the cell vector to predict the expression of genes, drawn anew for every cell, from their embeddings.
 
-        Where nothing else is stated, training takes DEFAULTS.
+        Where nothing else is stated, training takes 700 steps of 32 cells with a learning rate of 2e-3, keeps a tenth
+        of the cells for validation and looks at these ten times.
 
         Parameters
         ----------
@@ -243,6 +239,7 @@ class SE(BaseModelClass):
         training, validation = batches(read_cells(self, source), dataset, self.n_targets, options)
         self.history_ = fit(self.module, se_loss, training, options, validation=validation, name="SE")
         self.is_trained_ = True
+        put_on(self, options.accelerator)
 
     @staticmethod
     def train_options(options: TrainOptions | Mapping[str, object] | None = None, **keywords: object) -> SETrainOptions:

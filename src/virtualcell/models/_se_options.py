@@ -60,8 +60,10 @@ class SETrainOptions(TrainOptions):
             raise ValueError(f"val_fraction={self.val_fraction!r} must be at least 0 and less than 1.")
 
 
+N_VALIDATIONS = 10  # in a training, where nothing else is stated
+
 DEFAULTS = {
-    "max_steps": 1000,
+    "max_steps": 700,
     "batch_size": 32,
     "lr": 2e-3,
     "final_lr": 0.3,
@@ -78,7 +80,9 @@ def train_options(
     twice = sorted(set(stated) & set(keywords))
     if twice:
         raise ValueError(f"{twice[0]}={keywords[twice[0]]!r} and options={{{twice[0]!r}: ...}} were both given.")
-    return SETrainOptions.from_({**stated, **keywords}, **DEFAULTS)
+    complete = SETrainOptions.from_({**stated, **keywords}, **DEFAULTS)
+    every = complete.validate_every or max(1, round(complete.max_steps / N_VALIDATIONS))
+    return dataclasses.replace(complete, validate_every=every)
 
 
 def network_options(size: str, network: Mapping[str, object]) -> dict:
