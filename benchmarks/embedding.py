@@ -79,6 +79,7 @@ def embedding(folder: Path) -> dict:
         "SE": float(np.mean([run["accuracy"] for run in runs])),
         "SE_by_seed": [run["accuracy"] for run in runs],
         "PCA-50": accuracy(logs.obsm["X_pca"], adata),
+        "steps": int(se.history["train_loss"].index[-1]),
         "seconds_of_gene_table": of_table,
         "seconds_of_training": [run["training"] for run in runs],
         "seconds_of_embedding": [run["embedding"] for run in runs],
@@ -96,14 +97,21 @@ def cost(folder: Path) -> dict:
     logs = normalised(adata)
     sc.pp.highly_variable_genes(logs, n_top_genes=2000)
     logs = logs[:, logs.var["highly_variable"].to_numpy()].copy()
-    _, of_se = fitted_se(adata, vc.pp.expression_gene_embeddings(adata), 0)
+    se, of_se = fitted_se(adata, vc.pp.expression_gene_embeddings(adata), 0)
     vc.models.ST.setup_anndata(logs, **SCREEN)
     torch.manual_seed(0)
     st = vc.models.ST(logs)
     start = time.perf_counter()
     st.train(**QUIET)
     of_st = time.perf_counter() - start
-    out = {"seconds_of_SE": of_se, "seconds_of_ST": of_st, "ratio": of_se / of_st, "threads": torch.get_num_threads()}
+    out = {
+        "seconds_of_SE": of_se,
+        "seconds_of_ST": of_st,
+        "ratio": of_se / of_st,
+        "steps_of_SE": int(se.history["train_loss"].index[-1]),
+        "steps_of_ST": int(st.history["train_loss"].index[-1]),
+        "threads": torch.get_num_threads(),
+    }
     print(
         f"\n== Training on {adata.n_obs} cells x {adata.n_vars} genes: SE {of_se:.0f} s, ST (2,000 genes) {of_st:.0f} s"
     )

@@ -216,7 +216,7 @@ class SE(BaseModelClass):
     def train(self, options: TrainOptions | Mapping[str, object] | None = None, **keywords: object) -> None:
         """Train the cell vector to predict the expression of genes, drawn anew for every cell, from their embeddings.
 
-        Where nothing else is stated, training takes 700 steps of 32 cells with a learning rate of 2e-3, keeps a tenth
+        Where nothing else is stated, training takes 1,000 steps of 32 cells with a learning rate of 2e-3, keeps a tenth
         of the cells for validation and looks at these ten times.
 
         Parameters

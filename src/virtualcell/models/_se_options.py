@@ -63,7 +63,7 @@ class SETrainOptions(TrainOptions):
 N_VALIDATIONS = 10  # in a training, where nothing else is stated
 
 DEFAULTS = {
-    "max_steps": 700,
+    "max_steps": 1000,
     "batch_size": 32,
     "lr": 2e-3,
     "final_lr": 0.3,
