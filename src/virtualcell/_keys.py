@@ -14,6 +14,7 @@ KNOCKDOWN = "knockdown"  # residual expression of the cell's own target
 RESPONDED = "knockdown_responded"
 EXPECTED_ERROR = "expected_error"  # of a prediction: mean absolute error of the mean that its standard errors suggest
 CONTROL_BARCODE = "control_barcode"  # of a predicted cell: the control cell it started from
+LIBRARY_SIZE = "library_size"  # of a predicted cell, where the design names no column of its own
 
 # obsm
 X_STATE = "X_state"
@@ -24,6 +25,7 @@ SENTENCE_EXPRESSION = "cell_sentence_expression"
 GENE_TOKEN = "gene_token"
 
 # layers of a prediction
+COUNTS_LAYER = "counts"
 CONTROL_LAYER = "control"
 STANDARD_ERROR = "standard_error"  # of the predicted mean of each gene, the same for all cells of a group
 

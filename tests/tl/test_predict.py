@@ -27,6 +27,14 @@ def log1p_cp10k(adata) -> pd.DataFrame:
     )
 
 
+def dense(matrix) -> np.ndarray:
+    return matrix.toarray() if sparse.issparse(matrix) else matrix
+
+
+def assert_same(one, other) -> None:
+    np.testing.assert_array_equal(dense(one), dense(other))
+
+
 # -- what comes back --------------------------------------------------------------------------------------------------
 
 
@@ -37,10 +45,14 @@ def test_output_contract(fitted, model, targets):
         cells = vc.tl.predict_perturbation(fitted, targets[:2], context="type_2")
     assert cells.shape == (2 * 40, len(model.genes))
     assert cells.X.dtype == np.float32
-    assert (cells.X >= 0).all()
-    assert np.isfinite(cells.X).all()
+    assert sparse.isspmatrix_csr(cells.X)
+    assert np.isfinite(cells.X.data).all()
+    counts = cells.layers["counts"]
+    np.testing.assert_array_equal(counts.data, np.rint(counts.data))
+    sizes = cells.obs["library_size"].to_numpy()
+    np.testing.assert_allclose(dense(cells.X), np.log1p(dense(counts) / sizes[:, None] * 1e4), atol=1e-5)
     assert list(cells.var_names) == [g for g in fitted.var_names if g in set(model.genes)]
-    assert list(cells.obs) == ["target_gene", "cell_type", "control_barcode"]
+    assert list(cells.obs) == ["target_gene", "cell_type", "library_size", "control_barcode"]
     assert list(cells.obs["target_gene"].cat.categories) == targets[:2]
     assert set(cells.obs["cell_type"]) == {"type_2"}
     assert cells.obs_names.is_unique
@@ -50,7 +62,7 @@ def test_output_contract(fitted, model, targets):
     assert set(source["target_gene"]) == {CONTROL}
     assert set(source["cell_type"]) == {"type_2"}
     expected = log1p_cp10k(fitted).loc[barcodes, cells.var_names]
-    np.testing.assert_allclose(cells.layers["control"], expected, atol=1e-5)
+    np.testing.assert_allclose(dense(cells.layers["control"]), expected, atol=1e-5)
     assert cells.uns["virtualcell"]["design"]["scale"] == "log1p"
     # the data is as it was
     assert (fitted.X != before.X).nnz == 0
@@ -63,9 +75,17 @@ def test_it_is_what_the_model_predicts(fitted, model, targets):
     controls = fitted[fitted.obs["target_gene"] == CONTROL]
     direct = model.predict(controls, targets[1], n_cells=30, seed=3)
     assert list(direct.index) == list(cells.obs["control_barcode"])
-    np.testing.assert_array_equal(cells.X, direct[list(cells.var_names)])
+    context = cells.obs["cell_type"].to_numpy()
+    expected = direct[list(cells.var_names)].groupby(context).mean()
+    means = pd.DataFrame(dense(cells.X), columns=cells.var_names).groupby(context).mean()
+    largest_step = np.log1p(1e4 / cells.obs["library_size"].min()) / 30  # of one count in one of 30 cells
+    np.testing.assert_allclose(means, expected, atol=largest_step / 2 + 1e-5)
+    profiles = vc.tl.predict_perturbation(fitted, targets[1], n_cells=30, seed=3, emit="mean")
+    assert list(profiles.obs_names) == [f"{c}-{targets[1]}" for c in expected.index]
+    np.testing.assert_allclose(dense(profiles.X), expected, atol=1e-5)
+    assert list(profiles.layers) == ["control"]
     with_model = vc.tl.predict_perturbation(fitted, targets[1], n_cells=30, seed=3, model=model)
-    np.testing.assert_array_equal(with_model.X, cells.X)
+    assert_same(with_model.X, cells.X)
 
 
 def test_var_of_the_data_comes_along(fitted, targets):
@@ -78,7 +98,8 @@ def test_ready_for_scanpy_and_concat(fitted, targets, tmp_path):
     cells = vc.tl.predict_perturbation(fitted, targets[0], context="type_1")
     controls = fitted[(fitted.obs["target_gene"] == CONTROL) & (fitted.obs["cell_type"] == "type_1")]
     log = log1p_cp10k(controls)[list(cells.var_names)]
-    observed = ad.AnnData(log.to_numpy(np.float32), obs=controls.obs[["target_gene", "cell_type"]], var=cells.var[[]])
+    labels = controls.obs[["target_gene", "cell_type"]]
+    observed = ad.AnnData(sparse.csr_matrix(log, dtype=np.float32), obs=labels, var=cells.var[[]])
     both = ad.concat([cells, observed], join="outer")
     assert both.obs_names.is_unique
     both.uns["log1p"] = cells.uns["log1p"]
@@ -89,15 +110,15 @@ def test_ready_for_scanpy_and_concat(fitted, targets, tmp_path):
     assert top[targets[0]] < -0.5  # the target itself goes down
     cells.write_h5ad(tmp_path / "cells.h5ad")
     again = ad.read_h5ad(tmp_path / "cells.h5ad")
-    np.testing.assert_array_equal(again.X, cells.X)
-    np.testing.assert_array_equal(again.layers["control"], cells.layers["control"])
+    assert_same(again.X, cells.X)
+    assert_same(again.layers["control"], cells.layers["control"])
 
 
 def test_h5ad_keeps_the_model(fitted, targets, tmp_path):
     cells = vc.tl.predict_perturbation(fitted, targets[0])
     fitted.write_h5ad(tmp_path / "fitted.h5ad")
     again = vc.tl.predict_perturbation(ad.read_h5ad(tmp_path / "fitted.h5ad"), targets[0])
-    np.testing.assert_array_equal(again.X, cells.X)
+    assert_same(again.X, cells.X)
     assert list(again.obs_names) == list(cells.obs_names)
     pd.testing.assert_frame_equal(again.obs, cells.obs)
 
@@ -120,7 +141,7 @@ def test_number_of_cells_and_seed(fitted, targets):
 def test_lists_are_what_single_calls_give(fitted, targets):
     both = vc.tl.predict_perturbation(fitted, np.array([targets[1], targets[0], targets[1]]), context="type_1")
     single = [vc.tl.predict_perturbation(fitted, p, context="type_1") for p in (targets[1], targets[0])]
-    np.testing.assert_array_equal(both.X, np.concatenate([s.X for s in single]))
+    assert_same(both.X, np.concatenate([dense(s.X) for s in single]))
     with pytest.raises(ValueError, match=r"perturbation=\[\] names nothing to predict"):
         vc.tl.predict_perturbation(fitted, [])
 
@@ -131,7 +152,7 @@ def test_order_of_cells_and_genes_changes_no_bit(fitted, targets):
     one, two = (vc.tl.predict_perturbation(data, targets[0], n_cells=9) for data in (fitted, other))
     assert list(one.obs_names) == list(two.obs_names)
     assert list(one.var_names) != list(two.var_names)
-    np.testing.assert_array_equal(one.X, two[:, one.var_names].X)
+    assert_same(one.X, two[:, one.var_names].X)
 
 
 # -- other data, other models -----------------------------------------------------------------------------------------
@@ -157,7 +178,7 @@ def test_new_data_with_a_model(new_cells, model, targets):
     expected = np.log1p(counts / counts.sum(axis=1, keepdims=True) * 1e4)
     expected = pd.DataFrame(expected, index=new_cells.obs_names, columns=new_cells.var_names)
     expected = expected.loc[cells.obs["control_barcode"], cells.var_names]
-    np.testing.assert_allclose(cells.layers["control"], expected, atol=1e-5)
+    np.testing.assert_allclose(dense(cells.layers["control"]), expected, atol=1e-5)
     with pytest.raises(ValueError, match=r"holds no fitted model: run `vc\.tl\.fit_state"):
         vc.tl.predict_perturbation(new_cells, targets[0])
 
@@ -168,7 +189,7 @@ def test_new_data_on_another_scale(new_cells, model, targets):
     log = new_cells.copy()
     log.X = np.log1p(counts / counts.sum(axis=1, keepdims=True) * 1e4).astype(np.float32)
     again = vc.tl.predict_perturbation(log, targets[0], model=model, scale="log1p")
-    np.testing.assert_allclose(again.X, cells.X, atol=1e-4)
+    np.testing.assert_allclose(dense(again.X), dense(cells.X), atol=1e-4)
     with pytest.raises(ValueError, match="scale='counts' was stated, but X holds fractions"):
         vc.tl.predict_perturbation(log, targets[0], model=model)
     log.X = counts * 1000
@@ -184,7 +205,7 @@ def test_a_layer_that_the_model_was_fitted_on_is_named(screen, fit, targets):
         vc.tl.predict_perturbation(screen, targets[0], model=model)
     screen.layers["raw"] = screen.X
     ours, same = (vc.tl.predict_perturbation(x, targets[0], model=model) for x in (fitted, screen))
-    np.testing.assert_array_equal(ours.X, same.X)
+    assert_same(ours.X, same.X)
 
 
 def test_genes_of_another_kind_of_name_are_not_a_matter_of_coverage(new_cells, model, targets):
@@ -195,7 +216,7 @@ def test_genes_of_another_kind_of_name_are_not_a_matter_of_coverage(new_cells, m
     other.var["symbol"] = new_cells.var_names.to_numpy()
     other.var_names = other.var["symbol"].astype(str)
     ours, same = (vc.tl.predict_perturbation(x, targets[0], model=model) for x in (new_cells, other))
-    np.testing.assert_array_equal(ours.X, same.X)
+    assert_same(ours.X, same.X)
 
 
 def test_genes_must_all_be_there_unless_said_otherwise(new_cells, model, targets, caplog):
@@ -212,13 +233,13 @@ def test_genes_must_all_be_there_unless_said_otherwise(new_cells, model, targets
     zero = new_cells.copy()
     zero.X = np.where(zero.var_names == gone, 0, np.asarray(zero.X)).astype(np.float32)
     expected = vc.tl.predict_perturbation(zero, targets[-1], model=model)
-    np.testing.assert_array_equal(cells.X, expected[:, cells.var_names].X)
+    assert_same(cells.X, expected[:, cells.var_names].X)
 
 
 def test_mudata_and_anndata_are_the_same(fitted, targets):
     cells = vc.tl.predict_perturbation(fitted, targets[0])
     mdata = md.MuData({"rna": fitted})
-    np.testing.assert_array_equal(vc.tl.predict_perturbation(mdata, targets[0]).X, cells.X)
+    assert_same(vc.tl.predict_perturbation(mdata, targets[0]).X, cells.X)
 
 
 @pytest.mark.parametrize("layer", [None, "lognorm"])
@@ -234,9 +255,10 @@ def test_baselines_that_were_set_up_by_hand(screen, design, targets, kind, layer
     baseline.train()
     cells = vc.tl.predict_perturbation(screen, targets[0], context="type_3", model=baseline)
     direct = baseline.predict(screen, targets[0], context="type_3")
-    np.testing.assert_array_equal(cells.X, direct.to_numpy())
+    means = vc.tl.predict_perturbation(screen, targets[0], context="type_3", model=baseline, emit="mean")
+    np.testing.assert_allclose(dense(means.X)[0], direct.mean(axis=0), atol=1e-5)
     if kind is NoChange:
-        np.testing.assert_array_equal(cells.X, cells.layers["control"])
+        np.testing.assert_allclose(dense(cells.X), dense(cells.layers["control"]), atol=1e-5)
 
 
 def test_batches_come_along(screen, fit, targets):
@@ -248,7 +270,7 @@ def test_batches_come_along(screen, fit, targets):
     here = (screen.obs["cell_type"] == "type_1").to_numpy()
     screen.obs.loc[~here | (screen.obs["target_gene"] != CONTROL).to_numpy(), "batch"] = "batch_7"
     alone = vc.tl.predict_perturbation(screen, targets[0], context="type_1")
-    np.testing.assert_array_equal(alone.X, cells[cells.obs["cell_type"] == "type_1"].X)
+    assert_same(alone.X, cells[cells.obs["cell_type"] == "type_1"].X)
     with pytest.raises(KeyError, match=r"batch='batch_7' is unknown.*only the batches it was trained on"):
         vc.tl.predict_perturbation(screen, targets[0])
 
@@ -275,7 +297,7 @@ def test_other_cells_do_not_matter(fitted, targets):
     fitted.X = counts
     fitted.obsm["X_state"][elsewhere] = np.nan
     found = vc.tl.predict_perturbation(fitted, targets[:2], context="type_2")
-    np.testing.assert_array_equal(found.X, reference.X)
+    assert_same(found.X, reference.X)
     counts[np.flatnonzero(here)[0], 0] = np.nan
     with pytest.raises(ValueError, match="X holds NaN or infinite values"):
         vc.tl.predict_perturbation(fitted, targets[0], context="type_2")
@@ -295,8 +317,8 @@ def test_any_matrix_of_counts_gives_the_same(fitted, targets, form):
     reference = vc.tl.predict_perturbation(fitted, targets[:2], n_cells=9)
     fitted.X = form(fitted.X)
     found = vc.tl.predict_perturbation(fitted, targets[:2], n_cells=9)
-    np.testing.assert_array_equal(found.X, reference.X)
-    np.testing.assert_array_equal(found.layers["control"], reference.layers["control"])
+    assert_same(found.X, reference.X)
+    assert_same(found.layers["control"], reference.layers["control"])
 
 
 # -- the model in uns -------------------------------------------------------------------------------------------------
@@ -333,7 +355,7 @@ def test_another_fit_is_another_model(screen, fit, targets, unpacked):
         fit(screen, seed=seed, validate=False)
         predicted.append(vc.tl.predict_perturbation(screen, targets[0], n_cells=3).X)
     assert len(unpacked) == 2
-    assert not np.array_equal(*predicted)
+    assert (predicted[0] != predicted[1]).nnz
 
 
 def test_copies_views_and_files_predict_the_same_bits(fitted, model, targets, tmp_path):
@@ -351,7 +373,7 @@ def test_copies_views_and_files_predict_the_same_bits(fitted, model, targets, tm
     }
     for data, of_file in again.values():
         found = vc.tl.predict_perturbation(data, names, model=of_file, n_samples=3)
-        np.testing.assert_array_equal(found.X, expected.X)
+        assert_same(found.X, expected.X)
         np.testing.assert_array_equal(found.layers["standard_error"], expected.layers["standard_error"])
         assert list(found.obs_names) == list(expected.obs_names)
 

@@ -8,8 +8,95 @@ from typing import Literal
 import numpy as np
 from scipy import sparse
 
-Sampling = Literal["systematic", "multinomial"]
+Sampling = Literal["systematic", "multinomial", "averaged"]
 _ROWS = 1000  # drawn at a time, which bounds the memory
+_AVERAGED = 4  # predicted cells that sampling="averaged" takes the mean of
+_MOST_SMALLEST = 5  # counts that the smallest value of a cell may stand for, where few genes are left
+
+
+class NoCountsError(ValueError):
+    """Expression on a logarithmic scale that was not made of whole counts."""
+
+
+def library_of(log_expression: sparse.csr_matrix, target_sum: float = 1e4) -> np.ndarray:
+    """Find the library size of each cell, (n_cells,), from logarithms of normalised counts.
+
+    The smallest value of a cell is one count, which tells what one count became. Where genes were left out it may be
+    two or more: the fewest are taken with which all values of the cell are whole numbers of counts within 1 %. A cell
+    that expresses nothing tells nothing, and is taken to be as deep as the median of the others.
+
+    Raises
+    ------
+    NoCountsError
+        If a cell has other values.
+    """
+    log = sparse.csr_matrix(log_expression, dtype=np.float64)
+    rates, width = np.expm1(log.data), np.diff(log.indptr)
+    full = np.flatnonzero(width)
+    library = np.full(len(width), np.nan)
+    smallest = np.ones(len(width))
+    if len(full):
+        smallest[full] = np.minimum.reduceat(rates, log.indptr[full])
+    cell = np.repeat(np.arange(len(width)), width)
+    for n in range(1, _MOST_SMALLEST + 1):
+        counts = n * rates / smallest[cell]
+        off = np.abs(counts - np.rint(counts)) > np.minimum(0.01 * counts, 0.25)
+        fits = np.isnan(library) & (width > 0) & (np.bincount(cell, off, minlength=len(width)) == 0)
+        library[fits] = n * target_sum / smallest[fits]
+    lost = full[np.isnan(library[full])]
+    if len(lost):
+        raise NoCountsError(
+            f"scale='log1p' was stated, and {len(lost)} of {len(full)} cells are not made of whole counts: their "
+            "values are no multiples of the smallest one. Give raw counts with scale='counts', or say emit='mean' for "
+            "mean profiles in place of cells."
+        )
+    if not len(full):
+        return np.full(len(width), float(target_sum))
+    near = np.rint(library)
+    library = np.where(np.abs(library - near) < 0.01 + 1e-6 * library, near, library)
+    return np.where(np.isnan(library), np.rint(np.nanmedian(library)), library)
+
+
+def counts_of(log_expression: sparse.csr_matrix, library: np.ndarray, target_sum: float = 1e4) -> sparse.csr_matrix:
+    """Undo the normalisation of whole counts: float32 CSR with the same entries."""
+    size = np.repeat(library / target_sum, np.diff(log_expression.indptr))
+    counts = np.rint(np.expm1(log_expression.data.astype(np.float64)) * size).astype(np.float32)
+    return sparse.csr_matrix((counts, log_expression.indices, log_expression.indptr), shape=log_expression.shape)
+
+
+def log_of(counts: sparse.csr_matrix, library: np.ndarray, target_sum: float = 1e4) -> sparse.csr_matrix:
+    """Return log(1 + counts per `target_sum`), to the last bit as expression is read from counts."""
+    log = counts.astype(np.float32)
+    log.data *= np.repeat((target_sum / library).astype(np.float32), np.diff(log.indptr))
+    np.log1p(log.data, out=log.data)
+    return log
+
+
+def averaged(log_expression: sparse.csr_matrix, groups: np.ndarray, *, seed: int = 0) -> sparse.csr_matrix:
+    """Put the mean of four cells of its group, itself among them, in the place of each cell.
+
+    Parameters
+    ----------
+    log_expression
+        Cells x genes, log(1 + expression); means are taken of the expression.
+    groups
+        Code of each cell's group, (n_cells,): its perturbation and context.
+    seed
+        Seed of the draw of the other cells, which fewer than four in a group leave fewer.
+    """
+    rows, others = [], []
+    rng = np.random.default_rng(seed)
+    for group in np.unique(groups):
+        cells = rng.permutation(np.flatnonzero(groups == group))
+        for shift in range(min(_AVERAGED, len(cells))):
+            rows.append(cells)
+            others.append(np.roll(cells, shift))
+    n, n_cells = len(groups), np.bincount(np.concatenate(rows), minlength=len(groups))
+    at = np.concatenate(rows), np.concatenate(others)
+    mean = sparse.csr_matrix((1 / n_cells[at[0]], at), shape=(n, n))
+    return sparse.csr_matrix(
+        (mean @ sparse.csr_matrix(log_expression, dtype=np.float64).expm1()).log1p(), dtype=np.float32
+    )
 
 
 def depth_matched_counts(
@@ -31,7 +118,7 @@ def depth_matched_counts(
     genes
         Names of the columns. Draws go by them, so that the order of the columns does not matter.
     sampling
-        "systematic" rounds each expected count up or down; "multinomial" counts molecules.
+        "multinomial" counts molecules; otherwise each expected count is rounded up or down.
     seed
         Of the draws.
 

@@ -108,6 +108,11 @@ class Expression:
         """How many cells there are."""
         return len(self._cells)
 
+    @property
+    def library_size(self) -> np.ndarray | None:
+        """Library size of each cell as it was given, or as summed up at the first reading of "log1p" from counts."""
+        return self._found.sizes
+
     def select(self, genes: Sequence[str]) -> Expression:
         """Return the same cells with other genes, by name and in this order."""
         columns = columns_of(self.genes, genes)
@@ -241,14 +246,11 @@ class Expression:
                 f"{argument}='counts'."
             )
         if self.scale == "counts" and not whole:
-            raise ValueError(
-                f"{stated} holds fractions. Give the layer with raw counts (layer=), or say {argument}='log1p' if "
-                f"these are {logs}."
-            )
+            remedy = f"Give the layer with raw counts (layer=), or say {argument}='log1p' if these are {logs}."
+            raise ValueError(f"{stated} holds fractions. {remedy}")
         if self.scale == "log1p" and is_high:
-            raise ValueError(
-                f"{stated} reaches {most:.4g}, more than {logs} can. Say {argument}='counts' if these are raw counts."
-            )
+            what = f"{stated} reaches {most:.4g}, more than {logs} can."
+            raise ValueError(f"{what} Say {argument}='counts' if these are raw counts.")
         if self.scale == "log1p" and whole and most > 0:
             raise ValueError(f"{stated} holds whole numbers only. Say {argument}='counts' for raw counts.")
 
@@ -258,10 +260,8 @@ class Expression:
         empty = self._cells[~(np.isfinite(size) & (size > 0))]
         if len(empty):
             which = "no counts" if key is None else f"no positive number in obs[{key!r}]"
-            raise ValueError(
-                f"{len(empty)} cells have {which}, among them {list(empty[:3])}. Drop them first"
-                + (": `sc.pp.filter_cells(adata, min_counts=1)`." if key is None else ".")
-            )
+            how = ": `sc.pp.filter_cells(adata, min_counts=1)`." if key is None else "."
+            raise ValueError(f"{len(empty)} cells have {which}, among them {list(empty[:3])}. Drop them first{how}")
         small = size < 0.999 * sums
         if small.any():
             raise ValueError(
@@ -394,7 +394,6 @@ def columns_of(names: pd.Index, genes: Sequence[str]) -> np.ndarray | None:
     where = index.get_indexer(pd.Index(genes))
     if (where < 0).any():
         missing = [g for g, w in zip(genes, where, strict=True) if w < 0]
-        raise unknown_name(
-            "genes", missing[0], index, f"{len(missing)} of {len(genes)} genes are missing; they are matched by name."
-        )
+        remedy = f"{len(missing)} of {len(genes)} genes are missing; they are matched by name."
+        raise unknown_name("genes", missing[0], index, remedy)
     return None if len(where) == len(index) and (where == np.arange(len(index))).all() else where

@@ -228,18 +228,44 @@ class PerturbationModel(BaseModelClass):
     def predict_from(
         self, start: Start, perturbation: str, *, n_cells: int | None = None, seed: int = 0
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Predict cells of one context: rows of `start`, sorted, and the predicted cells, (n_cells, n_genes)."""
-        rng = np.random.default_rng([seed, *start.context.encode()])
-        n = len(start.names) if n_cells is None else n_cells
-        # a small request still shows the model a full set of control cells
-        n_run = max(n, min(len(start.names), self.n_seen_together))
-        rows = rng.choice(len(start.names), n_run, replace=n_run > len(start.names))
+        """Predict cells of one context: rows of `start`, sorted, and the predicted cells, (n_cells, n_genes).
+
+        The control label predicts the control cells themselves, where the model works on expression.
+        """
+        rows, n = self._rows_from(start, n_cells, seed)
+        order = np.argsort(rows[:n], kind="stable")
+        if perturbation == self.control and self.design.use_rep is None:
+            return rows[:n][order], start.dense(rows[:n][order])
         predicted = self.predict_cells(
             start.dense(rows), perturbation, context=start.context, base=start.base, batch=start.batch_of(rows)
         )
         require_finite(self, predicted, perturbation, start.context)
-        order = np.argsort(rows[:n], kind="stable")
         return rows[:n][order], predicted[:n][order]
+
+    def rows_from(self, start: Start, *, n_cells: int | None = None, seed: int = 0) -> np.ndarray:
+        """Rows of `start`, sorted, that :meth:`predict_from` starts from."""
+        rows, n = self._rows_from(start, n_cells, seed)
+        return np.sort(rows[:n])
+
+    def _rows_from(self, start: Start, n_cells: int | None, seed: int) -> tuple[np.ndarray, int]:
+        """Rows that the model looks at, and how many of them, the first ones, are predicted."""
+        rng = np.random.default_rng([seed, *start.context.encode()])
+        n = len(start.names) if n_cells is None else n_cells
+        # a small request still shows the model a full set of control cells
+        n_run = max(n, min(len(start.names), self.n_seen_together))
+        return rng.choice(len(start.names), n_run, replace=n_run > len(start.names)), n
+
+    def effect_error(self, perturbation: str, *, context: str, base: np.ndarray) -> np.ndarray | float:
+        """Error of the predicted effect on each gene's mean, (n_genes,) or one for all, log(1 + counts per 10,000).
+
+        Where predicted cells are made, a smaller effect counts as none. A model that knows no error has none.
+
+        Parameters
+        ----------
+        perturbation, context, base
+            As in :meth:`predict_cells`.
+        """
+        return 0.0
 
     def error_from(self, start: Start, perturbation: str, *, n_samples: int = 20, seed: int = 0) -> np.ndarray:
         """Estimate the standard error of the predicted mean of each gene, (n_genes,); see :meth:`uncertainty`."""

@@ -6,7 +6,6 @@ import dataclasses
 import logging
 import weakref
 from collections.abc import Iterator, Sequence
-from numbers import Integral
 from typing import Literal
 
 import anndata as ad
@@ -18,7 +17,7 @@ from mudata import MuData
 from scipy import sparse
 
 from virtualcell import _keys
-from virtualcell._errors import UnknownNameError, unknown_name
+from virtualcell._errors import UnknownNameError
 from virtualcell.data._design import Design, Scale
 from virtualcell.data._labels import expression_modality
 from virtualcell.data._screen import Screen
@@ -27,6 +26,15 @@ from virtualcell.models import ST
 from virtualcell.models._base import PerturbationModel
 from virtualcell.models._common import model_of, put_on
 from virtualcell.models._start import Start, starts
+from virtualcell.tl._emit import Effect, Emit, check_emit, emitted_cells, predicted_effect
+from virtualcell.tl._predict_checks import (
+    check_numbers,
+    common_genes,
+    design_of_data,
+    names_of,
+    of_drug,
+    warn_of_fewer_genes,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +49,7 @@ def predict_perturbation(
     model: PerturbationModel | None = None,
     n_cells: int | None = None,
     n_samples: int | None = None,
+    emit: Emit = "cells",
     fallback: Literal["best"] | None = None,
     layer: str | None = None,
     scale: Scale | None = None,
@@ -54,6 +63,11 @@ def predict_perturbation(
     modality: str = "rna",
 ) -> AnnData:
     """Predict the cells that a perturbation would make of the control cells.
+
+    The model says how the mean of each gene changes. Predicted cells are control cells whose counts were changed by so
+    much: of a gene that falls each count is lost with the same probability, to one that rises negative binomial counts
+    are added, and library sizes stay. Effects smaller than the model's own error are no change, and the control label
+    predicts the control cells themselves.
 
     Parameters
     ----------
@@ -75,6 +89,9 @@ def predict_perturbation(
     n_samples
         Estimate standard errors from so many draws of the control cells (20 are plenty; each costs as much as the
         prediction), see :meth:`virtualcell.models.ST.uncertainty`.
+    emit
+        "cells" predicts single cells with whole counts, "mean" one mean profile per perturbation and context. Cells
+        need control cells with counts: raw ones, or log(1 + counts per 10,000) that whole counts can be read off.
     fallback
         "best" uses the baseline that was better than ST on the validation cells of `fit_state`, where one was;
         `uns["virtualcell"]["predicted_by"]` of the result tells which model it was.
@@ -93,115 +110,58 @@ def predict_perturbation(
 
     Returns
     -------
-    AnnData of predicted cells x the model's genes, log(1 + counts per 10,000): `obs` has the perturbation and the
-    context under the names of their columns in `adata`, and `control_barcode`, the control cell each one started from,
-    whose expression is `layers["control"]`. Ready for `scanpy.tl.rank_genes_groups` and, on that scale, for
-    `anndata.concat`. With `n_samples`, `layers["standard_error"]` has the standard error of the predicted mean of each
-    gene (the same for all cells of a perturbation and context), and `obs["expected_error"]` the mean absolute error of
-    the mean that follows from them.
+    AnnData of predicted cells x the model's genes. `X` is log(1 + counts per 10,000), on which it is ready for
+    `scanpy.tl.rank_genes_groups` and for `anndata.concat`, made of the whole counts in `layers["counts"]`. `obs` has
+    the perturbation and the context under the names of their columns in `adata`, the library size that counts were
+    divided by (as `library_size`, or under the name of the column it came from), and `control_barcode`, the control
+    cell each one started from, whose expression is `layers["control"]`. Matrices are CSR where the data is sparse. With
+    `emit="mean"` there is a row per perturbation and context, and neither counts nor control cells to name;
+    `layers["control"]` is the mean of the control cells.
+
+    With `n_samples`, `layers["standard_error"]` has the standard error of the predicted mean of each gene (the same for
+    all cells of a perturbation and context), and `obs["expected_error"]` the mean absolute error of the mean that
+    follows from them.
 
     Raises
     ------
     KeyError
         For an unknown perturbation, context, gene or column; the message names the closest ones and the remedy.
     ValueError
-        If there is no fitted model, or the matrix is not on the stated scale.
+        If there is no fitted model, the matrix is not on the stated scale, or there are no counts to make cells of.
     """
-    _check_numbers(context, n_cells, n_samples, seed)
+    check_emit(emit)
+    check_numbers(context, n_cells, n_samples, seed)
     stated = {"layer": layer, "scale": scale, "library_size_key": library_size_key, "context_key": context_key}
     stated |= {"perturbation_key": perturbation_key, "control": control, "batch_key": batch_key}
     expression = expression_modality(adata, modality)
     model = _checked(_stored_model(expression) if model is None else model)
-    names = _names(_of_drug(model, perturbation, drug, dose))
+    names = names_of(of_drug(model, perturbation, drug, dose))
     for name in names:
         model.check_perturbation(name)
     if fallback is not None:
         model = _better_one(model, fallback, names)
-    design = _design(model, expression, stated)
+    design = design_of_data(model, expression, stated)
     controls = _controls(Screen.from_anndata(adata, design, modality=modality), context)
     coverage = min_gene_coverage if design.use_rep is None else None  # where genes are no input, they may lack
-    genes = _common_genes(expression.var_names, model.genes, coverage)
-    _warn_of_fewer_genes(design, expression.n_vars)
+    genes = common_genes(expression.var_names, model.genes, coverage)
+    warn_of_fewer_genes(design, expression.n_vars)
     columns = pd.Index(model.genes).get_indexer(genes)
     predicted: dict[str, list[AnnData]] = {name: [] for name in names}
-    for start, log in _starts(controls.select(genes), model):
+    make = _cells if emit == "cells" else _mean
+    for start, in_genes in _starts(controls.select(genes), model):
         for name in names:
-            rows, cells = model.predict_from(start, name, n_cells=n_cells, seed=seed)
-            one = _cells(start, controls.design, rows, cells[:, columns], name)
-            one.layers[_keys.CONTROL_LAYER] = log[rows].toarray()
+            effect = predicted_effect(model, start, in_genes, name, columns=columns, n_cells=n_cells, seed=seed)
+            one = make(effect, in_genes, controls.design, genes, seed)
             if n_samples is not None:
                 _add_errors(one, model.error_from(start, name, n_samples=n_samples, seed=seed)[columns])
             predicted[name].append(one)
-    out = _joined(predicted, genes)
-    out = out[:, expression.var_names[expression.var_names.isin(genes)]].copy()
-    out.var = expression.var.loc[out.var_names].copy()
+    out = _joined(predicted, genes, expression.var, is_sparse=_is_sparse(expression, design))
     on_this_scale = dataclasses.replace(
         design, layer=None, scale="log1p", library_size_key=None, use_rep=None, n_genes=None
     )
     out.uns[_keys.UNS] = {"design": on_this_scale.to_uns(), "predicted_by": type(model).__name__}
     out.uns["log1p"] = {}  # tells scanpy that logarithms were taken
     return out
-
-
-def _check_numbers(context: object, n_cells: int | None, n_samples: int | None, seed: int) -> None:
-    if context is not None and not isinstance(context, str):
-        raise TypeError(f"context={context!r} must be one label, as a string; leave it out for all contexts.")
-    for argument, value in (("n_cells", n_cells), ("n_samples", n_samples), ("seed", seed)):
-        may_lack = value is None and argument != "seed"
-        if not may_lack and (not isinstance(value, Integral) or isinstance(value, bool)):
-            raise TypeError(f"{argument}={value!r} must be a whole number.")
-    if seed < 0:
-        raise ValueError(f"seed={seed!r} must be at least 0.")
-    if n_cells is not None and n_cells < 1:
-        raise ValueError(f"n_cells={n_cells!r}: at least one cell is needed.")
-    if n_samples is not None and n_samples < 2:
-        raise ValueError(f"n_samples={n_samples!r}: at least 2 draws are needed for a standard error.")
-
-
-def _design(model: PerturbationModel, adata: AnnData, stated: dict[str, str | None]) -> Design:
-    """Return the design of the data: that of the model, and what was stated otherwise."""
-    for key in ("context_key", "batch_key"):
-        if stated[key] is not None and getattr(model.design, key) is None:
-            raise ValueError(f"{key}={stated[key]!r} was given, but the model was set up without {key}.")
-    rep = model.design.use_rep
-    if rep is not None and rep not in adata.obsm:
-        remedy = "Run `vc.tl.embed(adata, model.se)` first." if rep == _keys.X_STATE else "Compute it first."
-        raise UnknownNameError(f"the model works on obsm[{rep!r}], which this data does not have. {remedy}")
-    layer = model.design.layer
-    if stated["layer"] is None and layer is not None and layer not in adata.layers:
-        raise unknown_name(
-            "layer",
-            layer,
-            adata.layers,
-            "The model was fitted on the layer of that name: say which layer has the same here, layer=, or where it is "
-            f"in X, put it there first, `adata.layers[{layer!r}] = adata.X`.",
-        )
-    return dataclasses.replace(model.design.restated(**stated), split_key=None, gene_key=None)
-
-
-def _names(perturbation: str | Sequence[str] | None) -> list[str]:
-    names = [perturbation] if isinstance(perturbation, str) else perturbation
-    listed = isinstance(names, Sequence | np.ndarray | pd.Index | pd.Series)
-    if not listed or not all(isinstance(n, str) for n in names):
-        raise TypeError(f"perturbation={perturbation!r} must be a name, or a list of names, as strings.")
-    if not len(names):
-        raise ValueError("perturbation=[] names nothing to predict.")
-    return list(dict.fromkeys(names))
-
-
-def _of_drug(
-    model: PerturbationModel, perturbation: str | Sequence[str] | None, drug: str | None, dose: float | None
-) -> str | Sequence[str] | None:
-    """Return the perturbation, or the name of a drug at a dose in its place."""
-    if drug is None:
-        if dose is not None:
-            raise ValueError(f"dose={dose!r} was given without drug=, whose dose it would be.")
-        return perturbation
-    if perturbation is not None:
-        raise ValueError(f"perturbation={perturbation!r} and drug={drug!r} were both given: give one of them.")
-    if not isinstance(model, ST):
-        raise TypeError(f"drug={drug!r} is found in the names of an ST, and model is a {type(model).__name__}.")
-    return model.perturbation_name(drug=drug, dose=dose)
 
 
 def _checked(model: object) -> PerturbationModel:
@@ -268,7 +228,7 @@ def _controls(screen: Screen, context: str | None) -> Screen:
     return controls
 
 
-def _starts(controls: Screen, model: PerturbationModel) -> Iterator[tuple[Start, sparse.csr_matrix]]:
+def _starts(controls: Screen, model: PerturbationModel) -> Iterator[tuple[Start, Start]]:
     """Yield what the model starts from in each context, and the expression of these cells.
 
     Genes of the model that the data lacks enter as 0.
@@ -277,15 +237,18 @@ def _starts(controls: Screen, model: PerturbationModel) -> Iterator[tuple[Start,
     place = pd.Index(model.genes).get_indexer(controls.genes)
     of_rep = starts(controls) if controls.rep is not None else None
     for start in starts(in_genes):
-        log = start.cells
         if of_rep is not None or len(place) == len(model.genes):
-            yield start if of_rep is None else next(of_rep), log
+            yield start if of_rep is None else next(of_rep), start
             continue
         shape = (len(place), len(model.genes))
         wide = sparse.csr_matrix((np.ones(len(place), np.float32), (np.arange(len(place)), place)), shape=shape)
         base = np.zeros(len(model.genes), np.float32)
         base[place] = start.base
-        yield dataclasses.replace(start, cells=sparse.csr_matrix(log @ wide), base=base), log
+        yield dataclasses.replace(start, cells=sparse.csr_matrix(start.cells @ wide), base=base), start
+
+
+def _is_sparse(adata: AnnData, design: Design) -> bool:
+    return sparse.issparse(adata.X if design.layer is None else adata.layers[design.layer])
 
 
 def _add_errors(cells: AnnData, error: np.ndarray) -> None:
@@ -295,63 +258,56 @@ def _add_errors(cells: AnnData, error: np.ndarray) -> None:
     cells.obs[_keys.EXPECTED_ERROR] = np.sqrt(2 / np.pi) * error.mean()
 
 
-def _cells(start: Start, design: Design, rows: np.ndarray, cells: np.ndarray, name: str) -> AnnData:
+def _cells(effect: Effect, start: Start, design: Design, genes: Sequence[str], seed: int) -> AnnData:
     """Predicted cells of one perturbation and context, with their labels."""
-    barcodes = start.names[rows]
-    obs = {design.perturbation_key: name}
-    if design.context_key is not None:
-        obs[design.context_key] = start.context
+    cells, barcodes = emitted_cells(effect, start, genes, seed=seed), start.names[effect.rows]
+    obs = _labels(effect, start, design)
     if design.batch_key is not None:
-        obs[design.batch_key] = start.batch_of(rows)
+        obs[design.batch_key] = start.batch_of(effect.rows)
+    obs[design.library_size_key or _keys.LIBRARY_SIZE] = cells.library
     # a control cell occurs several times where more cells than controls were asked for
-    index = make_index_unique(pd.Index([f"{barcode}-{name}" for barcode in barcodes]))
+    index = make_index_unique(pd.Index([f"{barcode}-{effect.perturbation}" for barcode in barcodes]))
     frame = pd.DataFrame({**obs, _keys.CONTROL_BARCODE: np.asarray(barcodes)}, index=index)
-    return AnnData(np.ascontiguousarray(cells, dtype=np.float32), obs=frame)
+    layers = {_keys.COUNTS_LAYER: cells.counts, _keys.CONTROL_LAYER: start.cells[effect.rows]}
+    return AnnData(cells.log, obs=frame, layers=layers)
 
 
-def _joined(predicted: dict[str, list[AnnData]], genes: Sequence[str]) -> AnnData:
-    """Put the cells together, perturbation by perturbation; labels become categories."""
+def _mean(effect: Effect, start: Start, design: Design, genes: Sequence[str], seed: int) -> AnnData:
+    """Predicted mean profile of one perturbation and context, with its labels."""
+    before = start.dense(effect.rows).mean(axis=0, dtype=np.float64, keepdims=True)
+    after = np.maximum(before + effect.change, 0).astype(np.float32)
+    name = effect.perturbation if design.context_key is None else f"{start.context}-{effect.perturbation}"
+    frame = pd.DataFrame(_labels(effect, start, design), index=[name])
+    control = sparse.csr_matrix(before, dtype=np.float32)
+    return AnnData(sparse.csr_matrix(after), obs=frame, layers={_keys.CONTROL_LAYER: control})
+
+
+def _labels(effect: Effect, start: Start, design: Design) -> dict[str, object]:
+    labels = {design.perturbation_key: effect.perturbation, design.context_key: start.context}
+    return {key: label for key, label in labels.items() if key is not None}
+
+
+def _joined(
+    predicted: dict[str, list[AnnData]], genes: Sequence[str], var: pd.DataFrame, *, is_sparse: bool
+) -> AnnData:
+    """Put the cells together, perturbation by perturbation, with genes as in the data; labels become categories."""
     out = ad.concat([cells for of_name in predicted.values() for cells in of_name])
     out.var_names = list(genes)
     out.obs_names = make_index_unique(pd.Index(out.obs_names))
-    for key in out.obs.columns.difference([_keys.CONTROL_BARCODE, _keys.EXPECTED_ERROR]):
-        out.obs[key] = pd.Categorical(out.obs[key])
+    for key in out.obs.columns.difference([_keys.CONTROL_BARCODE]):
+        if not pd.api.types.is_numeric_dtype(out.obs[key]):
+            out.obs[key] = pd.Categorical(out.obs[key])
+    out = out[:, var.index[var.index.isin(genes)]].copy()
+    out.var = var.loc[out.var_names].copy()
+    for name in (None, *out.layers):
+        matrix = out.X if name is None else out.layers[name]
+        if not sparse.issparse(matrix):
+            continue
+        matrix.sort_indices()
+        if not is_sparse and name != _keys.COUNTS_LAYER:
+            matrix = matrix.toarray()
+            if name is None:
+                out.X = matrix
+            else:
+                out.layers[name] = matrix
     return out
-
-
-def _warn_of_fewer_genes(design: Design, n_genes: int) -> None:
-    fewer = design.n_genes is not None and n_genes < 0.9 * design.n_genes
-    if fewer and design.scale == "counts" and design.library_size_key is None:
-        logger.warning(
-            "The data has %d genes, the training data had %d: library sizes, summed over fewer genes, come out too "
-            "small and expression too large. Keep all genes, or name the true totals with library_size_key=.",
-            *(n_genes, design.n_genes),
-        )
-
-
-def _common_genes(here: pd.Index, wanted: Sequence[str], min_coverage: float | None) -> list[str]:
-    """Return the model's genes that the data has, and raise where these are too few."""
-    if min_coverage is not None and not 0 < min_coverage <= 1:
-        raise ValueError(f"min_gene_coverage={min_coverage!r} must be above 0 and at most 1.")
-    genes = [g for g in wanted if g in here]
-    share = len(genes) / len(wanted)
-    logger.info("%d of the model's %d genes are in the data.", len(genes), len(wanted))
-    if not genes:
-        raise UnknownNameError(
-            f"none of the model's {len(wanted)} genes ({', '.join(wanted[:3])}, ...) is among var_names "
-            f"({', '.join(here[:3])}, ...): they are matched by name. Put names of the same kind there, "
-            "`adata.var_names = adata.var[column]`."
-        )
-    if min_coverage is not None and share < min_coverage:
-        missing = next(g for g in wanted if g not in here)
-        raise unknown_name(
-            "genes",
-            missing,
-            here,
-            f"{len(wanted) - len(genes)} of {len(wanted)} genes are missing; they are matched by name. Coverage is "
-            f"{share:.1%}, below min_gene_coverage={min_coverage}: lower it to fill missing genes with 0.",
-        )
-    if share < 1:
-        how = "left out of the result" if min_coverage is None else "filled with 0"
-        logger.warning("%d of the model's genes are %s.", len(wanted) - len(genes), how)
-    return genes

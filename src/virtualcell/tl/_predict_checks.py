@@ -1,0 +1,122 @@
+"""What is asked of `predict_perturbation`, and whether data and model can answer it."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from numbers import Integral
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+
+from virtualcell import _keys
+from virtualcell._errors import UnknownNameError, unknown_name
+from virtualcell.data._design import Design
+from virtualcell.models import ST
+from virtualcell.models._base import PerturbationModel
+
+logger = logging.getLogger(__name__)
+
+
+def check_numbers(context: object, n_cells: int | None, n_samples: int | None, seed: int) -> None:
+    """Raise for numbers and labels of the wrong kind."""
+    if context is not None and not isinstance(context, str):
+        raise TypeError(f"context={context!r} must be one label, as a string; leave it out for all contexts.")
+    for argument, value in (("n_cells", n_cells), ("n_samples", n_samples), ("seed", seed)):
+        may_lack = value is None and argument != "seed"
+        if not may_lack and (not isinstance(value, Integral) or isinstance(value, bool)):
+            raise TypeError(f"{argument}={value!r} must be a whole number.")
+    if seed < 0:
+        raise ValueError(f"seed={seed!r} must be at least 0.")
+    if n_cells is not None and n_cells < 1:
+        raise ValueError(f"n_cells={n_cells!r}: at least one cell is needed.")
+    if n_samples is not None and n_samples < 2:
+        raise ValueError(f"n_samples={n_samples!r}: at least 2 draws are needed for a standard error.")
+
+
+def design_of_data(model: PerturbationModel, adata: AnnData, stated: dict[str, str | None]) -> Design:
+    """Return the design of the data: that of the model, and what was stated otherwise."""
+    for key in ("context_key", "batch_key"):
+        if stated[key] is not None and getattr(model.design, key) is None:
+            raise ValueError(f"{key}={stated[key]!r} was given, but the model was set up without {key}.")
+    rep = model.design.use_rep
+    if rep is not None and rep not in adata.obsm:
+        remedy = "Run `vc.tl.embed(adata, model.se)` first." if rep == _keys.X_STATE else "Compute it first."
+        raise UnknownNameError(f"the model works on obsm[{rep!r}], which this data does not have. {remedy}")
+    layer = model.design.layer
+    if stated["layer"] is None and layer is not None and layer not in adata.layers:
+        raise unknown_name(
+            "layer",
+            layer,
+            adata.layers,
+            "The model was fitted on the layer of that name: say which layer has the same here, layer=, or where it is "
+            f"in X, put it there first, `adata.layers[{layer!r}] = adata.X`.",
+        )
+    return dataclasses.replace(model.design.restated(**stated), split_key=None, gene_key=None)
+
+
+def names_of(perturbation: str | Sequence[str] | None) -> list[str]:
+    """Return the names to predict, each once."""
+    names = [perturbation] if isinstance(perturbation, str) else perturbation
+    listed = isinstance(names, Sequence | np.ndarray | pd.Index | pd.Series)
+    if not listed or not all(isinstance(n, str) for n in names):
+        raise TypeError(f"perturbation={perturbation!r} must be a name, or a list of names, as strings.")
+    if not len(names):
+        raise ValueError("perturbation=[] names nothing to predict.")
+    return list(dict.fromkeys(names))
+
+
+def of_drug(
+    model: PerturbationModel, perturbation: str | Sequence[str] | None, drug: str | None, dose: float | None
+) -> str | Sequence[str] | None:
+    """Return the perturbation, or the name of a drug at a dose in its place."""
+    if drug is None:
+        if dose is not None:
+            raise ValueError(f"dose={dose!r} was given without drug=, whose dose it would be.")
+        return perturbation
+    if perturbation is not None:
+        raise ValueError(f"perturbation={perturbation!r} and drug={drug!r} were both given: give one of them.")
+    if not isinstance(model, ST):
+        raise TypeError(f"drug={drug!r} is found in the names of an ST, and model is a {type(model).__name__}.")
+    return model.perturbation_name(drug=drug, dose=dose)
+
+
+def warn_of_fewer_genes(design: Design, n_genes: int) -> None:
+    """Warn where library sizes are summed over fewer genes than at fitting."""
+    fewer = design.n_genes is not None and n_genes < 0.9 * design.n_genes
+    if fewer and design.scale == "counts" and design.library_size_key is None:
+        logger.warning(
+            "The data has %d genes, the training data had %d: library sizes, summed over fewer genes, come out too "
+            "small and expression too large. Keep all genes, or name the true totals with library_size_key=.",
+            *(n_genes, design.n_genes),
+        )
+
+
+def common_genes(here: pd.Index, wanted: Sequence[str], min_coverage: float | None) -> list[str]:
+    """Return the model's genes that the data has, and raise where these are too few."""
+    if min_coverage is not None and not 0 < min_coverage <= 1:
+        raise ValueError(f"min_gene_coverage={min_coverage!r} must be above 0 and at most 1.")
+    genes = [g for g in wanted if g in here]
+    share = len(genes) / len(wanted)
+    logger.info("%d of the model's %d genes are in the data.", len(genes), len(wanted))
+    if not genes:
+        raise UnknownNameError(
+            f"none of the model's {len(wanted)} genes ({', '.join(wanted[:3])}, ...) is among var_names "
+            f"({', '.join(here[:3])}, ...): they are matched by name. Put names of the same kind there, "
+            "`adata.var_names = adata.var[column]`."
+        )
+    if min_coverage is not None and share < min_coverage:
+        missing = next(g for g in wanted if g not in here)
+        raise unknown_name(
+            "genes",
+            missing,
+            here,
+            f"{len(wanted) - len(genes)} of {len(wanted)} genes are missing; they are matched by name. Coverage is "
+            f"{share:.1%}, below min_gene_coverage={min_coverage}: lower it to fill missing genes with 0.",
+        )
+    if share < 1:
+        how = "left out of the result" if min_coverage is None else "filled with 0"
+        logger.warning("%d of the model's genes are %s.", len(wanted) - len(genes), how)
+    return genes
