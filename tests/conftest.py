@@ -66,5 +66,10 @@ def kinase_fasta() -> Path:
 
 
 @pytest.fixture(scope="session")
+def positions_file() -> Path:
+    return shared_file("data", "gene_positions_grch38.tsv.gz")
+
+
+@pytest.fixture(scope="session")
 def golden() -> Path:
     return shared_file("golden")

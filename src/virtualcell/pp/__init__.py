@@ -1,4 +1,4 @@
-"""Prepare the data: gene embeddings, cell sentences, splits, knockdown efficiency."""
+"""Prepare the data: gene embeddings, cell sentences, splits, knockdown efficiency, gene positions."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from virtualcell.pp._coexpression import expression_gene_embeddings
 from virtualcell.pp._esm import gene_embeddings
 from virtualcell.pp._genes import read_gene_embeddings
 from virtualcell.pp._knockdown import knockdown_efficiency
+from virtualcell.pp._positions import gene_positions
 from virtualcell.pp._sentences import cell_sentences
 from virtualcell.pp._split import apply_split, save_split, split
 
@@ -14,6 +15,7 @@ __all__ = [
     "cell_sentences",
     "expression_gene_embeddings",
     "gene_embeddings",
+    "gene_positions",
     "knockdown_efficiency",
     "read_gene_embeddings",
     "save_split",
