@@ -47,6 +47,7 @@ FOLDS = [f"fold {i + 1}" for i in range(5)]
 CELLS_PER_GROUP = 100
 SMALLER_IS_BETTER = {"mae", "energy_distance"}
 CEILING = "ceiling"
+CEILINGS = (CEILING, "corrected ceiling")
 
 
 # -- data -------------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from _splits import (
-    CEILING,
+    CEILINGS,
     FOLDS,
     KANG,
     PAPALEXI,
@@ -192,7 +192,7 @@ def main() -> None:
     mean, spread = pd.concat(means, axis=1), pd.concat(spreads, axis=1)
     rank = ranks(mean, args.rows)
     first = rank.sort_values().index
-    order = [*first, *(r for r in [*args.rows, *BASELINES, CEILING] if r in mean.index and r not in first)]
+    order = [*first, *(r for r in [*args.rows, *BASELINES, *CEILINGS] if r in mean.index and r not in first)]
     for name in args.only:
         print(f"\n== {name}; in brackets the standard deviation over {args.seeds} seeds")
         table = mean[name].map("{:.4f}".format) + spread[name].map(lambda x: "" if np.isnan(x) else f" ({x:.4f})")

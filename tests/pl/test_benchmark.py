@@ -66,6 +66,25 @@ def test_bars_and_bands(scores):
     np.testing.assert_allclose([bands[1].x0, bands[1].x1], [ax.get_xlim()[0], ceiling])
 
 
+def test_the_corrected_ceiling_is_drawn_where_there_is_one(scores):
+    corrected = scores[(scores["source"] == "ceiling") & (scores["metric"] == "mae")].copy()
+    corrected = corrected.assign(source="corrected ceiling", model="corrected ceiling", value=corrected["value"] / 2)
+    axes = vc.pl.benchmark(pd.concat([scores, corrected]))
+    lines = [{line.get_label(): line for line in ax.lines} for ax in axes]
+    raw, half = lines[0]["ceiling of halves, not corrected"], lines[1]["ceiling, corrected for halves"]
+    assert "ceiling, corrected for halves" not in lines[0]
+    assert "ceiling of halves, not corrected" not in lines[1]
+    assert half.get_xdata()[0] == pytest.approx(
+        np.mean(
+            [mean(corrected, "corrected ceiling", "mae", split=s, seed=i) for s in ("one", "other") for i in range(3)]
+        )
+    )
+    assert raw.get_xdata()[0] > 0.8
+    texts = [t.get_text() for t in axes[0].figure.legends[0].texts]
+    assert {"ceiling of halves, not corrected", "ceiling, corrected for halves"} <= set(texts)  # of two panels
+    assert len(texts) == len(set(texts))
+
+
 def test_the_best_is_on_top_unless_models_are_named(scores):
     scores.loc[(scores["model"] == "ST") & (scores["metric"] == "mae"), "value"] = 0.08
     ax = vc.pl.benchmark(scores, metrics=["mae"])
@@ -79,7 +98,8 @@ def test_given_axes(scores):
     assert list(vc.pl.benchmark(scores, axes=axes)) == list(axes)
     ax = plt.figure().subplots()
     assert vc.pl.benchmark(scores[scores["split"] == "one"], metrics=["mae"], axes=ax) is ax
-    assert [t.get_text() for t in ax.get_legend().texts] == ["mean over seeds", "best of the floor", "ceiling"]
+    legend = ["mean over seeds", "best of the floor", "ceiling of halves, not corrected"]
+    assert [t.get_text() for t in ax.get_legend().texts] == legend
     with pytest.raises(ValueError, match="axes holds 1 axes for 2 metrics"):
         vc.pl.benchmark(scores, axes=ax)
 

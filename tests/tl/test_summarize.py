@@ -30,6 +30,7 @@ def two_contexts() -> pd.DataFrame:
             ("baseline", "x", "de_overlap"): [0.2, 0.2],
             ("baseline", "x", "mae"): [0.2, 0.2],
             ("ceiling", "x", "mae"): [0.1, 0.1],
+            ("corrected ceiling", "x", "mae"): [0.04, 0.06],
             ("model", "y", "pdisc_norm_l1"): [1.0],
             ("model", "y", "de_overlap"): [0.2],
             ("model", "y", "mae"): [0.1],
@@ -50,6 +51,8 @@ def test_challenge_score_by_hand(two_contexts):
     assert table.loc[("x", "mae"), "unclipped"] == pytest.approx(1 - 0.4 / 0.2)
     assert table.loc[("x", "mae"), "score"] == 0
     assert table.loc[("x", "mae"), "ceiling"] == pytest.approx(0.1)
+    assert table.loc[("x", "mae"), "ceiling_corrected"] == pytest.approx(0.05)
+    assert np.isnan(table.loc[("x", "de_overlap"), "ceiling_corrected"])
     x = (0.5 / 0.9 + 0.1 / 0.8 + 0) / 3
     assert table.loc[("x", "challenge_score"), "score"] == pytest.approx(x)
     assert table.loc[("x", "challenge_score"), "unclipped"] == pytest.approx((0.5 / 0.9 + 0.1 / 0.8 - 1) / 3)
@@ -99,7 +102,17 @@ def test_without_a_baseline_there_are_means_alone():
     table = vc.tl.summarize(scores({("model", "x", "mae"): [0.3, 0.5]}))
     assert list(table["metric"]) == ["mae"]
     assert table["score"].isna().all()
-    assert list(table) == ["context", "metric", "value", "n", "baseline", "ceiling", "score", "unclipped"]
+    assert list(table) == [
+        "context",
+        "metric",
+        "value",
+        "n",
+        "baseline",
+        "ceiling",
+        "ceiling_corrected",
+        "score",
+        "unclipped",
+    ]
 
 
 def test_what_is_not_defined_is_left_out_of_means_and_counts():

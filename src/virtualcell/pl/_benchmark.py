@@ -16,6 +16,11 @@ _NEEDED = ["split", "seed", "source", "model", "context", "perturbation", "metri
 _DEFAULT = ("pearson_delta", "mae", "energy_distance", "top50_overlap", "discrimination_cosine", "de_overlap")
 _COLOURS = (BLUE, ORANGE, PURPLE, SKY, VERMILLION, BLACK)  # of splits
 _FLOOR, _CEILING = GREY, GREEN
+# Sources of the ceiling, what the legend calls them, and how the line is dashed; the first that there is gets drawn.
+_CEILINGS = {
+    "corrected ceiling": ("ceiling, corrected for halves", (0, (5, 2))),
+    "ceiling": ("ceiling of halves, not corrected", (0, (5, 1.5, 1, 1.5))),
+}
 # Scores of which less is better.
 _LOSSES = (
     "mae",
@@ -51,7 +56,9 @@ def benchmark(
     A dot is the mean over the test perturbations of each context, then over contexts; NaN, where a metric is not
     defined, is left out. The bar is the mean over splits, each of which counts the same whatever its number of seeds.
     The bands start at such means too: what is no better than the floor (its best model for the metric), and what is
-    beyond the ceiling. How far each split lies from its own floor and ceiling is in the table.
+    beyond the ceiling. That is the corrected one, what the truth would score; where a metric has none, the raw one,
+    half of the cells against the other half, which a good prediction can pass. How far each split lies from its own
+    floor and ceiling is in the table.
 
     Parameters
     ----------
@@ -101,14 +108,18 @@ def benchmark(
     if not own_figure or len(axes) == 1:
         legend_below(axes[0], columns=3)
     else:
-        _legend_of_figure(axes[0])
+        _legend_of_figure(axes)
     return axes[0] if len(axes) == 1 else np.array(axes, dtype=object)
 
 
-def _legend_of_figure(ax: Axes) -> None:
+def _legend_of_figure(axes: Sequence[Axes]) -> None:
     """Put one legend under all panels, in as many columns as there is room for."""
-    figure = ax.get_figure(root=True)
-    handles, labels = ax.get_legend_handles_labels()
+    figure = axes[0].get_figure(root=True)
+    named = {}
+    for ax in axes:  # a panel may lack what another has
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            named.setdefault(label, handle)
+    handles, labels = list(named.values()), list(named)
     for n in range(len(labels), 0, -1):
         legend = figure.legend(
             handles, labels, loc="outside lower center", ncol=n, frameon=False, fontsize=9, handletextpad=0.5,
@@ -173,16 +184,24 @@ def _panel(ax: Axes, runs: pd.DataFrame, metric: str, models: Sequence[str]) -> 
     floors = runs[(runs["source"] == "floor") & ~runs["model"].isin(models)]
     if len(floors):
         floors = floors[floors["model"] == _best_first(floors, floors["model"].unique(), metric)[0]]
-    ceilings, shown = runs[runs["source"] == "ceiling"], runs[runs["model"].isin(models)]["value"].dropna()
+    ceilings, (label, dashes) = _ceiling(runs)
+    shown = runs[runs["model"].isin(models)]["value"].dropna()
     ends = np.array([*shown, *_mean_of(floors), *_mean_of(ceilings)])
     if ends.size:
         margin = 0.08 * np.ptp(ends) or 0.05
         ax.set_xlim(ends.min() - margin, ends.max() + margin)
     _band(ax, floors, _FLOOR, "best of the floor", (0, (1, 1.5)), upwards=metric in _LOSSES)
-    _band(ax, ceilings, _CEILING, "ceiling", (0, (5, 2)), upwards=metric not in _LOSSES)
+    _band(ax, ceilings, _CEILING, label, dashes, upwards=metric not in _LOSSES)
     ax.tick_params(axis="y", length=0)
     ax.locator_params(axis="x", nbins=5)
     despine(ax)
+
+
+def _ceiling(runs: pd.DataFrame) -> tuple[pd.DataFrame, tuple[str, tuple]]:
+    """Choose the corrected ceiling where the metric has one, and say how it is drawn."""
+    there = set(runs.loc[runs["value"].notna(), "source"])
+    source = next((s for s in _CEILINGS if s in there), "ceiling")
+    return runs[runs["source"] == source], _CEILINGS[source]
 
 
 def _band(ax: Axes, runs: pd.DataFrame, colour: str, label: str, dashes: tuple, *, upwards: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
@@ -14,9 +13,9 @@ from anndata import AnnData
 from joblib import Parallel, delayed
 from mudata import MuData
 
-from virtualcell._keys import ALL
 from virtualcell._threads import count_threads
 from virtualcell.data._design import Design, Scale, check_library_sizes, check_scale, noted_design
+from virtualcell.tl._ceiling import ceilings
 from virtualcell.tl._evaluate_checks import (
     COLUMNS,
     Suite,
@@ -26,11 +25,7 @@ from virtualcell.tl._evaluate_checks import (
     scored_before,
     task_of,
 )
-from virtualcell.tl._scores import METRICS, Cells, Comparison
-
-logger = logging.getLogger(__name__)
-
-_N_SPLITS = 5
+from virtualcell.tl._scores import Cells, Comparison, score_rows
 
 
 def evaluate(
@@ -89,7 +84,9 @@ def evaluate(
     ceiling
         Whether the real data is scored against itself too: one half of the cells of each perturbation predicts the
         other half, and the mean of five splits is given. Both halves share the control cells, or have half of them each
-        with `predicted_control`.
+        with `predicted_control`. Halves are noisier than what a prediction is compared with, and lie below what a good
+        one reaches: the "corrected ceiling" is what the truth would score against all observed cells, with as many
+        cells as `predicted` has of each perturbation. Not for "vcc2026", whose official ceiling is the raw one.
     baseline
         Predicted cells of a baseline, or what `evaluate` returned for them with the same arguments; for "vcc2026" also
         "generic", the mean response over perturbations as the official scorer builds it.
@@ -103,8 +100,9 @@ def evaluate(
 
     Returns
     -------
-    One row per `source` ("model", "baseline", "ceiling"), `context`, `perturbation` and `metric`, with its `value`; raw
-    values, NaN where a metric is not defined. Metrics that have one value for all perturbations have the perturbation
+    One row per `source` ("model", "baseline", "ceiling", "corrected ceiling"), `context`, `perturbation` and `metric`,
+    with its `value`; raw values, NaN where a metric is not defined. Metrics without a correction have no row of the
+    corrected ceiling. Metrics that have one value for all perturbations have the perturbation
     "(all)", as has the context without `context_key`. What was scored and how is in `.attrs`. For means and challenge
     scores, see :func:`virtualcell.tl.summarize`.
 
@@ -181,41 +179,8 @@ def _score(task: Task, metrics: Sequence[str]) -> list[pd.DataFrame]:
         kept = {"control": task.control, "genes": np.asarray(task.genes), "targets_by": targets_by}
         kept |= {"perturbations": perturbations, "metrics": metrics, "seed": task.seed, "n_jobs": task.n_jobs}
         for source, simulated in zip(task.sources, cells, strict=True):
-            parts.append(_rows(Comparison(simulated, real, **kept), source, context))
+            parts.append(score_rows(Comparison(simulated, real, **kept), source, context))
         if task.ceiling:
-            parts.append(_ceiling(real, context, task.predicted_control, kept))
+            n_predicted = dict(zip(task.sources, cells, strict=True))["model"].size
+            parts.append(ceilings(real, context, kept, own_control=task.predicted_control, n_predicted=n_predicted))
     return parts
-
-
-def _rows(comparison: Comparison, source: str, context: str) -> pd.DataFrame:
-    frames = []
-    for name in comparison.metrics:
-        value = METRICS[name].compute(comparison)
-        of = [ALL] if np.ndim(value) == 0 else comparison.perturbations
-        frames.append(pd.DataFrame({"perturbation": of, "metric": name, "value": np.ravel(value).astype(float)}))
-    sizes = len(comparison.metrics), len(comparison.perturbations)
-    logger.info("Scored the %s in context %s: %d metrics of %d perturbations.", source, context, *sizes)
-    return pd.concat(frames).assign(source=source, context=context)
-
-
-def _ceiling(cells: Cells, context: str, own_control: bool, kept: dict) -> pd.DataFrame:
-    """Mean over five splits of each perturbation's cells into halves, the one predicting the other."""
-    control, perturbations = kept["control"], kept["perturbations"]
-    rows = {name: np.arange(*cells.span[name]) for name in cells.names}
-    split = [p for p in perturbations if len(rows[p]) > 1]
-    if len(split) < len(perturbations):
-        logger.warning("%d perturbations of %s have one cell and no ceiling.", len(perturbations) - len(split), context)
-    runs = []
-    for i in range(_N_SPLITS if split else 0):
-        rng = np.random.default_rng([kept["seed"], i])
-        halves = ({}, {control: rows[control]})
-        for p in [*split, control] if own_control else split:
-            shuffled = rng.permutation(rows[p])
-            middle = len(shuffled) // 2
-            halves[0][p], halves[1][p] = shuffled[:middle], shuffled[middle : 2 * middle]
-        sides = [cells.take(h) for h in halves]
-        runs.append(_rows(Comparison(*sides, **{**kept, "perturbations": split}), "ceiling", context))
-    if not runs:
-        return pd.DataFrame(columns=COLUMNS)
-    mean = sum(run["value"].to_numpy() for run in runs) / _N_SPLITS
-    return runs[0].assign(value=mean)

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 
 import numpy as np
+import pandas as pd
 from joblib import Parallel, delayed
 from scipy import sparse, stats
 from scipy.linalg import eigh
 
 from virtualcell import metrics
+from virtualcell._keys import ALL
 from virtualcell.data._expression import Expression
 from virtualcell.data._labels import parts
 from virtualcell.metrics._cells import mean_distance, mean_distances
 from virtualcell.metrics._de import log2_fold_change, rank_sum_test
+
+logger = logging.getLogger(__name__)
 
 # Cells of one group beyond these numbers are drawn at random: distances between all pairs grow with the square.
 MAX_CELLS = 2000
@@ -359,3 +364,15 @@ SUITES: dict[str, list[str]] = {
     "vcc2025": ["pdisc_norm_l1", "pdisc_norm_cosine", "de_overlap", "mae"],
     "full": list(METRICS),
 }
+
+
+def score_rows(comparison: Comparison, source: str, context: str) -> pd.DataFrame:
+    """Compute the metrics of a comparison, one row each of every perturbation, or of all of them."""
+    frames = []
+    for name in comparison.metrics:
+        value = METRICS[name].compute(comparison)
+        of = [ALL] if np.ndim(value) == 0 else comparison.perturbations
+        frames.append(pd.DataFrame({"perturbation": of, "metric": name, "value": np.ravel(value).astype(float)}))
+    sizes = len(comparison.metrics), len(comparison.perturbations)
+    logger.info("Scored the %s in context %s: %d metrics of %d perturbations.", source, context, *sizes)
+    return pd.concat(frames).assign(source=source, context=context)

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 
 from virtualcell._keys import ALL
+from virtualcell.tl._ceiling import CEILING, CORRECTED_CEILING
 from virtualcell.tl._evaluate_checks import check_scores
 from virtualcell.tl._scores import METRICS
 
@@ -20,7 +21,7 @@ def summarize(scores: pd.DataFrame) -> pd.DataFrame:
     The score of a metric against the baseline's value b is (x - b) / (1 - b) where 1 is best, and 1 - x / b where 0 is.
     The Virtual Cell Challenge 2025 sets what is below 0 to 0 (`score`), which makes it free to be far worse than the
     baseline in one of the metrics: `unclipped` and the raw values beside it show that. For 2026 both columns are
-    (x - b) / (r - b), with r the ceiling, as the official scorer has it; without a ceiling, its score against the
+    (x - b) / (r - b), with r the raw ceiling, as the official scorer has it; without a ceiling, its score against the
     baseline alone; NaN where the baseline is already as good as that.
 
     Parameters
@@ -31,7 +32,8 @@ def summarize(scores: pd.DataFrame) -> pd.DataFrame:
     Returns
     -------
     One row per `context` and `metric`: `value`, the mean over perturbations where the metric is defined, `n` how many
-    these are, `baseline` and `ceiling` likewise, `score` and `unclipped`. Rows of the context "(all)" are means over
+    these are, `baseline` and `ceiling` likewise, `ceiling_corrected` (the ceiling corrected for having half of the
+    cells, NaN where there is no correction), `score` and `unclipped`. Rows of the context "(all)" are means over
     contexts, each of the same weight. The challenges add the metric "challenge_score", the mean of the scores of the
     metrics that they average, where there is a baseline.
 
@@ -47,8 +49,8 @@ def summarize(scores: pd.DataFrame) -> pd.DataFrame:
     suite = scores.attrs.get("suite")
     keys = ["context", "metric"]
     by = scores.groupby(["source", *keys], sort=False)["value"]
-    mean = by.mean().unstack("source").reindex(columns=["model", "baseline", "ceiling"])
-    out = mean.rename(columns={"model": "value"})
+    mean = by.mean().unstack("source").reindex(columns=["model", "baseline", CEILING, CORRECTED_CEILING])
+    out = mean.rename(columns={"model": "value", CORRECTED_CEILING: "ceiling_corrected"})
     # a metric without one row per perturbation holds for all of them
     out.insert(1, "n", by.count().unstack("source")["model"])
     out = out[out["value"].notna() | out["n"].notna()]
@@ -80,13 +82,13 @@ def summarize(scores: pd.DataFrame) -> pd.DataFrame:
     )
     out = out.sort_values(keys).astype(dict.fromkeys(keys, object)).reset_index(drop=True)
     out["n"] = out["n"].fillna(0).astype(int)
-    out = out[[*keys, "value", "n", "baseline", "ceiling", "score", "unclipped"]]
+    out = out[[*keys, "value", "n", "baseline", "ceiling", "ceiling_corrected", "score", "unclipped"]]
     out.attrs = dict(scores.attrs)
     return out
 
 
 _ENDS = ["value", "baseline", "ceiling"]
-_NUMBERS = [*_ENDS, "score", "unclipped"]
+_NUMBERS = [*_ENDS, "ceiling_corrected", "score", "unclipped"]
 
 
 def _averaged(suite: object) -> list[str]:

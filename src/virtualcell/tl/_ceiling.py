@@ -1,0 +1,194 @@
+"""The ceiling of a score: real cells against real cells, as they are and corrected for having half of them.
+
+One half of the cells of each perturbation predicts the other half. Both halves carry noise, that of half of the cells,
+whereas a prediction of the true mean is compared with all cells and has none: the raw ceiling lies below what a good
+prediction reaches. The corrected one estimates what the truth itself would score against all n observed cells.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+
+from virtualcell.tl._evaluate_checks import COLUMNS
+from virtualcell.tl._scores import MAX_CELLS, METRICS, Cells, Comparison, score_rows
+
+logger = logging.getLogger(__name__)
+
+# Sources of the rows in tables of scores.
+CEILING, CORRECTED_CEILING = "ceiling", "corrected ceiling"
+
+_N_SPLITS = 5
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Numbers of cells of each perturbation: all that were observed, of either half, and of the scored prediction."""
+
+    whole: np.ndarray
+    half: np.ndarray
+    predicted: np.ndarray
+
+
+def ceilings(cells: Cells, context: str, kept: dict, *, own_control: bool, n_predicted: dict[str, int]) -> pd.DataFrame:
+    """Score halves of real cells against each other, the mean over five splits, and correct that for the halves.
+
+    Parameters
+    ----------
+    cells
+        Real cells of one context, perturbed and control.
+    context
+        Its name.
+    kept
+        What the comparison with the prediction was made with: arguments of :class:`Comparison` beside the cells.
+    own_control
+        Whether each half has its own half of the controls; they share all of them otherwise.
+    n_predicted
+        Number of cells that the prediction has of each perturbation: the truth is given as many.
+
+    Returns
+    -------
+    Rows of the sources "ceiling" and "corrected ceiling"; the latter for metrics for which there is a correction.
+    """
+    control, perturbations = kept["control"], kept["perturbations"]
+    rows = {name: np.arange(*cells.span[name]) for name in cells.names}
+    split = [p for p in perturbations if len(rows[p]) > 1]
+    if len(split) < len(perturbations):
+        logger.warning("%d perturbations of %s have one cell and no ceiling.", len(perturbations) - len(split), context)
+    if not split:
+        return pd.DataFrame(columns=COLUMNS)
+    runs, drawn = [], []
+    for i in range(_N_SPLITS):
+        rng = np.random.default_rng([kept["seed"], i])
+        halves = ({}, {control: rows[control]})
+        for p in [*split, control] if own_control else split:
+            shuffled = rng.permutation(rows[p])
+            middle = len(shuffled) // 2
+            halves[0][p], halves[1][p] = shuffled[:middle], shuffled[middle : 2 * middle]
+        comparison = Comparison(*(cells.take(h) for h in halves), **{**kept, "perturbations": split})
+        runs.append(score_rows(comparison, CEILING, context))
+        drawn.append(scores_of_truth(comparison))
+    raw = runs[0].assign(value=sum(run["value"].to_numpy() for run in runs) / _N_SPLITS)
+    whole = np.array([len(rows[p]) for p in split])
+    sizes = Sizes(whole, whole // 2, np.array([n_predicted[p] for p in split]))
+    of_truth = {name: sum(scores[name] for scores in drawn) / _N_SPLITS for name in drawn[0]}
+    return pd.concat([raw, _corrected(raw, of_truth, sizes)], ignore_index=True)
+
+
+def _corrected(raw: pd.DataFrame, of_truth: dict[str, np.ndarray], sizes: Sizes) -> pd.DataFrame:
+    """Rows of the corrected ceiling, from the means over splits: a mean has less noise to bend than its parts."""
+    frames = []
+    for name, rows in raw.groupby("metric", sort=False):
+        if name in of_truth:
+            value = of_truth[name]
+        elif name in CORRECTIONS:
+            value = CORRECTIONS[name](rows["value"].to_numpy(), sizes)
+        else:
+            continue
+        frames.append(rows.assign(value=value, source=CORRECTED_CEILING))
+    return pd.concat(frames) if frames else raw[:0]
+
+
+# -- in closed form ---------------------------------------------------------------------------------------------------
+
+
+def _squared(raw: np.ndarray, n: Sizes) -> np.ndarray:
+    """Take off noise: two halves differ by that of both, 2 s² / half, the truth by that of all cells, s² / whole."""
+    return raw * n.half / (2 * n.whole)
+
+
+def _absolute(raw: np.ndarray, n: Sizes) -> np.ndarray:
+    """Take the root: the mean size of a normal error is proportional to the root of its variance."""
+    return raw * np.sqrt(n.half / (2 * n.whole))
+
+
+def _correlation(raw: np.ndarray, n: Sizes) -> np.ndarray:
+    """Correct by Spearman and Brown: the reliability r of a half becomes R = k r / (1 + (k - 1) r) of k halves.
+
+    Halves correlate by their reliability, the truth with all cells by its root. Halves that do not correlate have no
+    root, and stay as they are.
+    """
+    k = n.whole / n.half
+    positive = np.maximum(raw, 0)
+    return np.where(raw > 0, np.sqrt(k * positive / (1 + (k - 1) * positive)), raw)
+
+
+def _energy(raw: np.ndarray, n: Sizes) -> np.ndarray:
+    """Take off bias: a cell's distance to itself counts, so that D (1 / n + 1 / m) / 2 is expected for n and m cells.
+
+    D is the mean distance of two cells of the same distribution. Halves are expected to be at D / half.
+    """
+    whole, half, predicted = (np.minimum(size, MAX_CELLS) for size in (n.whole, n.half, n.predicted))
+    return raw * half / 2 * (1 / predicted + 1 / whole)
+
+
+CORRECTIONS: dict[str, Callable[[np.ndarray, Sizes], np.ndarray]] = {
+    **dict.fromkeys(("pearson_delta", "pearson_delta_top50_de", "pearson_delta_top100_de"), _correlation),
+    **dict.fromkeys(("mae", "mae_delta"), _absolute),
+    **dict.fromkeys(("mse", "mse_delta"), _squared),
+    "energy_distance": _energy,
+}
+
+
+# -- by a truth of the same signal and noise --------------------------------------------------------------------------
+
+_APART = [name for name in METRICS if name.startswith(("discrimination_", "pdisc_norm_"))]
+_TOP = ["top50_overlap"]
+
+
+@dataclass
+class _Profiles:
+    """A truth that is known, and what is observed of it: what metrics of mean profiles look at."""
+
+    shifted_means: np.ndarray
+    observed_means: np.ndarray
+    control_mean: np.ndarray
+    targets: np.ndarray
+    perturbations: list[str]
+    discrimination: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+def scores_of_truth(comparison: Comparison) -> dict[str, np.ndarray]:
+    """Scores that the truth would have in metrics of ranks, for which no formula holds: those of a truth like it.
+
+    The mean of two halves has the noise of all cells, half of their difference is such a noise too, and the two are
+    independent. Means shrunk until they vary as much as the truth does take its place, and are observed with that
+    noise. They vary about the mean perturbation, where perturbations are told apart, and else about the control.
+
+    Parameters
+    ----------
+    comparison
+        Of one half with the other.
+
+    Returns
+    -------
+    Values per perturbation of those of its metrics that are corrected in this way.
+    """
+    apart, top = ([m for m in names if m in comparison.metrics] for names in (_APART, _TOP))
+    if not apart and not top:
+        return {}
+    first, second, control = comparison.shifted_means, comparison.observed_means, comparison.control_mean
+    mean, noise = (first + second) / 2, (first - second) / 2
+    others = {"control_mean": control, "targets": comparison.targets, "perturbations": comparison.perturbations}
+    out = {}
+    if apart:
+        centre = mean.mean(axis=0)
+        off = mean - centre, noise - noise.mean(axis=0)  # noise that all share tells none apart
+        truth = centre + _signal_share(*(np.square(x).sum() for x in off)) * off[0]
+        profiles = _Profiles(truth, truth + noise, **others)
+        out |= {name: np.asarray(METRICS[name].compute(profiles)) for name in apart}
+    if top:
+        sizes = (np.square(x).sum(axis=1, keepdims=True) for x in (mean - control, noise))
+        truth = control + _signal_share(*sizes) * (mean - control)
+        profiles = _Profiles(truth, truth + noise, **others)
+        out |= {name: np.asarray(METRICS[name].compute(profiles)) for name in top}
+    return out
+
+
+def _signal_share(both: np.ndarray, noise: np.ndarray) -> np.ndarray:
+    """Factor that takes signal with noise to the size of the signal; none where there is no more than noise."""
+    return np.sqrt(np.clip(1 - noise / np.where(both > 0, both, np.inf), 0, None))
