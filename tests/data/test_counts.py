@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from virtualcell.data._counts import depth_matched_counts
+from virtualcell.data._counts import NoCountsError, averaged, counts_of, depth_matched_counts, library_of, log_of
 
 GENES = [f"G{i}" for i in range(40)]
 
@@ -87,3 +87,44 @@ def test_a_cell_that_expresses_nothing_is_an_error(share):
     log[1] = 0
     with pytest.raises(ValueError, match="cell 1 of predicted expresses nothing"):
         depth_matched_counts(log.tocsr(), [10] * 3, genes=GENES)
+
+
+def test_counts_and_library_sizes_are_read_off_logarithms():
+    rng = np.random.default_rng(5)
+    library = rng.integers(500, 20_000, size=200).astype(float)
+    counts = sparse.csr_matrix(rng.poisson(rng.lognormal(0, 1.5, size=(200, 40))).astype(np.float32))
+    counts[0] = 0
+    counts.eliminate_zeros()
+    log = log_of(counts, library)
+    found = library_of(log)
+    np.testing.assert_array_equal(found[1:], library[1:])
+    assert found[0] == np.rint(np.median(library[1:]))  # of a cell that tells nothing
+    np.testing.assert_array_equal(counts_of(log, found).toarray(), counts.toarray())
+    assert (log_of(counts_of(log, found), found) != log).nnz == 0
+
+
+def test_the_smallest_value_may_be_two_counts_where_genes_were_left_out():
+    counts, library = sparse.csr_matrix(np.array([[2, 3, 7], [2, 4, 0]], np.float32)), np.array([3000.0, 4000.0])
+    log = log_of(counts, library)
+    found = library_of(log)
+    np.testing.assert_array_equal(found, [3000, 2000])  # all even: taken for half as many
+    np.testing.assert_allclose(log_of(counts_of(log, found), found).toarray(), log.toarray(), atol=1e-6)
+
+
+def test_corrected_expression_holds_no_counts(share):
+    log = repeated(share, 5)
+    with pytest.raises(NoCountsError, match=r"5 of 5 cells are not made of whole counts.*scale='counts'.*emit='mean'"):
+        library_of(log)
+
+
+def test_averages_are_of_four_cells_of_the_group(share):
+    rate = np.arange(1.0, 13.0)[:, None] * np.array([1.0, 0, 10])
+    groups = np.repeat([0, 1, 2], [5, 5, 2])
+    means = np.expm1(averaged(sparse.csr_matrix(np.log1p(rate)), groups).toarray())
+    for group in range(3):
+        own, theirs = rate[groups == group, 0], means[groups == group, 0]
+        np.testing.assert_allclose(theirs.mean(), own.mean(), rtol=1e-5)
+        assert theirs.min() >= own.min() - 1e-5
+        assert theirs.var() < own.var()
+    np.testing.assert_allclose(means[groups == 2, 0], 11.5, rtol=1e-5)  # fewer cells than four
+    np.testing.assert_allclose(means[:, 2], 10 * means[:, 0], rtol=1e-5)

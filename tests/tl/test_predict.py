@@ -14,7 +14,8 @@ import scanpy as sc
 from scipy import sparse
 
 import virtualcell as vc
-from virtualcell.models import Additive, NoChange
+from virtualcell.metrics._de import rank_sum_test
+from virtualcell.models import Additive, ContextMean, NearestContext, NoChange, PerturbationMean
 from virtualcell.tl import _predict
 
 CONTROL = "non-targeting"
@@ -275,6 +276,120 @@ def test_batches_come_along(screen, fit, targets):
         vc.tl.predict_perturbation(screen, targets[0])
 
 
+# -- cells that are cells ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def null_screen() -> ad.AnnData:
+    """Perturbations without any effect, not even on their own genes."""
+    adata = vc.datasets.synthetic(
+        n_contexts=3, n_perturbations=6, n_genes=200, n_cells_per_group=60, n_control_cells=150, effect_size=0.0,
+        residual_expression=0.999, library_size=1500, n_batches=1, seed=3,
+    )  # fmt: skip
+    vc.pp.split(adata, perturbation_key="target_gene", control=CONTROL, context_key="cell_type",
+                holdout={"contexts": ["type_3"]})  # fmt: skip
+    return adata
+
+
+def trained(kind, data, design, **options):
+    kind.setup_anndata(data, **design, **options)
+    model = kind(data)
+    model.train()
+    return model
+
+
+@pytest.mark.parametrize("kind", [Additive, NearestContext, PerturbationMean])
+def test_perturbations_without_effect_yield_no_differential_expression(null_screen, design, kind):
+    model = trained(kind, null_screen, design, scale="counts", split_key="split")
+    names = sorted(set(null_screen.obs["target_gene"]) - {CONTROL})
+    cells = vc.tl.predict_perturbation(null_screen, names, context="type_3", model=model)
+    control = cells[cells.obs["target_gene"] == names[0]].layers["control"]
+    codes = np.concatenate([np.zeros(control.shape[0], int), cells.obs["target_gene"].cat.codes + 1])
+    fdr = rank_sum_test(sparse.vstack([control, cells.X], format="csr"), codes)[1]
+    assert (fdr < 0.05).mean() <= 0.01
+    real = null_screen[(null_screen.obs["cell_type"] == "type_3") & (null_screen.obs["target_gene"] != CONTROL)]
+    log = log1p_cp10k(real).to_numpy()
+    assert abs((dense(cells.X) == 0).mean() - (log == 0).mean()) < 0.01
+    is_on = log.mean(axis=0) > 0.1
+    assert 0.9 < np.median(dense(cells.X).var(axis=0)[is_on] / log.var(axis=0)[is_on]) < 1.1
+
+
+@pytest.mark.parametrize("kind", ["ST", NoChange, Additive, ContextMean])
+def test_the_control_label_predicts_the_control_cells(fitted, model, design, kind):
+    model = model if kind == "ST" else trained(kind, fitted.copy(), design, scale="counts")
+    cells = vc.tl.predict_perturbation(fitted, CONTROL, model=model)
+    source = fitted[cells.obs["control_barcode"], cells.var_names]
+    assert_same(cells.layers["counts"], source.X)
+    assert_same(cells.X, cells.layers["control"])
+    few = model.predict(fitted, CONTROL, n_cells=4)
+    expected = log1p_cp10k(fitted).loc[few.index, model.genes]
+    np.testing.assert_allclose(few, expected, atol=1e-5)
+
+
+def test_a_gene_in_few_cells_stays_in_few_cells(fitted, model, design, targets, monkeypatch):
+    counts = fitted.X.tolil()
+    rare = model.genes[3]
+    controls = np.flatnonzero(fitted.obs["target_gene"] == CONTROL)
+    counts[:, list(fitted.var_names).index(rare)] = 0
+    counts[controls[0], list(fitted.var_names).index(rare)] = 1
+    fitted.X = counts.tocsr()
+    monkeypatch.setattr(type(model), "effect_error", lambda self, *args, **kwargs: np.where(
+        np.array(self.genes) == rare, np.inf, 0.0))  # fmt: skip
+    cells = vc.tl.predict_perturbation(fitted, targets[0], model=model)
+    assert (dense(cells[:, rare].X) > 0).sum() == 1
+    other = np.array([g for g in cells.var_names if g != rare])
+    assert abs(cells[:, other].X - cells[:, other].layers["control"]).nnz
+
+
+def test_effects_below_the_error_of_the_model_are_no_change(fitted, model, targets, monkeypatch):
+    monkeypatch.setattr(type(model), "effect_error", lambda self, *args, **kwargs: 100.0)
+    cells = vc.tl.predict_perturbation(fitted, targets[0], model=model)
+    assert_same(cells.X, cells.layers["control"])
+    means = vc.tl.predict_perturbation(fitted, targets[0], model=model, emit="mean")
+    np.testing.assert_allclose(dense(means.X), dense(means.layers["control"]), atol=1e-6)
+
+
+def test_library_sizes_come_under_the_name_of_their_column(screen, fit, targets):
+    screen.obs["n_total"] = np.asarray(screen.X.sum(axis=1)).ravel() + 500
+    fit(screen, library_size_key="n_total", n_top_genes=None, training={"max_steps": 2})
+    cells = vc.tl.predict_perturbation(screen, targets[0])
+    source = screen.obs["n_total"].loc[cells.obs["control_barcode"]]
+    np.testing.assert_array_equal(cells.obs["n_total"], source)
+    assert "library_size" not in cells.obs
+    logs = np.log1p(dense(cells.layers["counts"]) / source.to_numpy()[:, None] * 1e4)
+    np.testing.assert_allclose(dense(cells.X), logs, atol=1e-5)
+
+
+def test_all_genes_keep_the_totals_of_cells(screen, design, targets):
+    model = trained(Additive, screen, design, scale="counts")
+    cells = vc.tl.predict_perturbation(screen, targets[0], model=model)
+    before = screen[cells.obs["control_barcode"]].X.sum(axis=1)
+    np.testing.assert_array_equal(cells.layers["counts"].sum(axis=1), before)
+    assert (cells.layers["counts"] != screen[cells.obs["control_barcode"], cells.var_names].X).nnz
+
+
+def test_logarithms_that_hold_no_counts_have_mean_profiles_only(screen, design, targets):
+    log = log1p_cp10k(screen).to_numpy(np.float32)
+    screen.X = sparse.csr_matrix(log * np.random.default_rng(0).uniform(0.8, 1, log.shape).astype(np.float32))
+    model = trained(Additive, screen, design)
+    with pytest.raises(ValueError, match=r"cells are not made of whole counts.*scale='counts'.*emit='mean'"):
+        vc.tl.predict_perturbation(screen, targets[0], model=model)
+    means = vc.tl.predict_perturbation(screen, targets[0], model=model, emit="mean", n_samples=2)
+    assert means.n_obs == 3
+    assert list(means.obs) == ["target_gene", "cell_type", "expected_error"]
+    expected = model.predict(screen, targets[0], context="type_2").mean(axis=0)
+    np.testing.assert_allclose(dense(means["type_2-" + targets[0]].X)[0], expected, atol=1e-5)
+
+
+def test_models_of_embeddings_change_the_counts_of_the_same_cells(screen, fit, targets):
+    screen.obsm["X_pca"] = np.random.default_rng(0).normal(size=(screen.n_obs, 5)).astype(np.float32)
+    fit(screen, network={"use_rep": "X_pca"}, training={"max_steps": 2}, validate=False)
+    same, other = (vc.tl.predict_perturbation(screen, name, n_cells=10) for name in (CONTROL, targets[0]))
+    assert list(same.obs["control_barcode"]) == list(other.obs["control_barcode"])
+    assert_same(same.layers["counts"], screen[same.obs["control_barcode"], same.var_names].X)
+    np.testing.assert_array_equal(other.layers["counts"].data, np.rint(other.layers["counts"].data))
+
+
 # -- what is read -----------------------------------------------------------------------------------------------------
 
 
@@ -417,6 +532,7 @@ def test_arguments_of_the_wrong_kind(fitted, targets):
     [
         ({"n_cells": 2.5}, TypeError, r"^n_cells=2\.5 must be a whole number"),
         ({"n_cells": "all"}, TypeError, r"^n_cells='all' must be a whole number"),
+        ({"emit": "cell"}, KeyError, r"^emit='cell' is unknown\. Did you mean 'cells'\? Say 'cells'.*, 'mean' for"),
         ({"n_samples": 1}, ValueError, r"^n_samples=1: at least 2 draws are needed"),
         ({"seed": None}, TypeError, r"^seed=None must be a whole number"),
         ({"seed": -1}, ValueError, r"^seed=-1 must be at least 0"),

@@ -122,7 +122,7 @@ def test_2025_equals_the_file_of_cell_eval(write_2025, predicted, controls, gene
     if shutil.which("zstd") is None:
         pytest.skip("cell-eval needs the program zstd")
     both = ad.AnnData(
-        np.vstack([predicted.X, log1p_cp10k(controls.X).toarray()]),
+        np.vstack([predicted.X.toarray(), log1p_cp10k(controls.X).toarray()]),
         obs=pd.concat([predicted.obs, controls.obs])[["target_gene", "cell_type"]].astype(str),
         var=predicted.var,
     )
@@ -258,16 +258,32 @@ def test_2026_is_accepted_as_counts_by_the_scorer(counts):
 def test_2026_counts_have_the_depth_of_the_control_cell_and_the_mean_of_the_prediction(
     write_2026, predicted, controls, genes
 ):
-    counts = write_2026(predicted)
     depth = pd.Series(controls.X.toarray().sum(axis=1), controls.obs_names)[predicted.obs["control_barcode"]]
+    own = write_2026(predicted)
+    np.testing.assert_array_equal(own.X.toarray(), predicted[:, genes].layers["counts"].toarray())
+    np.testing.assert_array_equal(own.X.toarray().sum(axis=1), depth)
+    assert_same_cells(write_2026(predicted, controls=None), own)
+    counts = write_2026(predicted, sampling="systematic")
     np.testing.assert_array_equal(counts.X.toarray().sum(axis=1), depth)
-    share = np.expm1(predicted[:, genes].X.astype(np.float64))
+    share = np.expm1(predicted[:, genes].X.toarray().astype(np.float64))
     expected = share / share.sum(axis=1, keepdims=True) * depth.to_numpy()[:, None]
     assert (np.abs(counts.X.toarray() - expected) < 1).all()
     assert counts.obs["context"].tolist() == predicted.obs["cell_type"].tolist()
     many = np.mean([write_2026(predicted, seed=s, sampling="multinomial").X.toarray() for s in range(40)], axis=0)
     z = (many - expected) / np.sqrt(expected / 40 + 1e-9)
     assert np.sqrt(np.mean(z[expected > 1] ** 2)) == pytest.approx(1, abs=0.05)
+
+
+def test_2026_the_averaged_file_has_less_scatter_than_cells_and_the_same_means(write_2026, predicted, genes):
+    cells, averages = (write_2026(predicted, sampling=how).X.toarray() for how in ("systematic", "averaged"))
+    np.testing.assert_array_equal(averages, np.rint(averages))
+    np.testing.assert_array_equal(averages.sum(axis=1), cells.sum(axis=1))
+    group = predicted.obs.groupby(["target_gene", "cell_type"], observed=True).ngroup().to_numpy()
+    means = {g: [x[group == g].mean(axis=0) for x in (cells, averages)] for g in set(group)}
+    scatter = [x - np.stack([means[g][i] for g in group]) for i, x in enumerate((cells, averages))]
+    high = cells.mean(axis=0) > 5
+    assert np.median(scatter[1][:, high].var(axis=0) / scatter[0][:, high].var(axis=0)) < 0.6
+    np.testing.assert_allclose(averages.mean(axis=0)[high], cells.mean(axis=0)[high], rtol=0.1)
 
 
 def test_2026_depths_may_be_given(write_2026, predicted):
@@ -279,11 +295,13 @@ def test_2026_depths_may_be_given(write_2026, predicted):
     for depths, match in (
         ([10], "one number for each of 96 cells"),
         (np.full(predicted.n_obs, 0.5), "whole numbers from 1"),
-        (None, "controls or depths must be given"),
         (np.full(predicted.n_obs, 2_000_000), "more than 1000000 counts"),
     ):
         with pytest.raises(ValueError, match=match):
             write_2026(predicted, controls=None, depths=depths)
+    del predicted.layers["counts"]
+    with pytest.raises(ValueError, match="controls or depths must be given"):
+        write_2026(predicted, controls=None)
 
 
 def test_2026_order_of_genes_and_seed(write_2026, predicted, controls, genes, tmp_path):
@@ -292,7 +310,8 @@ def test_2026_order_of_genes_and_seed(write_2026, predicted, controls, genes, tm
     order = np.random.default_rng(5).permutation(predicted.n_vars)
     write_2026(predicted[:, order].copy(), controls=controls[:, order[::-1]].copy())
     assert (tmp_path / "ours.vcc").read_bytes() == first
-    assert (write_2026(predicted, seed=1).X != read_back(first).X).nnz
+    drawn = [write_2026(predicted, seed=seed, sampling="multinomial").X for seed in (0, 1)]
+    assert (drawn[0] != drawn[1]).nnz
     other = write_2026(predicted, genes=genes[::-1])
     np.testing.assert_array_equal(other[:, genes].X.toarray(), read_back(first).X.toarray())
 
@@ -486,7 +505,8 @@ def test_from_fit_state_with_genes_that_are_not_predicted(fitted, targets, desig
     with caplog.at_level(logging.INFO, logger="virtualcell"):
         log = vc.tl.prepare_submission(predicted, tmp_path / "a.vcc", year=2025, missing_genes="control", **options)
     assert "30 of 90 genes are not predicted" in caplog.text
-    np.testing.assert_allclose(log[: predicted.n_obs, predicted.var_names].X.toarray(), predicted.X, rtol=1e-6)
+    of_model = log[: predicted.n_obs, predicted.var_names].X.toarray()
+    np.testing.assert_allclose(of_model, predicted.X.toarray(), rtol=1e-6)
     rest = [g for g in genes if g not in predicted.var_names]
     started = controls.obs_names.get_indexer(predicted.obs["control_barcode"])
     np.testing.assert_allclose(
@@ -530,9 +550,10 @@ def test_no_change_gives_the_control_cells_back(data, controls, names, write_202
     model = vc.models.NoChange(work)
     model.train()
     same = vc.tl.predict_perturbation(data, names, **DESIGN, model=model, scale="counts", n_cells=N_CELLS)
-    counts = write_2026(same).X.toarray()
     real = controls[same.obs["control_barcode"], genes].X.toarray()
-    assert (counts == real).all(axis=1).mean() > 0.95
+    np.testing.assert_array_equal(write_2026(same).X.toarray(), real)
+    drawn = write_2026(same, sampling="systematic").X.toarray()
+    assert (drawn == real).all(axis=1).mean() > 0.95
 
 
 def test_other_names_of_columns_and_control(data, write_2025, predicted, controls):
@@ -556,7 +577,7 @@ def test_input_is_not_changed(write_2025, write_2026, predicted, controls, sessi
     before = controls.copy()
     write_2025(predicted)
     write_2026(predicted)
-    np.testing.assert_array_equal(predicted.X, session_predicted.X)
+    np.testing.assert_array_equal(predicted.X.toarray(), session_predicted.X.toarray())
     pd.testing.assert_frame_equal(predicted.obs, session_predicted.obs)
     assert (controls.X != before.X).nnz == 0
 

@@ -6,14 +6,15 @@ import dataclasses
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import pandas as pd
 from anndata import AnnData
 from mudata import MuData
+from scipy import sparse
 
 from virtualcell._threads import count_threads
+from virtualcell.data._counts import NoCountsError, counts_of, library_of
 from virtualcell.data._design import Design, Scale, check_library_sizes
 from virtualcell.data._expression import MOST_EXPRESSION
 from virtualcell.data._screen import Screen
@@ -24,14 +25,16 @@ from virtualcell.models._effects import Effects
 from virtualcell.models._start import Start, starts
 from virtualcell.pp import split as split_cells
 from virtualcell.tl._benchmark_models import Spec, fit_st, model_specs, reason_not_to_predict
+from virtualcell.tl._emit import emitted_cells, predicted_effect
 from virtualcell.tl._evaluate import evaluate
-from virtualcell.tl._evaluate_checks import metric_names
+from virtualcell.tl._evaluate_checks import Suite, metric_names
 from virtualcell.tl._prepare import choose_genes, prepared
+from virtualcell.tl._questions import Asked, asked_by_split
 
 logger = logging.getLogger(__name__)
 
 COLUMNS = ["split", "seed", "source", "model", "context", "perturbation", "metric", "value"]
-CEILING = "ceiling"
+VCC2026 = "vcc2026"
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ def benchmark(
     batch_key: str | None = None,
     split_key: str | None = None,
     splits: Mapping[str, str | Mapping] | None = None,
-    suite: Literal["vcc2025", "full"] | Sequence[str] = "full",
+    suite: Suite | Sequence[str] = "full",
     seeds: Sequence[int] = (0, 1, 2),
     floor: Sequence[str] = ("NoChange", "PerturbationMean"),
     ceiling: bool = True,
@@ -76,8 +79,12 @@ def benchmark(
     """Fit models on splits of the data and score what they predict for the test cells.
 
     All models of a split work on the same normalised matrix, and on the same genes, which are chosen on its training
-    cells. Test cells are scored and nothing else. Predictions above log(1 + 10,000), the most that a gene can have in
-    a cell, are cut there, with a warning. `adata` is not changed.
+    cells. Test cells are scored and nothing else. `adata` is not changed.
+
+    What models predict is made cells of in one way, as :func:`virtualcell.tl.predict_perturbation` does: whole counts
+    of control cells, changed as the model says. Where control cells hold no whole counts (`scale="log1p"` of corrected
+    expression), what models return is scored as it is, with a warning. So there is for values above log(1 + 10,000),
+    the most that a gene can have in a cell.
 
     Parameters
     ----------
@@ -95,7 +102,7 @@ def benchmark(
         Column with `train`, `val` and `test`, from :func:`virtualcell.pp.split`; or several splits, from a name to such
         a column or to what to hold out (`{"K562 unseen": {"contexts": ["K562"]}}`). One of the two.
     suite
-        "vcc2025", "full", or names of metrics, as in :func:`virtualcell.tl.evaluate`.
+        "vcc2025", "vcc2026", "full", or names of metrics, as in :func:`virtualcell.tl.evaluate`.
     seeds
         ST is fitted once with each; baselines, in which nothing is random, once, under the first. The ceiling takes its
         halves by each.
@@ -121,10 +128,10 @@ def benchmark(
 
     Returns
     -------
-    One row per `split`, `seed`, `source` ("model", "floor" or "ceiling"), `model`, `context`, `perturbation` and
-    `metric`, with its `value`. A model that cannot predict a test perturbation of a split, as Additive one that was
-    never measured, is left out of that split, with a warning. `.attrs` has what was asked for, and the number of genes
-    of each split. Drawn by :func:`virtualcell.pl.benchmark`.
+    One row per `split`, `seed`, `source` ("model", "floor", "ceiling" or "corrected ceiling"), `model`, `context`,
+    `perturbation` and `metric`, with its `value`. A model that cannot predict a test perturbation of a split, as
+    Additive one that was never measured, is left out of that split, with a warning. `.attrs` has what was asked for,
+    and the number of genes of each split. Drawn by :func:`virtualcell.pl.benchmark`.
 
     Raises
     ------
@@ -140,11 +147,8 @@ def benchmark(
         raise ValueError(f"n_cells={n_cells!r}: at least one cell is needed.")
     if not len(seeds):
         raise ValueError("seeds=() is empty: give at least one, seeds=(0,).")
-    if suite == "vcc2026":
-        raise ValueError(
-            "suite='vcc2026' scores raw counts, which baselines do not predict. Say 'full' or 'vcc2025', or make "
-            "counts of a prediction and call `vc.tl.evaluate`."
-        )
+    if suite == VCC2026:
+        from virtualcell.tl import _vcc2026  # noqa: F401  an optional dependency: what is missing shows now
     check_library_sizes(scale, library_size_key)
     design = Design(
         perturbation_key=perturbation_key,
@@ -218,6 +222,8 @@ class _Case:
     effects: Effects  # of training cells
     of_baselines: Effects  # of validation cells too
     starts: list[Start]
+    unit: str | None  # in which predicted cells are scored; None where they cannot be made of counts
+    asked: Asked  # by the test cells
     real: AnnData
     pairs: list[tuple[str, str]]
     settings: _Settings
@@ -231,18 +237,21 @@ class _Case:
         whole = screen.with_split(np.full(screen.n_cells, "train"))
         whole.check_controls(is_test)  # predictions start from those of test contexts
         targets = whole.targets()  # known beforehand, of test cells too
+        asked = asked_by_split(screen, has_features=settings.features is not None)
         known = prepared(screen, min_cells=settings.min_cells, has_features=settings.features is not None)
         genes = choose_genes(known, settings.n_top_genes, targets=targets)
         known, screen = known.select(genes), screen.select(genes)
         scored = screen.take(is_test | screen.is_control)
-        real = AnnData(scored.expression.rows(), obs=scored.labels(), var=pd.DataFrame(index=genes))
+        begin = list(starts(screen.take(screen.is_control)))
+        unit = "counts" if settings.suite == VCC2026 else "log1p"
         return cls(
             name=name,
             screen=known,
             effects=Effects.measure(known, known.is_known),
             of_baselines=Effects.measure(known),
-            starts=list(starts(screen.take(screen.is_control))),
-            real=real,
+            starts=begin,
+            unit=unit if _hold_counts(begin, settings.suite) else None,
+            real=AnnData(_observed(scored, unit), obs=scored.labels(), var=pd.DataFrame(index=genes)),
             pairs=sorted((p, c) for c, p in screen.pairs(is_test)),
             settings=settings,
         )
@@ -266,10 +275,10 @@ class _Case:
                 scores = self._score(predicted, ceiling=seed in missing, seed=seed)
                 missing.discard(seed)
                 if deterministic and not first:
-                    scores = scores[scores["source"] == CEILING]
+                    scores = scores[scores["source"] != "model"]
                 is_model = scores["source"] == "model"
-                scores["model"] = np.where(is_model, label, CEILING)
-                scores["source"] = np.where(is_model, source, CEILING)
+                scores["model"] = np.where(is_model, label, scores["source"])
+                scores["source"] = np.where(is_model, source, scores["source"])
                 frames.append(scores.assign(split=self.name, seed=seed))
             logger.info("Split %r: %s is done.", self.name, label)
         return frames
@@ -277,29 +286,44 @@ class _Case:
     def _fit(self, kind: type, kwargs: dict, seed: int) -> PerturbationModel:
         """Fit a model on the cells that are not test."""
         if issubclass(kind, ST):
-            return fit_st(self.screen, self.effects, kwargs, seed)
+            return fit_st(self.screen, self.effects, kwargs, seed, self.asked)
         model = kind(self.screen, **kwargs)
         model.train(self.of_baselines)
         model.forget_data()
         return model
 
-    def _predict(self, model: PerturbationModel, seed: int) -> tuple[np.ndarray, pd.DataFrame]:
+    def _predict(self, model: PerturbationModel, seed: int) -> tuple[sparse.csr_matrix | np.ndarray, pd.DataFrame]:
         """Predict every perturbation and context of the test cells from the control cells: expression and labels."""
         design, of_context = self.screen.design, {start.context: start for start in self.starts}
         keys = [k for k in (design.perturbation_key, design.context_key) if k is not None]
-        cells, labels = [], []
+        cells, labels, highest = [], [], 0.0
         for perturbation, context in self.pairs:
-            start = of_context[context]
-            predicted = model.predict_from(start, perturbation, n_cells=self.settings.n_cells, seed=seed)[1]
-            cells.append(predicted.astype(np.float32, copy=False))
+            predicted, most = self._predict_pair(model, of_context[context], perturbation, seed)
+            cells.append(predicted)
             pair = (perturbation, context)[: len(keys)]
-            labels.append(pd.DataFrame([pair] * len(predicted), columns=keys))
-        expression = np.concatenate(cells)
-        if (beyond := int((expression > MOST_EXPRESSION).sum())) > 0:
-            logger.warning("%r predicts more than all counts of a cell in %d entries; cut to that.", model, beyond)
-        return np.minimum(expression, MOST_EXPRESSION), pd.concat(labels, ignore_index=True)
+            labels.append(pd.DataFrame([pair] * predicted.shape[0], columns=keys))
+            highest = max(highest, most)
+        if highest > MOST_EXPRESSION:
+            logger.warning("%r predicts more than all counts of a cell, up to %.3g; cut to that.", model, highest)
+        expression = sparse.vstack(cells, format="csr") if self.unit is not None else np.concatenate(cells)
+        return expression, pd.concat(labels, ignore_index=True)
 
-    def _score(self, predicted: tuple[np.ndarray, pd.DataFrame], *, ceiling: bool, seed: int) -> pd.DataFrame:
+    def _predict_pair(
+        self, model: PerturbationModel, start: Start, perturbation: str, seed: int
+    ) -> tuple[sparse.csr_matrix | np.ndarray, float]:
+        """Predicted cells of one perturbation and context, and the highest value that the model returned."""
+        n_cells = self.settings.n_cells
+        if self.unit is None:
+            cells = model.predict_from(start, perturbation, n_cells=n_cells, seed=seed)[1]
+            highest = float(cells.max(initial=0))
+            return np.clip(cells, 0, MOST_EXPRESSION).astype(np.float32, copy=False), highest
+        effect = predicted_effect(model, start, start, perturbation, n_cells=n_cells, seed=seed)
+        cells = emitted_cells(effect, start, np.asarray(self.screen.genes), seed=seed)
+        return cells.log if self.unit == "log1p" else cells.counts, effect.highest
+
+    def _score(
+        self, predicted: tuple[sparse.csr_matrix | np.ndarray, pd.DataFrame], *, ceiling: bool, seed: int
+    ) -> pd.DataFrame:
         cells, obs = predicted
         index = "predicted_" + obs.index.astype(str)
         adata = AnnData(cells, obs=obs.set_index(index), var=pd.DataFrame(index=self.real.var_names))
@@ -311,8 +335,34 @@ class _Case:
             control=design.control,
             context_key=design.context_key,
             suite=settings.suite,
-            scale="log1p",
+            scale=self.unit or "log1p",
+            predicted_scale=self.unit or "log1p",
             ceiling=ceiling,
             n_jobs=settings.n_jobs,
             seed=seed,
         )
+
+
+def _hold_counts(begin: list[Start], suite: str | Sequence[str]) -> bool:
+    """Tell whether control cells hold the counts that predicted cells are made of, and warn where they do not."""
+    try:
+        for start in begin:
+            _ = start.counted
+    except NoCountsError as reason:
+        if suite == VCC2026:
+            raise
+        logger.warning(
+            "What models return is scored as it is, and not cells made of it, which need whole counts: %s", reason
+        )
+        return False
+    return True
+
+
+def _observed(cells: Screen, unit: str) -> sparse.csr_matrix:
+    """Return the real cells, as logarithms or as counts."""
+    if unit == "log1p":
+        return cells.expression.rows()
+    if cells.design.scale == "counts":
+        return cells.read_as("counts").expression.rows()
+    log = cells.expression.rows()
+    return counts_of(log, library_of(log))

@@ -17,8 +17,9 @@ from scipy import sparse
 
 from virtualcell import _keys
 from virtualcell._errors import unknown_name
-from virtualcell.data._counts import Sampling, depth_matched_counts
+from virtualcell.data._counts import Sampling, averaged, depth_matched_counts
 from virtualcell.data._design import Design, Scale
+from virtualcell.data._emit import with_totals
 from virtualcell.data._expression import columns_of
 from virtualcell.data._labels import expression_modality, obs_column
 from virtualcell.data._screen import Screen
@@ -53,7 +54,7 @@ def prepare_submission(
     controls_layer: str | None = None,
     controls_scale: Scale | None = None,
     depths: str | Sequence[int] | None = None,
-    sampling: Sampling = "systematic",
+    sampling: Sampling | None = None,
     missing_genes: Literal["error", "control"] = "error",
     perturbation_key: str | None = None,
     control: str | None = None,
@@ -69,16 +70,23 @@ def prepare_submission(
     In 2025 that is log(1 + counts per 10,000), with real control cells; in 2026 whole counts, with an exact number of
     cells per context and perturbation, and no control cells.
 
-    Counts are drawn from a prediction on the log scale at the depth :math:`N_i` of the real control cell that it
-    started from: with :math:`r_{ig} = e^{x_{ig}} - 1`, the expected counts are
-    :math:`m_{ig} = N_i r_{ig} / \sum_h r_{ih}`. Either way of drawing keeps every cell's total at :math:`N_i` and the
-    mean of every count at :math:`m_{ig}`; they differ in the noise:
+    Predictions of :func:`virtualcell.tl.predict_perturbation` hold whole counts, which go into the file of 2026 as they
+    are; with `controls`, each cell has the total of the control cell that it started from.
+
+    For other predictions, and wherever `sampling` is stated, counts are drawn from expression on the log scale at the
+    depth :math:`N_i` of that control cell: with :math:`r_{ig} = e^{x_{ig}} - 1`, the expected counts are
+    :math:`m_{ig} = N_i r_{ig} / \sum_h r_{ih}`. Each way of drawing keeps every cell's total at :math:`N_i`; they
+    differ in the noise:
 
     * `sampling="systematic"` rounds each :math:`m_{ig}` up or down by chance, with a variance of at most 1/4. It is for
       models that predict cells, whose variation has the noise of counting in it already: those that shift real control
       cells, or learned the distribution of real cells.
     * `sampling="multinomial"` counts molecules anew, with a variance of about :math:`m_{ig}`. It is for models that
       predict profiles free of noise, such as one mean for all cells; on top of a real cell it is that noise twice.
+    * `sampling="averaged"` first puts the mean of four predicted cells of its perturbation and context in the place of
+      each cell, and then rounds. Such a file scores higher by an artefact of the scorer: averages have less noise than
+      cells, which its tests and distances take for a better prediction. They are no cells, and nothing else should be
+      made of them.
 
     Parameters
     ----------
@@ -99,14 +107,16 @@ def prepare_submission(
         Number of cells of each perturbation in each context; 400 by default for 2026, not checked by default for 2025.
     controls
         Real control cells, and no others. They go into the file of 2025. For 2026 those that `predicted` started from
-        give the depths, summed over `genes`.
+        give the depths, summed over `genes`, and the counts of genes that were not predicted.
     controls_layer, controls_scale
         Layer with the expression of `controls`, and its scale; by default as `fit_state` noted there, or else raw
         counts in `X`.
     depths
-        Total of each cell for 2026, or the column of `obs` that holds it, in place of `controls`.
+        Total of each cell for 2026, or the column of `obs` that holds it, in place of `controls`. With it, counts
+        are drawn.
     sampling
-        How the counts of 2026 are drawn; see above.
+        How the counts of 2026 are drawn; see above. By default they are those of `predicted`, and drawn "systematic"
+        where it has none.
     missing_genes
         What to do where the model predicts only some of `genes`: "control" takes the others from the control cell that
         the prediction started from, which says that nothing happened to them.
@@ -142,6 +152,11 @@ def prepare_submission(
     if year == 2026 and design.context_key is None:
         raise ValueError("context_key must be given: in 2026 every cell names the context it was predicted for.")
     column = CONTEXT if year == 2026 else CELL_TYPE if context_key is not None else None
+    own = expression_modality(predicted, modality)
+    redrawn = any(stated is not None for stated in (sampling, depths, layer, scale))
+    emitted = year == 2026 and not redrawn and _keys.COUNTS_LAYER in own.layers and design.scale == "log1p"
+    if emitted:
+        design = replace(design, layer=_keys.COUNTS_LAYER, scale="counts", library_size_key=None)
     cells = _read("predicted", predicted, design, column, modality)
     predicted = expression_modality(predicted, modality)
     if controls is not None:
@@ -155,7 +170,7 @@ def prepare_submission(
     check_labels(obs, control_obs, design, year, perturbations, contexts, n_cells)
 
     if missing_genes == "control":
-        matrix = _filled(predicted, cells, controls, genes)
+        matrix = _filled(predicted, cells, controls, genes, counts=emitted)
     else:
         matrix = _expression(cells, genes, year)
     if year == 2025 and controls is not None:
@@ -163,9 +178,13 @@ def prepare_submission(
         matrix = sparse.vstack([matrix, controls.select(genes).expression.rows()], format="csr")
         obs = pd.concat([obs, control_obs])
     elif year == 2026:
-        totals = _depths(predicted, cells, controls, depths, genes)
-        if totals is not None:
-            matrix = depth_matched_counts(matrix, totals, genes=genes, sampling=sampling, seed=seed)
+        totals = _depths(predicted, cells, controls, depths, genes, emitted=emitted)
+        if emitted and totals is not None:
+            matrix = with_totals(matrix, totals, genes=genes, seed=seed)
+        elif totals is not None:
+            if sampling == "averaged":
+                matrix = averaged(matrix, obs.groupby(list(obs), observed=True).ngroup().to_numpy(), seed=seed)
+            matrix = depth_matched_counts(matrix, totals, genes=genes, sampling=sampling or "systematic", seed=seed)
     matrix.sort_indices()
     obs = obs.set_index(np.arange(len(obs)).astype(str)).astype("category")
     submission = AnnData(matrix, obs=obs, var=pd.DataFrame(index=genes))
@@ -243,10 +262,15 @@ def _check_same_scale(predicted: AnnData, cells: Screen, controls: Screen) -> No
         )
 
 
-def _filled(predicted: AnnData, cells: Screen, controls: Screen | None, genes: pd.Index) -> sparse.csr_matrix:
-    """Return log expression, with the genes that were not predicted as in the control cell."""
-    if controls is None or cells.design.scale != "log1p":
+def _filled(
+    predicted: AnnData, cells: Screen, controls: Screen | None, genes: pd.Index, *, counts: bool
+) -> sparse.csr_matrix:
+    """Return log expression or counts, with the genes that were not predicted as in the control cell."""
+    if controls is None or (cells.design.scale != "log1p" and not counts):
         raise ValueError("missing_genes='control' needs controls=, and predictions with scale='log1p'.")
+    if counts:
+        _require_counts(controls)
+        cells, controls = cells.read_as("counts"), controls.read_as("counts")
     check_no_other_genes("predicted", cells.genes, genes)
     rest = genes.difference(cells.genes, sort=False)
     logger.info("%d of %d genes are not predicted and taken from the control cells.", len(rest), len(genes))
@@ -257,10 +281,21 @@ def _filled(predicted: AnnData, cells: Screen, controls: Screen | None, genes: p
 
 
 def _depths(
-    predicted: AnnData, cells: Screen, controls: Screen | None, depths: str | Sequence[int] | None, genes: pd.Index
+    predicted: AnnData,
+    cells: Screen,
+    controls: Screen | None,
+    depths: str | Sequence[int] | None,
+    genes: pd.Index,
+    *,
+    emitted: bool,
 ) -> np.ndarray | None:
-    """Return the total that each predicted cell is to have; None where it has counts already."""
-    if cells.design.scale == "counts":
+    """Return the total that each predicted cell is to have; None where it has counts already.
+
+    Counts of `predict_perturbation` (`emitted`) may come with the control cells that they started from.
+    """
+    if emitted and controls is None:
+        return None
+    if cells.design.scale == "counts" and not emitted:
         if controls is not None or depths is not None:
             raise ValueError("scale='counts': predicted holds counts already. Leave out controls= and depths=.")
         return None
@@ -275,12 +310,17 @@ def _depths(
             "controls or depths must be given: counts are drawn at the depth of the control cell that a prediction "
             "started from. Pass the control cells with their raw counts, or the totals."
         )
-    elif controls.design.scale != "counts":
-        raise ValueError("controls_scale='log1p': depths are read off raw counts. Name their layer, or give depths=.")
     else:
+        _require_counts(controls)
         counts = controls.read_as("counts").select(genes).expression.rows()
         totals = np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel()[_start_cells(predicted, controls)]
     bad = ~((totals >= 1) & (totals == np.rint(totals)))
     if bad.any():
         raise ValueError(f"depths must be whole numbers from 1: {bad.sum()} are not, among them {totals[bad][0]:g}.")
     return totals.astype(np.int64)
+
+
+def _require_counts(controls: Screen) -> None:
+    """Raise unless control cells have raw counts."""
+    if controls.design.scale != "counts":
+        raise ValueError("controls_scale='log1p': depths are read off raw counts. Name their layer, or give depths=.")

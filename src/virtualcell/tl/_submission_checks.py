@@ -42,12 +42,12 @@ def check_path(path: str | os.PathLike, overwrite: bool) -> Path:
 
 
 def check_arguments(
-    year: int, perturbations: object, contexts: object, depths: object, sampling: str, missing_genes: str
+    year: int, perturbations: object, contexts: object, depths: object, sampling: str | None, missing_genes: str
 ) -> None:
     """Raise for what can be seen without the data."""
     if year not in _N_GENES:
         raise ValueError(f"year={year!r} is unknown. Say 2025 or 2026.")
-    if sampling not in get_args(Sampling):
+    if sampling is not None and sampling not in get_args(Sampling):
         raise unknown_name("sampling", sampling, get_args(Sampling))
     if missing_genes not in ("error", "control"):
         raise unknown_name("missing_genes", missing_genes, ("error", "control"))
@@ -55,7 +55,7 @@ def check_arguments(
         raise ValueError(
             "contexts=, depths= and perturbations= by context have no meaning in year=2025: leave them out."
         )
-    if year == 2025 and sampling != "systematic":
+    if year == 2025 and sampling is not None:
         raise ValueError(f"sampling={sampling!r} has no meaning in year=2025, which takes no counts: leave it out.")
     if year == 2026 and perturbations is None:
         raise ValueError(
