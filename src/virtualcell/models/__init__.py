@@ -6,6 +6,8 @@ from virtualcell.models._se import SE
 from virtualcell.models._se_options import SETrainOptions
 from virtualcell.models._st import ST
 from virtualcell.models._st_options import STTrainOptions
+from virtualcell.models._transfer import Transfer
+from virtualcell.models._transfer_sources import TransferSource
 from virtualcell.modules import SEConfig, STConfig
 from virtualcell.train import TrainOptions
 
@@ -24,4 +26,6 @@ __all__ = [
     "STConfig",
     "STTrainOptions",
     "TrainOptions",
+    "Transfer",
+    "TransferSource",
 ]

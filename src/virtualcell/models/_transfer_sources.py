@@ -1,0 +1,326 @@
+"""Effects of perturbations from other experiments, each read with its own columns, contexts and scale."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from mudata import MuData
+from scipy import sparse
+
+from virtualcell._errors import unknown_name
+from virtualcell._keys import ALL
+from virtualcell.data._design import Design, Scale, check_library_sizes, check_scale
+from virtualcell.data._expression import columns_of
+from virtualcell.data._labels import expression_modality, obs_column, parts, read_labels
+from virtualcell.data._screen import Screen
+from virtualcell.data._stored import StoredMatrix, row_sums
+from virtualcell.models._effects import Effects, group_means
+
+KINDS = ("cells", "pseudobulk", "effects")
+OWN = "own data"  # name of one's own training cells beside the sources
+UNITS = {"log1p": 1.0, "log2fc": float(np.log(2)), "other": 1.0}
+
+
+@dataclass(frozen=True, eq=False)
+class TransferSource:
+    """One experiment that :class:`virtualcell.models.Transfer` takes effects from.
+
+    Parameters
+    ----------
+    adata
+        Rows x genes, or a MuData with them in `modality`. It is not changed.
+    perturbation_key
+        Column of `obs` with the perturbation of each row; combinations are written `A+B`.
+    control
+        Label of the unperturbed rows. `None` where there are none: then effects are taken against the mean of the
+        other perturbations, and nothing is learned of the mean effect.
+    kind
+        What a row is: `"cells"`, one cell; `"pseudobulk"`, sums of raw counts over cells, one row or several per
+        condition with controls among them; `"effects"`, one measured effect, NaN where a gene was not measured.
+    context_key, batch_key
+        Columns with the context (cell type, cell line) and the experimental batch, where there are several.
+    layer
+        Layer with the values; `X` where it is `None`.
+    scale
+        Scale of cells, `"counts"` or `"log1p"`. Pseudobulk has counts; for effects it means nothing.
+    library_size_key
+        Column with the library size of raw counts; by default it is the row sum.
+    unit
+        Unit of effects: `"log1p"`, differences of log(1 + counts per 10,000) or natural logarithms of fold changes;
+        `"log2fc"`, logarithms to base 2; `"other"` (z-scores, ranks), which are brought to the spread of the sources
+        that have one of the others.
+    error_layer
+        Layer with the standard errors of effects, by which they are shrunken.
+    modality
+        Expression modality of a MuData.
+    """
+
+    adata: AnnData | MuData
+    perturbation_key: str
+    control: str | None = None
+    kind: Literal["cells", "pseudobulk", "effects"] = "cells"
+    context_key: str | None = None
+    batch_key: str | None = None
+    layer: str | None = None
+    scale: Scale = "counts"
+    library_size_key: str | None = None
+    unit: Literal["log1p", "log2fc", "other"] = "log1p"
+    error_layer: str | None = None
+    modality: str = "rna"
+
+    def __post_init__(self) -> None:
+        for argument, valid in (("kind", KINDS), ("unit", tuple(UNITS))):
+            if (value := getattr(self, argument)) not in valid:
+                raise ValueError(f"{argument}={value!r} of a source is unknown; valid are {', '.join(valid)}.")
+        check_scale(self.scale)
+        check_library_sizes(self.scale, self.library_size_key)
+        if self.kind == "pseudobulk" and self.scale != "counts":
+            raise ValueError(
+                f"scale={self.scale!r}: pseudobulk is read as sums of raw counts. Give the sums, with scale='counts', "
+                "or the differences to the controls as kind='effects'."
+            )
+        for argument, default in (("unit", "log1p"), ("error_layer", None)):
+            if self.kind != "effects" and (value := getattr(self, argument)) != default:
+                raise ValueError(f"{argument}={value!r} belongs to kind='effects', and kind is {self.kind!r}.")
+
+    @classmethod
+    def of(cls, given: TransferSource | Mapping[str, object], name: str) -> TransferSource:
+        """Take a source, or make one of a dictionary of its fields."""
+        if isinstance(given, cls):
+            return given
+        if not isinstance(given, Mapping):
+            raise TypeError(
+                f"sources[{name!r}] is a {type(given).__name__}. Give a `vc.models.TransferSource` or a dictionary of "
+                "its fields: {'adata': adata, 'perturbation_key': 'target_gene', 'control': 'non-targeting'}."
+            )
+        valid = [f.name for f in fields(cls)]
+        for field in given:
+            if field not in valid:
+                raise unknown_name(f"sources[{name!r}]: field", field, valid, "See `vc.models.TransferSource`.")
+        if lacking := [n for n in ("adata", "perturbation_key") if n not in given]:
+            raise ValueError(f"sources[{name!r}] lacks {' and '.join(lacking)}.")
+        return cls(**given)
+
+    @property
+    def genes(self) -> pd.Index:
+        """Names of its genes."""
+        return expression_modality(self.adata, self.modality).var_names
+
+    def measure(self, genes: Sequence[str]) -> SourceEffects:
+        """Return the effects on those of the genes that the source has."""
+        wanted = set(genes)
+        here = sorted(g for g in self.genes if g in wanted)
+        if not here:
+            raise unknown_name(
+                "genes", next(iter(genes)), self.genes, "No gene of this source is wanted; genes are matched by name."
+            )
+        return self._measured(here).renamed(self.control)
+
+    def _measured(self, here: list[str]) -> SourceEffects:
+        if self.kind == "effects":
+            return self._of_effects(here)
+        screen = Screen.from_anndata(self.adata, self._design(), modality=self.modality, genes=here)
+        if self.control is not None:
+            screen.require_control()
+        if self.kind == "cells" and self.control is not None:
+            return SourceEffects.of(Effects.measure(screen), here)
+        return self._of_cells(screen, here) if self.kind == "cells" else self._of_pseudobulk(screen, here)
+
+    def _design(self) -> Design:
+        return Design(
+            perturbation_key=self.perturbation_key,
+            control=_NO_CONTROL if self.control is None else self.control,
+            context_key=self.context_key,
+            batch_key=self.batch_key,
+            layer=self.layer,
+            scale=self.scale,
+            library_size_key=self.library_size_key,
+        )
+
+    def _of_cells(self, screen: Screen, genes: list[str]) -> SourceEffects:
+        """Means of cells without controls."""
+        pairs = screen.pairs()
+        found = screen.expression.moments(list(pairs.values()))
+        # one cell tells nothing of its own scatter: it is that within all groups
+        pooled = np.einsum("i,ij->j", found.n - 1.0, found.variance) / max((found.n - 1).sum(), 1)
+        variance = np.where(found.n[:, None] > 1, found.variance / found.n[:, None], pooled)
+        context, perturbation = zip(*pairs, strict=True)
+        return SourceEffects.average(found.mean, variance, context, perturbation, genes, has_control=False)
+
+    def _of_pseudobulk(self, screen: Screen, genes: list[str]) -> SourceEffects:
+        """Differences of log(1 + sums per 10,000) to the controls of the same context and batch, where there are any.
+
+        Errors are those of counting alone: what samples differ by beyond that does not show in sums.
+        """
+        logs = screen.expression.rows().toarray()
+        per_count = 1e4 / self._library_sizes()[:, None]
+        rate = np.maximum(np.expm1(logs), per_count)  # of a gene without a count, as of one with one
+        variance = rate * per_count / (1 + rate) ** 2
+        context, perturbation = (np.asarray(x).astype(str) for x in (screen.context, screen.perturbation))
+        if self.control is not None:
+            batch = np.zeros(len(context), str) if screen.batch is None else np.asarray(screen.batch).astype(str)
+            for c in np.unique(context):
+                of_context = screen.is_control & (context == c)
+                if not of_context.any():
+                    raise ValueError(
+                        f"context {c!r} has no control rows ({self.control!r}). Drop it, or give it as a source of its "
+                        "own with control=None."
+                    )
+                for b in np.unique(batch[context == c]):
+                    matched = of_context & (batch == b)
+                    matched = matched if matched.any() else of_context
+                    rows = (context == c) & (batch == b) & ~screen.is_control
+                    logs[rows] -= logs[matched].mean(axis=0)
+                    variance[rows] += variance[matched].mean(axis=0) / matched.sum()
+        rows = screen.in_order(~screen.is_control)
+        return SourceEffects.average(
+            logs[rows], variance[rows], context[rows], perturbation[rows], genes, has_control=self.control is not None
+        )
+
+    def _library_sizes(self) -> np.ndarray:
+        if self.library_size_key is not None:
+            column = obs_column(self.adata, self.library_size_key, argument="library_size_key", modality=self.modality)
+            return column.to_numpy(dtype=np.float64)
+        adata = expression_modality(self.adata, self.modality)
+        name = "X" if self.layer is None else f"layers[{self.layer!r}]"
+        return row_sums(StoredMatrix(adata, self.layer, name).rows(slice(0, adata.n_obs)))
+
+    def _of_effects(self, genes: list[str]) -> SourceEffects:
+        """Effects as they are published."""
+        adata = expression_modality(self.adata, self.modality)
+        labels = read_labels(self.adata, self.perturbation_key, argument="perturbation_key", modality=self.modality)
+        context = np.full(adata.n_obs, ALL)
+        if self.context_key is not None:
+            context = read_labels(self.adata, self.context_key, argument="context_key", modality=self.modality)
+        order = np.argsort(adata.obs_names.to_numpy(dtype=str), kind="stable")
+        rows = order[(labels != self.control).to_numpy()[order]]
+        values = _layer(adata, self.layer, rows, genes) * np.float32(UNITS[self.unit])
+        variance = None
+        if self.error_layer is not None:
+            variance = (_layer(adata, self.error_layer, rows, genes) * np.float32(UNITS[self.unit])) ** 2
+        context, labels = np.asarray(context)[rows], np.asarray(labels)[rows]
+        return SourceEffects.average(values, variance, context, labels, genes, has_control=True)
+
+
+_NO_CONTROL = "(no control)"  # label that no row has
+
+
+def _layer(adata: AnnData, layer: str | None, rows: np.ndarray, genes: list[str]) -> np.ndarray:
+    if layer is not None and layer not in adata.layers:
+        raise unknown_name("layer", layer, adata.layers, "Leave it out for X.")
+    values = adata.X if layer is None else adata.layers[layer]
+    values = values.toarray() if sparse.issparse(values) else np.asarray(values)
+    columns = columns_of(adata.var_names, genes)
+    values = values[rows].astype(np.float32)
+    values = values if columns is None else values[:, columns]
+    if np.isinf(values).any():
+        raise ValueError(f"layer={layer!r} of a source holds infinite effects. Set them to NaN where not measured.")
+    return values
+
+
+@dataclass(frozen=True, eq=False)
+class SourceEffects:
+    """Effects of one source, one row per (context, perturbation), sorted by both.
+
+    Parameters
+    ----------
+    genes
+        Names of the columns.
+    context, perturbation
+        Labels of the rows.
+    effects
+        (n_rows, n_genes), NaN where not measured.
+    variance
+        Squared standard errors, where they are known.
+    has_control
+        Whether effects are against controls; otherwise they are levels, of which only differences mean something.
+    """
+
+    genes: list[str]
+    context: np.ndarray
+    perturbation: np.ndarray
+    effects: np.ndarray
+    variance: np.ndarray | None
+    has_control: bool
+
+    @classmethod
+    def of(cls, effects: Effects, genes: Sequence[str]) -> SourceEffects:
+        """Take the effects of a screen."""
+        context = np.asarray(effects.contexts, dtype=str)[effects.context]
+        perturbation = np.asarray(effects.perturbations, dtype=str)[effects.perturbation]
+        return cls(list(genes), context, perturbation, effects.effects, effects.variance, has_control=True)
+
+    def select(self, genes: Sequence[str]) -> SourceEffects:
+        """Return the same effects on those genes, in this order."""
+        columns = columns_of(pd.Index(self.genes), genes)
+        if columns is None:
+            return self
+        variance = None if self.variance is None else self.variance[:, columns]
+        return replace(self, genes=list(genes), effects=self.effects[:, columns], variance=variance)
+
+    def renamed(self, control: str | None) -> SourceEffects:
+        """Write combinations in one way, `A+B` for `B+A` and `A` for `A+control`, as sources differ in that."""
+        names = ["+".join(sorted(parts(p, control))) if "+" in p else p for p in self.perturbation]
+        names = np.array([new or old for new, old in zip(names, self.perturbation, strict=True)])
+        if (names == self.perturbation).all():
+            return self
+        return SourceEffects.average(
+            self.effects, self.variance, self.context, names, self.genes, has_control=self.has_control
+        )
+
+    @classmethod
+    def average(
+        cls,
+        values: np.ndarray,
+        variance: np.ndarray | None,
+        context: Sequence[str],
+        perturbation: Sequence[str],
+        genes: Sequence[str],
+        *,
+        has_control: bool,
+    ) -> SourceEffects:
+        """Average what was measured several times."""
+        if not len(values):
+            raise ValueError("a source holds no perturbation, only controls: leave it out.")
+        labels = pd.DataFrame({"context": np.asarray(context, str), "perturbation": np.asarray(perturbation, str)})
+        groups = labels.groupby(["context", "perturbation"], sort=True)
+        code, n = groups.ngroup().to_numpy(), groups.ngroups
+        names = groups.size().index
+        here = ~np.isnan(values)
+        share = group_means(here.astype(np.float32), code, n)
+        with np.errstate(invalid="ignore"):
+            mean = group_means(np.where(here, values, 0), code, n) / share  # NaN where no row has the gene
+        if variance is not None:
+            times = np.bincount(code, minlength=n)[:, None]
+            variance = group_means(np.nan_to_num(variance), code, n) / np.maximum(share**2 * times, 1e-12)
+        context, perturbation = (names.get_level_values(i).to_numpy(dtype=str) for i in (0, 1))
+        return cls(list(genes), context, perturbation, mean.astype(np.float32), variance, has_control)
+
+
+Sources = Sequence[TransferSource | Mapping] | Mapping[str, TransferSource | Mapping]
+
+
+def named_sources(sources: Sources) -> dict[str, TransferSource]:
+    """Return sources by name; those of a list are numbered."""
+    if isinstance(sources, AnnData | MuData | TransferSource):
+        raise TypeError(f"sources={type(sources).__name__} must be a list or a dictionary of sources.")
+    if not isinstance(sources, Mapping):
+        sources = {f"source {i}": source for i, source in enumerate(sources, start=1)}
+    if OWN in sources:
+        raise ValueError(f"sources has the name {OWN!r}, which stands for the training cells: choose another.")
+    return {str(name): TransferSource.of(source, str(name)) for name, source in sources.items()}
+
+
+def checked_weights(weights: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
+    """Return weights as numbers, after a look at them."""
+    for name, weight in weights.items():
+        if name not in names:
+            raise unknown_name("weights: source", name, names)
+        if not (np.isfinite(weight) and weight >= 0):
+            raise ValueError(f"weights[{name!r}]={weight!r} must be a number of at least 0.")
+    return {name: float(weight) for name, weight in weights.items()}
