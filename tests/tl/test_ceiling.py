@@ -14,7 +14,7 @@ from virtualcell.tl._ceiling import CORRECTIONS, Sizes
 
 KEYS = {"perturbation_key": "target", "control": "ctrl", "scale": "log1p"}
 CLOSED = ["pearson_delta", "pearson_delta_top50_de", "mae", "mae_delta", "mse", "mse_delta"]
-RANKS = ["top50_overlap", "discrimination_l1", "discrimination_l2", "discrimination_cosine", "pdisc_norm_l1"]
+RANKS = ["discrimination_l1", "discrimination_l2", "discrimination_cosine", "pdisc_norm_l1"]
 N_GENES, N_PERTURBATIONS = 300, 12
 
 
@@ -58,20 +58,21 @@ def test_the_corrected_ceiling_is_the_score_of_the_truth(effects, request):
     off = (found["corrected ceiling"] / found["model"] - 1).abs()
     for metric in ("mae", "mae_delta", "mse", "mse_delta", "pearson_delta"):  # 3 % of the noise is the prediction's
         assert off[metric] < 0.05, metric
-    for metric in ("discrimination_cosine", "discrimination_l2"):
-        assert off[metric] < 0.03, metric
-    assert off["discrimination_l1"] < 0.07
-    for metric in ("top50_overlap", "pearson_delta_top50_de"):  # both choose genes by what is scored
-        assert off[metric] < 0.15, metric
+    for metric in RANKS[:3]:
+        assert off[metric] < 0.15, metric  # a rough guide, see below
+    assert off["pearson_delta_top50_de"] < 0.15  # its genes are chosen by what is scored
     # halves alone are far from it
     raw = found["ceiling"] / found["model"] - 1
     assert (raw[["mae", "mse"]] > 0.9).all()
-    assert (raw[["pearson_delta", "top50_overlap"]] < -0.3).all()
+    assert raw["pearson_delta"] < -0.3
 
 
 def test_halves_of_weak_effects_are_not_told_apart_as_the_truth_is(weak):
     raw = weak["ceiling"] / weak["model"] - 1
-    assert (raw[["discrimination_l1", "discrimination_l2", "discrimination_cosine"]] < -0.15).all()
+    better = weak["corrected ceiling"] / weak["model"] - 1
+    assert (raw[RANKS[:3]] < -0.15).all()
+    assert (better[RANKS[:3]] > raw[RANKS[:3]] + 0.05).all()
+    assert (better[RANKS[:3]] < 0.02).all()  # short of the truth, not beyond
     norm = weak.loc[["discrimination_l1", "pdisc_norm_l1"], "corrected ceiling"].to_numpy()
     assert norm[1] == pytest.approx(2 * norm[0] - 1)
 
@@ -113,7 +114,7 @@ def test_metrics_without_a_correction_have_no_row():
     has = {s: set(scores.loc[scores["source"] == s, "metric"]) for s in ("ceiling", "corrected ceiling")}
     assert has["corrected ceiling"] < has["ceiling"]
     assert not {m for m in has["corrected ceiling"] if m.startswith("de_")}
-    for left_out in ("mmd", "energy_distance_pca", "variance_ratio", "pearson_edistance", "pr_auc"):
+    for left_out in ("mmd", "energy_distance_pca", "variance_ratio", "pearson_edistance", "top50_overlap"):
         assert left_out not in has["corrected ceiling"], left_out
     table = vc.tl.summarize(scores).set_index("metric")
     assert table.loc["mae", "ceiling_corrected"] < table.loc["mae", "ceiling"]

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
 from virtualcell.tl._evaluate_checks import COLUMNS
-from virtualcell.tl._scores import MAX_CELLS, METRICS, Cells, Comparison, score_rows
+from virtualcell.tl._scores import MAX_CELLS, Cells, Comparison, score_rows
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def ceilings(cells: Cells, context: str, kept: dict, *, own_control: bool, n_pre
         logger.warning("%d perturbations of %s have one cell and no ceiling.", len(perturbations) - len(split), context)
     if not split:
         return pd.DataFrame(columns=COLUMNS)
-    runs, drawn = [], []
+    runs = []
     for i in range(_N_SPLITS):
         rng = np.random.default_rng([kept["seed"], i])
         halves = ({}, {control: rows[control]})
@@ -71,29 +71,20 @@ def ceilings(cells: Cells, context: str, kept: dict, *, own_control: bool, n_pre
             halves[0][p], halves[1][p] = shuffled[:middle], shuffled[middle : 2 * middle]
         comparison = Comparison(*(cells.take(h) for h in halves), **{**kept, "perturbations": split})
         runs.append(score_rows(comparison, CEILING, context))
-        drawn.append(scores_of_truth(comparison))
     raw = runs[0].assign(value=sum(run["value"].to_numpy() for run in runs) / _N_SPLITS)
     whole = np.array([len(rows[p]) for p in split])
     sizes = Sizes(whole, whole // 2, np.array([n_predicted[p] for p in split]))
-    of_truth = {name: sum(scores[name] for scores in drawn) / _N_SPLITS for name in drawn[0]}
-    return pd.concat([raw, _corrected(raw, of_truth, sizes)], ignore_index=True)
+    return pd.concat([raw, _corrected(raw, sizes)], ignore_index=True)
 
 
-def _corrected(raw: pd.DataFrame, of_truth: dict[str, np.ndarray], sizes: Sizes) -> pd.DataFrame:
+def _corrected(raw: pd.DataFrame, sizes: Sizes) -> pd.DataFrame:
     """Rows of the corrected ceiling, from the means over splits: a mean has less noise to bend than its parts."""
-    frames = []
-    for name, rows in raw.groupby("metric", sort=False):
-        if name in of_truth:
-            value = of_truth[name]
-        elif name in CORRECTIONS:
-            value = CORRECTIONS[name](rows["value"].to_numpy(), sizes)
-        else:
-            continue
-        frames.append(rows.assign(value=value, source=CORRECTED_CEILING))
+    known = [(name, rows) for name, rows in raw.groupby("metric", sort=False) if name in CORRECTIONS]
+    frames = [
+        rows.assign(value=CORRECTIONS[name](rows["value"].to_numpy(), sizes), source=CORRECTED_CEILING)
+        for name, rows in known
+    ]
     return pd.concat(frames) if frames else raw[:0]
-
-
-# -- in closed form ---------------------------------------------------------------------------------------------------
 
 
 def _squared(raw: np.ndarray, n: Sizes) -> np.ndarray:
@@ -126,69 +117,27 @@ def _energy(raw: np.ndarray, n: Sizes) -> np.ndarray:
     return raw * half / 2 * (1 / predicted + 1 / whole)
 
 
+def _pdisc_norm(raw: np.ndarray, n: Sizes) -> np.ndarray:
+    """Treat the score as a correlation, on a scale where chance (1 / perturbations) is 0 and the best 1.
+
+    It is no correlation, and this is a rough guide: where all effects are equally weak, the truth is above it.
+    """
+    if len(raw) < 2:  # nothing to be told apart from
+        return raw
+    chance = 1 / len(raw)
+    return chance + (1 - chance) * _correlation((raw - chance) / (1 - chance), n)
+
+
+def _discrimination(raw: np.ndarray, n: Sizes) -> np.ndarray:
+    """Correct it on the scale of the challenge."""
+    return (1 + _pdisc_norm(2 * raw - 1, n)) / 2
+
+
 CORRECTIONS: dict[str, Callable[[np.ndarray, Sizes], np.ndarray]] = {
     **dict.fromkeys(("pearson_delta", "pearson_delta_top50_de", "pearson_delta_top100_de"), _correlation),
     **dict.fromkeys(("mae", "mae_delta"), _absolute),
     **dict.fromkeys(("mse", "mse_delta"), _squared),
     "energy_distance": _energy,
+    **dict.fromkeys(("discrimination_l1", "discrimination_l2", "discrimination_cosine"), _discrimination),
+    **dict.fromkeys(("pdisc_norm_l1", "pdisc_norm_cosine"), _pdisc_norm),
 }
-
-
-# -- by a truth of the same signal and noise --------------------------------------------------------------------------
-
-_APART = [name for name in METRICS if name.startswith(("discrimination_", "pdisc_norm_"))]
-_TOP = ["top50_overlap"]
-
-
-@dataclass
-class _Profiles:
-    """A truth that is known, and what is observed of it: what metrics of mean profiles look at."""
-
-    shifted_means: np.ndarray
-    observed_means: np.ndarray
-    control_mean: np.ndarray
-    targets: np.ndarray
-    perturbations: list[str]
-    discrimination: dict[str, np.ndarray] = field(default_factory=dict)
-
-
-def scores_of_truth(comparison: Comparison) -> dict[str, np.ndarray]:
-    """Scores that the truth would have in metrics of ranks, for which no formula holds: those of a truth like it.
-
-    The mean of two halves has the noise of all cells, half of their difference is such a noise too, and the two are
-    independent. Means shrunk until they vary as much as the truth does take its place, and are observed with that
-    noise. They vary about the mean perturbation, where perturbations are told apart, and else about the control.
-
-    Parameters
-    ----------
-    comparison
-        Of one half with the other.
-
-    Returns
-    -------
-    Values per perturbation of those of its metrics that are corrected in this way.
-    """
-    apart, top = ([m for m in names if m in comparison.metrics] for names in (_APART, _TOP))
-    if not apart and not top:
-        return {}
-    first, second, control = comparison.shifted_means, comparison.observed_means, comparison.control_mean
-    mean, noise = (first + second) / 2, (first - second) / 2
-    others = {"control_mean": control, "targets": comparison.targets, "perturbations": comparison.perturbations}
-    out = {}
-    if apart:
-        centre = mean.mean(axis=0)
-        off = mean - centre, noise - noise.mean(axis=0)  # noise that all share tells none apart
-        truth = centre + _signal_share(*(np.square(x).sum() for x in off)) * off[0]
-        profiles = _Profiles(truth, truth + noise, **others)
-        out |= {name: np.asarray(METRICS[name].compute(profiles)) for name in apart}
-    if top:
-        sizes = (np.square(x).sum(axis=1, keepdims=True) for x in (mean - control, noise))
-        truth = control + _signal_share(*sizes) * (mean - control)
-        profiles = _Profiles(truth, truth + noise, **others)
-        out |= {name: np.asarray(METRICS[name].compute(profiles)) for name in top}
-    return out
-
-
-def _signal_share(both: np.ndarray, noise: np.ndarray) -> np.ndarray:
-    """Factor that takes signal with noise to the size of the signal; none where there is no more than noise."""
-    return np.sqrt(np.clip(1 - noise / np.where(both > 0, both, np.inf), 0, None))
