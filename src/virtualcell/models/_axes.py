@@ -7,7 +7,7 @@ import logging
 import numpy as np
 from sklearn.utils.extmath import randomized_svd
 
-from virtualcell.models._effects import Effects, group_means, sum_of_squares
+from virtualcell.models._effects import Effects, group_means, group_sums, sum_of_squares
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def single_genes(effects: Effects, scores: np.ndarray, axes: np.ndarray) -> tupl
     """Find genes that a perturbation clearly moves beyond what the axes tell, as a knockdown moves its target.
 
     What few axes leave out of an effect is mostly noise, but a gene that only one perturbation moves has no axis of its
-    own. Clear is a mean over contexts of four standard errors, with the scatter of a gene's cells pooled over groups.
+    own. Clear is a mean over contexts of four standard errors.
 
     Returns
     -------
@@ -60,11 +60,8 @@ def single_genes(effects: Effects, scores: np.ndarray, axes: np.ndarray) -> tupl
     """
     n_perturbations = len(effects.perturbations)
     missed = effects.perturbation_means() - group_means(scores, effects.perturbation, n_perturbations) @ axes
-    of_cell = (effects.n_cells / len(effects.n_cells)).astype(np.float32) @ effects.variance
-    measured = (effects.rows() >= 0).astype(np.float32)
-    one_in_cells = np.bincount(effects.perturbation, 1 / effects.n_cells, n_perturbations).astype(np.float32)
-    squared_error = np.outer(one_in_cells, of_cell) + measured.T @ effects.control_variance
-    squared_error /= measured.sum(axis=0)[:, None] ** 2
+    n_contexts = np.bincount(effects.perturbation, minlength=n_perturbations)
+    squared_error = group_sums(effects.variance, effects.perturbation, n_perturbations) / n_contexts[:, None] ** 2
     clear = (squared_error > 0) & (missed**2 > _CLEAR**2 * squared_error)
     start = np.concatenate([[0], np.cumsum(clear.sum(axis=1))])
     return start, np.nonzero(clear)[1].astype(np.int32), missed[clear]

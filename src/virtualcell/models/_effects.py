@@ -5,6 +5,7 @@ An effect is the difference of mean expression between the perturbed and the con
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -13,6 +14,9 @@ import numpy as np
 from scipy import sparse
 
 from virtualcell.data._screen import Screen
+
+_FURTHER_CELLS = 10  # that the scatter of all groups counts as, in that of each
+_ROWS = 1024  # worked on at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,14 +30,14 @@ class Effects:
     context, perturbation
         Codes of the rows, (n_rows,).
     effects
-        The effects, (n_rows, n_genes).
+        The effects, (n_rows, n_genes): mean of the perturbed cells minus that of the control cells of their context
+        and batch.
     variance
-        Squared standard error of the perturbed cells' mean, (n_rows, n_genes). That of the control cells is common to
-        the context, `control_variance`; an effect has both.
+        Their squared standard errors, of both means, (n_rows, n_genes).
     n_cells
         Perturbed cells, (n_rows,).
-    controls, control_variance
-        Mean control cell of each context and its squared standard error, (n_contexts, n_genes).
+    controls
+        Mean control cell of each context, (n_contexts, n_genes).
     """
 
     contexts: list[str]
@@ -44,13 +48,15 @@ class Effects:
     variance: np.ndarray
     n_cells: np.ndarray
     controls: np.ndarray
-    control_variance: np.ndarray
 
     @classmethod
     def measure(cls, screen: Screen, mask: np.ndarray | None = None) -> Self:
         """Average the cells of a screen into effects.
 
-        A single cell tells nothing of its own scatter, which is then taken to be that within all groups.
+        Cells are compared with the control cells of their own context and batch, each batch weighing as much as it has
+        perturbed cells; cells of a batch without control cells with all of their context. The scatter between the cells
+        of a group is estimated from them and, as if from ten further cells, from all groups: few cells tell little of
+        it, and a single one nothing.
 
         Parameters
         ----------
@@ -71,19 +77,33 @@ class Effects:
         pairs = sorted(pair for pair in groups if pair[1] != control)
         perturbations = sorted({p for _, p in pairs})
         context = _codes([c for c, _ in pairs], contexts)
-        found = screen.expression.moments([groups[pair] for pair in [*((c, control) for c in contexts), *pairs]])
-        variance = _squared_errors(found.variance, found.n)
-        first = len(contexts)  # row of the first group that is no control
-        controls = found.mean[:first].copy()  # models keep them, and would keep the whole table with a view
-        differences = found.mean[first:]
-        for c in range(len(contexts)):
-            differences[slice(*np.searchsorted(context, [c, c + 1]))] -= controls[c]
+        pools = _Pools.of(screen, [groups[c, control] for c in contexts])
+        found = screen.expression.moments([*pools.rows, *(groups[pair] for pair in pairs)])
+        variance, first = _squared_errors(found.variance, found.n), len(pools.rows)
+        matched = pools.matched([groups[pair] for pair in pairs], context)
+        differences, of_effects = found.mean[first:], variance[first:]
+        for some in np.array_split(np.arange(len(pairs)), max(1, len(pairs) // _ROWS)):  # no second table of all
+            differences[some] -= matched[some] @ found.mean[:first]
+            of_effects[some] += matched[some].power(2) @ variance[:first]
         return cls(
             contexts=contexts, perturbations=perturbations, context=context,
             perturbation=_codes([p for _, p in pairs], perturbations),
-            effects=differences, variance=variance[first:], n_cells=found.n[first:],
-            controls=controls, control_variance=variance[:first],
+            effects=differences, variance=of_effects, n_cells=found.n[first:],
+            controls=pools.of_context(found.n[:first]) @ found.mean[:first],
         )  # fmt: skip
+
+    def take(self, rows: np.ndarray) -> Self:
+        """Return some of the rows, by a mask, with all contexts and the perturbations that are left."""
+        left, codes = np.unique(self.perturbation[rows], return_inverse=True)
+        return dataclasses.replace(
+            self,
+            perturbations=[self.perturbations[i] for i in left],
+            context=self.context[rows],
+            perturbation=codes,
+            effects=self.effects[rows],
+            variance=self.variance[rows],
+            n_cells=self.n_cells[rows],
+        )
 
     @classmethod
     def from_effects(
@@ -115,7 +135,7 @@ class Effects:
         return cls(
             contexts=contexts.tolist(), perturbations=perturbations.tolist(), context=c[order], perturbation=p[order],
             effects=effects, variance=np.zeros_like(effects), n_cells=np.ones(len(effects), int),
-            controls=controls, control_variance=np.zeros_like(controls),
+            controls=controls,
         )  # fmt: skip
 
     def rows(self) -> np.ndarray:
@@ -136,9 +156,62 @@ class Effects:
 
     def noise(self) -> float:
         """Sum of the squared standard errors of all effects."""
-        n_effects = np.bincount(self.context, minlength=len(self.contexts))
-        of_controls = self.control_variance.sum(axis=1, dtype=np.float64)
-        return float(self.variance.sum(dtype=np.float64) + n_effects @ of_controls)
+        return float(self.variance.sum(dtype=np.float64))
+
+
+@dataclass(frozen=True)
+class _Pools:
+    """Control cells of each context and batch.
+
+    Parameters
+    ----------
+    rows
+        Rows of the control cells of each pool.
+    context
+        Code of the context of each pool.
+    number
+        Pool of every context and batch, (n_contexts, n_batches); -1 where there is none.
+    batch
+        Code of the batch of every cell of the screen.
+    """
+
+    rows: list[np.ndarray]
+    context: np.ndarray
+    number: np.ndarray
+    batch: np.ndarray
+
+    @classmethod
+    def of(cls, screen: Screen, controls: Sequence[np.ndarray]) -> Self:
+        """Take the control cells of each context apart by batch."""
+        batch = np.zeros(screen.n_cells, int) if screen.batch is None else screen.batch.codes.astype(int)
+        number = np.full((len(controls), int(batch.max(initial=0)) + 1), -1)
+        rows, context = [], []
+        for c, cells in enumerate(controls):
+            for b in np.unique(batch[cells]):
+                number[c, b] = len(rows)
+                rows.append(cells[batch[cells] == b])
+                context.append(c)
+        return cls(rows, np.array(context, int), number, batch)
+
+    def of_context(self, n: np.ndarray) -> sparse.csr_matrix:
+        """Weights of the pools in the mean over all control cells of each context, (n_contexts, n_pools)."""
+        of_context = np.bincount(self.context, n, len(self.number))
+        weights = (n / of_context[self.context]).astype(np.float32)
+        shape = (len(self.number), len(n))
+        return sparse.csr_matrix((weights, (self.context, np.arange(len(n)))), shape=shape)
+
+    def matched(self, groups: Sequence[np.ndarray], context: np.ndarray) -> sparse.csr_matrix:
+        """Weights of the pools that the cells of each group are compared with, (n_groups, n_pools)."""
+        whole = self.of_context(np.array([len(r) for r in self.rows])).toarray()
+        out = sparse.lil_matrix((len(groups), len(self.rows)), dtype=np.float32)
+        for i, (cells, c) in enumerate(zip(groups, context, strict=True)):
+            n = np.bincount(self.batch[cells], minlength=self.number.shape[1])
+            pool = self.number[c]
+            weights = whole[c] * (n[pool < 0].sum() / len(cells))
+            np.add.at(weights, pool[pool >= 0], n[pool >= 0] / len(cells))
+            where = np.flatnonzero(weights)
+            out[i, where] = weights[where]
+        return out.tocsr()
 
 
 def _codes(names: Sequence[str], known: Sequence[str]) -> np.ndarray:
@@ -148,10 +221,11 @@ def _codes(names: Sequence[str], known: Sequence[str]) -> np.ndarray:
 
 def _squared_errors(variance: np.ndarray, n: np.ndarray) -> np.ndarray:
     """Turn the variance between the cells of each group into squared standard errors of their mean, in place."""
-    # one cell tells nothing of its own scatter: it is that within all groups
-    pooled = np.einsum("i,ij->j", n - 1.0, variance) / max((n - 1).sum(), 1)
-    variance /= n[:, None]
-    variance[n == 1] = pooled
+    freedom = (n - 1).astype(np.float32)
+    pooled = np.einsum("i,ij->j", freedom, variance, dtype=np.float64) / max(freedom.sum(), 1)
+    variance *= freedom[:, None]
+    variance += (_FURTHER_CELLS * pooled).astype(np.float32)
+    variance /= ((freedom + _FURTHER_CELLS) * n)[:, None]
     return variance
 
 

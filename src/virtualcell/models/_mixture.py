@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
@@ -12,13 +13,14 @@ from torch import Tensor
 
 from virtualcell.modules import STNetwork
 
-logger = logging.getLogger(__name__)
-
 TRANSFERRED = "same perturbation in other contexts"
 
-# Weight of the transferred effect beside the heads. Of a perturbation that was never measured the heads know less: both
-# lean on one encoding of its features, while the regression chose its penalty by leaving perturbations out.
-WEIGHT, WEIGHT_UNSEEN = 1 / 3, 2 / 3
+# What can be asked: about a pair of context and perturbation that was measured, about a perturbation in a context where
+# it was not, about a perturbation that was measured nowhere.
+Question = Literal["cells", "contexts", "perturbations"]
+# Weight of the networks beside the transferred effect, where cells that were left out did not choose it. A measured
+# pair has its own measurement, which networks can only blur.
+NETWORKS: dict[str, float] = {"cells": 0.0, "contexts": 1 / 3, "perturbations": 1 / 3}
 _LEAST_ERROR = 1e-12  # squared error that a head counts as having at least
 _MOST_RAISE = 2.0  # factor by which expressed genes are raised before anything is added to silent ones
 
@@ -28,7 +30,8 @@ class Mixture:
     """The weighted mean of what several parts predict: each head of the networks, and the transferred effect.
 
     A single head errs in its own way (a shift keeps the sampling noise of the control cells, a level predicted from the
-    encoding loses their scatter), so that the average of the means is better than any.
+    encoding loses their scatter), so that the average of the means is better than any. How much the networks are worth
+    beside the transferred effect depends on what is asked, see :func:`virtualcell.models._stacking.choose_weight`.
 
     Parameters
     ----------
@@ -40,17 +43,24 @@ class Mixture:
         Whether a transferred effect takes part.
     nonnegative
         Whether cells are expression, which is not negative, or embeddings.
+    networks
+        Weight of all heads together for each question, where a transferred effect takes part.
     """
 
     heads: tuple[str, ...]
     head_weights: tuple[float, ...]
     transferred: bool = False
     nonnegative: bool = True
+    networks: Mapping[str, float] = field(default_factory=lambda: dict(NETWORKS))
 
     @classmethod
     def equal(cls, heads: Sequence[str], *, transferred: bool = False, nonnegative: bool = True) -> Mixture:
         """Weigh all heads alike."""
         return cls(tuple(heads), (1 / len(heads),) * len(heads), transferred, nonnegative)
+
+    def with_networks(self, question: Question, weight: float) -> Mixture:
+        """Return the mixture with another weight of the networks for a question."""
+        return dataclasses.replace(self, networks={**self.networks, question: weight})
 
     def weighed(self, networks: Sequence[STNetwork], batches: Iterable[dict[str, Tensor]]) -> Mixture:
         """Weigh the heads by the inverse squared error of their means on training sets.
@@ -73,53 +83,74 @@ class Mixture:
                 "for extreme or missing values in the data."
             )
         inverse = 1 / errors.clamp_min(_LEAST_ERROR)
-        weights = inverse / inverse.sum()
-        return Mixture(self.heads, tuple(weights.tolist()), self.transferred, self.nonnegative)
+        return dataclasses.replace(self, head_weights=tuple((inverse / inverse.sum()).tolist()))
 
-    def weights(self, *, measured: bool = True, transferred: bool | None = None) -> dict[str, float]:
-        """Weight of each part by name; of a perturbation that was `measured` or not, with a transferred effect or not.
-
-        Without one the heads share what it would have had.
-        """
+    def of_networks(self, question: Question, transferred: bool | None = None) -> float:
+        """Weight of all heads together."""
         takes_part = self.transferred if transferred is None else transferred
-        rest = (WEIGHT if measured else WEIGHT_UNSEEN) if takes_part else 0.0
-        out = {name: w * (1 - rest) for name, w in zip(self.heads, self.head_weights, strict=True)}
-        return {**out, TRANSFERRED: rest} if takes_part else out
+        return self.networks[question] if takes_part else 1.0
 
-    def describe(self) -> str:
+    def weights(
+        self, question: Question = "contexts", *, transferred: bool | None = None, extrapolation: float = 0.0
+    ) -> dict[str, float]:
+        """Weight of each part by name.
+
+        Parameters
+        ----------
+        question
+            What is asked.
+        transferred
+            Whether there is a transferred effect; without one the heads share what it would have had.
+        extrapolation
+            How far the control cells lie outside of the training contexts, see
+            :meth:`virtualcell.models._transferred.Transferred.extrapolation`. A level cannot leave the range of what
+            was seen: beyond 1 the weight of that head falls with the square of the distance.
+        """
+        heads = dict(zip(self.heads, self.head_weights, strict=True))
+        if "level" in heads and len(heads) > 1 and extrapolation > 1:
+            heads["level"] /= extrapolation**2
+        total, of_networks = sum(heads.values()), self.of_networks(question, transferred)
+        out = {name: w / total * of_networks for name, w in heads.items()}
+        takes_part = self.transferred if transferred is None else transferred
+        return {**out, TRANSFERRED: 1 - of_networks} if takes_part else out
+
+    def describe(self, question: Question = "contexts") -> str:
         """One sentence about the parts and their weights."""
-        weights = self.weights()
+        weights = self.weights(question)
         if len(weights) == 1:
             return f"ST predicts by one head, {self.heads[0]}."
-        told = ", ".join(f"{name} {weight:.2f}" for name, weight in weights.items())
-        return f"ST averages {len(weights)} predictions; weights: {told}."
+        listed = ", ".join(f"{name} {weight:.2f}" for name, weight in weights.items())
+        return f"ST averages {len(weights)} predictions; weights: {listed}."
 
     def cells(
         self,
         outputs: Sequence[tuple[Tensor, ...]],
         control: Tensor,
-        effect: tuple[Tensor, Tensor] | None = None,
+        change: Tensor | None = None,
         *,
-        measured: bool = True,
+        question: Question = "contexts",
+        extrapolation: float = 0.0,
     ) -> Tensor:
         """Combine predictions into cells, (B, S, G).
 
         Parameters
         ----------
         outputs
-            What the heads of each network predict, (B, S, G) each.
+            What the heads of each network predict, (B, S, G) each; none where they have no weight.
         control
             The control cells, (B, S, G).
-        effect
-            Factor and shift, (G,) each, of a transferred effect.
-        measured
-            Whether the perturbation was measured anywhere.
+        change
+            Transferred change of the mean, (G,).
+        question, extrapolation
+            As in :meth:`weights`.
         """
+        if not outputs:
+            return self._moved(control, change)
         heads = [torch.stack(of_head).mean(dim=0) for of_head in zip(*outputs, strict=True)]
-        parts = heads if effect is None else [*heads, self._transferred(control, effect)]
+        parts = heads if change is None else [*heads, self._moved(control, change)]
         if len(parts) == 1:
             return parts[0]
-        weights = self.weights(measured=measured, transferred=effect is not None).values()
+        weights = self.weights(question, transferred=change is not None, extrapolation=extrapolation).values()
         wanted = sum(w * p.mean(dim=1, keepdim=True) for w, p in zip(weights, parts, strict=True))
         return put_on_cells(parts[0], wanted, nonnegative=self.nonnegative)
 
@@ -127,26 +158,28 @@ class Mixture:
         self,
         outputs: Sequence[tuple[Tensor, ...]],
         control: Tensor,
-        effect: tuple[Tensor, Tensor] | None = None,
+        change: Tensor | None = None,
         *,
-        measured: bool = True,
+        question: Question = "contexts",
+        extrapolation: float = 0.0,
     ) -> tuple[Tensor, np.ndarray]:
         """Mean of each set by each head of each network and by the transferred effect, (n_parts, B, G), and weights.
 
         Parameters as in :meth:`cells`.
         """
         parts = [cells for heads in outputs for cells in heads]
-        weight = self.weights(measured=measured, transferred=effect is not None)
-        weights = np.tile([weight[name] for name in self.heads], len(outputs)) / len(outputs)
-        if effect is not None:
-            parts.append(self._transferred(control, effect))
+        weight = self.weights(question, transferred=change is not None, extrapolation=extrapolation)
+        weights = np.tile([weight[name] for name in self.heads], len(outputs)) / max(len(outputs), 1)
+        if change is not None:
+            parts.append(self._moved(control, change))
             weights = np.append(weights, weight[TRANSFERRED])
         return torch.stack([p.mean(dim=1) for p in parts]), weights
 
-    def _transferred(self, control: Tensor, effect: tuple[Tensor, Tensor]) -> Tensor:
-        scale, shift = effect
-        cells = control * scale + shift
-        return cells.clamp_min(0) if self.nonnegative else cells
+    def _moved(self, control: Tensor, change: Tensor) -> Tensor:
+        """Control cells whose means have changed."""
+        wanted = control.mean(dim=1, keepdim=True) + change
+        wanted = wanted.clamp_min(0) if self.nonnegative else wanted
+        return put_on_cells(control, wanted, nonnegative=self.nonnegative)
 
 
 def put_on_cells(cells: Tensor, wanted: Tensor, *, nonnegative: bool = True) -> Tensor:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Self
 
 import numpy as np
 
 from virtualcell.models._closed_forms import unit_rows
 
+logger = logging.getLogger(__name__)
+
+NEIGHBOURS = (5, 10, 20, 50, 100)
 PENALTIES = np.logspace(-3, 4, 29)
 
 
@@ -117,3 +123,99 @@ class NeighboursFit:
 def nearest_perturbations(features: np.ndarray, effects: np.ndarray, query: np.ndarray, *, k: int = 10) -> np.ndarray:
     """Return the mean effect, (n_query, n_genes), of the k perturbations with the most similar features (cosine)."""
     return NeighboursFit(features, effects, k).effect(query)
+
+
+# -- the better one ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureFit:
+    """What features tell of effects: the mean of the nearest perturbations, or a ridge regression.
+
+    Parameters
+    ----------
+    coefficients, intercept
+        Of the regression, (n_features, n_outputs) and (n_outputs,); zeros where neighbours are taken.
+    features, effects
+        Those of the perturbations that can be neighbours, (n_perturbations, n_features) and (n_perturbations,
+        n_outputs); no rows where the regression is taken.
+    k
+        How many neighbours are averaged.
+    amplitude
+        What effects are multiplied by: the least-squares slope of those of perturbations that were left out.
+    """
+
+    coefficients: np.ndarray
+    intercept: np.ndarray
+    features: np.ndarray
+    effects: np.ndarray
+    k: int = 10
+    amplitude: float = 1.0
+
+    @classmethod
+    def none(cls) -> Self:
+        """Without features."""
+        return cls(*(np.zeros(shape, np.float32) for shape in ((0, 0), 0, (0, 0), (0, 0))))
+
+    def on(self, axes: np.ndarray) -> Self:
+        """Return the same fit with effects as scores on axes over genes."""
+        return dataclasses.replace(
+            self,
+            coefficients=self.coefficients @ axes.T,
+            intercept=axes @ self.intercept,
+            effects=self.effects @ axes.T,
+        )
+
+    def effect(self, features: np.ndarray) -> np.ndarray:
+        """Return the effects, (n, n_outputs), of rows of features of single perturbations."""
+        if len(self.features):
+            return NeighboursFit(self.features, self.effects, self.k).effect(features)
+        return self.intercept + features @ self.coefficients
+
+
+def fit_features(features: np.ndarray, effects: np.ndarray, count: np.ndarray) -> FeatureFit:
+    """Fit neighbours and regression, and take the neighbours unless the regression is clearly better.
+
+    Each perturbation is predicted from the others. Clearly better is by more than one standard error of the difference
+    over perturbations: the regression extrapolates, which a mean of measured effects cannot.
+
+    Parameters
+    ----------
+    features, effects, count
+        As in :func:`ridge`.
+    """
+    single = np.flatnonzero(count == count.min())
+    x, y = features[single], np.asarray(effects[single], np.float32)
+    by_ridge = ridge(features, effects, count)
+    k, left_out = _neighbours_left_out(x, y)
+    errors = [np.square(p - y).sum(axis=1, dtype=np.float64) for p in (left_out, by_ridge.leave_one_out[single])]
+    gain = errors[0] - errors[1]
+    is_better = len(y) > 2 and gain.mean() > gain.std(ddof=1) / np.sqrt(len(y))
+    predicted = by_ridge.leave_one_out[single] if is_better else left_out
+    squares = np.square(predicted).sum(dtype=np.float64)
+    amplitude = float(np.clip((predicted * y).sum(dtype=np.float64) / squares, 0, 1)) if squares > 0 else 1.0
+    logger.info(
+        "Perturbations that were never measured follow from features by %s, times %.2f.",
+        *("ridge regression" if is_better else f"their {k} nearest neighbours", amplitude),
+    )
+    nothing = np.zeros((0, x.shape[1]), np.float32), np.zeros((0, y.shape[1]), np.float32)
+    if is_better:
+        return FeatureFit(by_ridge.coefficients, by_ridge.intercept, *nothing, amplitude=amplitude)
+    zeros = np.zeros_like(by_ridge.coefficients), np.zeros_like(by_ridge.intercept)
+    return FeatureFit(*zeros, x.astype(np.float32), y, k, amplitude)
+
+
+def _neighbours_left_out(features: np.ndarray, effects: np.ndarray) -> tuple[int, np.ndarray]:
+    """Return the best number of neighbours, and each perturbation's mean over so many of the others."""
+    alike = unit_rows(features) @ unit_rows(features).T
+    np.fill_diagonal(alike, -np.inf)
+    order = np.argsort(-alike, axis=1, kind="stable")[:, :-1]  # the last is the perturbation itself
+    if not order.shape[1]:
+        return 1, np.zeros_like(effects)
+    best, error, predicted = 1, np.inf, effects
+    for k in sorted({min(k, order.shape[1]) for k in NEIGHBOURS}):
+        means = np.stack([effects[near[:k]].mean(axis=0) for near in order])
+        off = float(np.square(means - effects).sum(dtype=np.float64))
+        if off < error:
+            best, error, predicted = k, off, means
+    return best, predicted

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from virtualcell.data._cell_sets import CellGroups, SetSampler
@@ -14,6 +16,7 @@ from virtualcell.models._features import PerturbationTable
 
 # A validation looks at no more sets than this many batches hold, spread over all groups.
 MOST_VALIDATION_STEPS = 64
+_ROWS_AT_ONCE = 1024
 _PASSES, _FEWEST_STEPS, _MANY_STEPS = 20, 400, 20_000
 _SETS_ON_CPU, _SETS_ON_GPU = 8, 64
 
@@ -49,7 +52,8 @@ class SetBatches:
     """Batches of sets as tensors: a function of the number of the step, see :class:`virtualcell.train.Batches`.
 
     "control" (B, S, n_input), "perturbed" (B, S, n_output), "perturbation" (B, n_perturbation), with batches "batch"
-    (B, S), that of the perturbed cells, and "genes" (B, S, n_genes) where the model decodes genes from an embedding.
+    (B, S), that of the perturbed cells, "genes" (B, S, n_genes) where the model decodes genes from an embedding, and
+    where it is asked for "base" (B, n_input), the mean of all control cells that those of the set were drawn from.
 
     Parameters
     ----------
@@ -59,10 +63,14 @@ class SetBatches:
         What they are rows of.
     is_validation
         Whether these are the batches of a validation, whose number is that of the sampler's steps.
+    with_base
+        Whether batches have a "base".
     """
 
-    def __init__(self, sampler: SetSampler, source: SetSource, *, is_validation: bool = False) -> None:
-        self.sampler, self.source = sampler, source
+    def __init__(
+        self, sampler: SetSampler, source: SetSource, *, is_validation: bool = False, with_base: bool = False
+    ) -> None:
+        self.sampler, self.source, self.with_base = sampler, source, with_base
         self.n_steps = sampler.n_steps if is_validation else None
         names = sorted(set(sampler.groups.perturbation))
         self.vectors = source.table.encode(names)
@@ -83,7 +91,29 @@ class SetBatches:
             batch["batch"] = torch.from_numpy(source.batch[perturbed]).to(device)
         if source.genes is not None:
             batch["genes"] = source.genes.rows(perturbed)
+        if self.with_base:
+            pools = torch.from_numpy(self._pool_of_row[control]).to(device)
+            share = F.one_hot(pools, len(self.sampler.groups.pools)).float().mean(dim=1)
+            batch["base"] = share @ self._pool_means.to(device)
         return batch
+
+    @cached_property
+    def _pool_of_row(self) -> np.ndarray:
+        """Pool that each control cell lies in; the smallest where there are several."""
+        pools = self.sampler.groups.pools
+        pool = np.zeros(1 + max(int(rows.max()) for rows in pools), int)
+        for i in sorted(range(len(pools)), key=lambda i: -len(pools[i])):
+            pool[pools[i]] = i
+        return pool
+
+    @cached_property
+    def _pool_means(self) -> Tensor:
+        """Mean control cell of each pool, (n_pools, n_input)."""
+        means = []
+        for rows in self.sampler.groups.pools:
+            pieces = np.array_split(rows, -(-len(rows) // _ROWS_AT_ONCE))
+            means.append(sum(self.source.rows.rows(piece[None])[0].sum(dim=0) for piece in pieces) / len(rows))
+        return torch.stack(means)
 
     def describe(self, i: int) -> str:
         """Name the contexts of step `i`."""

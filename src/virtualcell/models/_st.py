@@ -24,11 +24,12 @@ from virtualcell.models._base import PerturbationModel
 from virtualcell.models._common import put_on, require_finite, training_screen
 from virtualcell.models._effects import Effects
 from virtualcell.models._features import PerturbationTable, find_drug
-from virtualcell.models._mixture import Mixture
+from virtualcell.models._mixture import Mixture, Question
 from virtualcell.models._set_batches import SetBatches, SetSource, validation_steps
 from virtualcell.models._st_files import from_arc, from_state, state_of, to_arc
 from virtualcell.models._st_fit import check_embedding, check_validation, completed, perturbation_table, start_at_mean
 from virtualcell.models._st_options import PRESETS, STTrainOptions, network_options
+from virtualcell.models._start import Start
 from virtualcell.models._transferred import Transferred
 from virtualcell.modules import Ensemble, STConfig, STNetwork, networks, st_loss
 from virtualcell.train import TrainOptions, fit
@@ -132,9 +133,11 @@ class ST(PerturbationModel):
         self.module = STNetwork(self.config) if n_networks == 1 else Ensemble(self.config, n_networks)
         self.mixture = Mixture.equal(self.config.heads, transferred=self.transfer, nonnegative=self.config.relu)
         self.transferred: Transferred | None = None  # comes with training
+        self.n_steps = 0  # of the last training
         self.se: PerturbationModel | None = None  # what made the embeddings, where fit_state did
         self.validation: pd.DataFrame | None = None  # scores beside the baselines, where fit_state validated
-        self.fallback: PerturbationModel | None = None  # the baseline that was better there, if one was
+        self.verdict: str | None = None  # the sentence about them
+        self.fallback: PerturbationModel | None = None  # the best baseline, where ST is worse
         self._model_summary_string = self._summary(n_space)
 
     def _summary(self, n_space: int) -> str:
@@ -208,7 +211,7 @@ class ST(PerturbationModel):
             st_loss, kind=options.loss, mean_weight=options.mean_weight, contrast_weight=options.contrast_weight
         )
         self.history_ = fit(self.module, loss, training, options, validation=validation, name="ST")
-        self.is_trained_ = True
+        self.is_trained_, self.n_steps = True, options.max_steps
         put_on(self, options.accelerator)
         shown = range(0, options.max_steps, max(1, options.max_steps // _WEIGHING_STEPS))
         self.mixture = self.mixture.weighed(self.networks, (training.step(i, 0, 1, self.device) for i in shown))
@@ -226,11 +229,13 @@ class ST(PerturbationModel):
             codes[seen] = self._batch_codes(np.asarray(screen.batch[seen]).astype(str))
         source = SetSource(rows, self.table, batch=codes, genes=genes)
         size = {"set_size": self.set_size, "sets_per_step": options.batch_size, "seed": options.seed}
-        training = SetBatches(SetSampler(train, n_steps=options.max_steps, **size), source)
+        with_base = options.contrast_weight > 0
+        training = SetBatches(SetSampler(train, n_steps=options.max_steps, **size), source, with_base=with_base)
         if held is None:
             return training, None
         n_steps = validation_steps(held, self.set_size, options.batch_size)
-        return training, SetBatches(SetSampler(held, n_steps=n_steps, **size), source, is_validation=True)
+        sampler = SetSampler(held, n_steps=n_steps, **size)
+        return training, SetBatches(sampler, source, is_validation=True, with_base=with_base)
 
     def train_options(self, options: STTrainOptions | Mapping | None = None, **keywords: object) -> STTrainOptions:
         """Complete the options of a training, and raise for one that there is not."""
@@ -283,20 +288,31 @@ class ST(PerturbationModel):
         """
         return find_drug(self.table.names, drug, dose)
 
-    def _effect(self, perturbation: str, context: str, base: np.ndarray) -> tuple[Tensor, Tensor] | None:
-        """Scale and shift of the transferred effect, (n_genes,) each, where there is one."""
-        if self.transferred is None:
-            return None
-        found = self.transferred(
+    def _asked(self, perturbation: str, context: str, base: np.ndarray | None) -> dict[str, object]:
+        """Return the transferred change of the mean, where there is one, the question, and how far from home it is."""
+        if self.transferred is None or base is None:
+            return {}
+        change = self.transferred(
             perturbation, control=self.control, context=context, base=base, features=self._features
         )
-        return None if found is None else tuple(torch.from_numpy(x.astype(np.float32)).to(self.device) for x in found)
+        return {
+            "change": None if change is None else torch.from_numpy(change).to(self.device),
+            "question": self.transferred.question(perturbation, context),
+            "extrapolation": self.transferred.extrapolation(base, context),
+        }
+
+    def _counts(self, change: Tensor | None = None, question: Question = "contexts", **_: object) -> bool:
+        """Whether the networks have any weight."""
+        return change is None or self.mixture.of_networks(question, True) > 0
 
     @torch.inference_mode()
     def _run(
-        self, cells: np.ndarray, perturbation: str, batch: np.ndarray | None
+        self, cells: np.ndarray, perturbation: str, batch: np.ndarray | None, *, with_networks: bool = True
     ) -> Iterator[tuple[Tensor, list[tuple[Tensor, ...]]]]:
-        """Yield control sets (B, S, n_input), in the order given, and what the heads of each network predict."""
+        """Yield control sets (B, S, n_input), in the order given, and what the heads of each network predict.
+
+        `with_networks=False` spares what has no weight, and yields nothing of them.
+        """
         self._check_width(cells.shape[1])
         self.module.eval()
         vector = self.table.encode([perturbation]).to(self.device)
@@ -306,7 +322,8 @@ class ST(PerturbationModel):
             rows = np.stack([np.arange(i, i + s) for i in starts[at : at + _SETS_AT_ONCE]])
             control = torch.from_numpy(cells[rows]).to(self.device)
             of_batch = None if codes is None else torch.from_numpy(codes[rows]).to(self.device)
-            outs = [network(control, vector.expand(len(rows), -1), of_batch) for network in self.networks]
+            networks = self.networks if with_networks else []
+            outs = [network(control, vector.expand(len(rows), -1), of_batch) for network in networks]
             yield control, [out.heads for out in outs]
 
     def _check_width(self, n: int) -> None:
@@ -335,11 +352,10 @@ class ST(PerturbationModel):
 
         Without `base`, no transferred effect takes part.
         """
-        effect = None if base is None else self._effect(perturbation, context, base)
-        measured = self.transferred is None or self.transferred.measured(perturbation, self.control)
+        asked = self._asked(perturbation, context, base)
         sets = [
-            self.mixture.cells(heads, control, effect, measured=measured).float().flatten(0, 1)
-            for control, heads in self._run(cells, perturbation, batch)
+            self.mixture.cells(heads, control, **asked).float().flatten(0, 1)
+            for control, heads in self._run(cells, perturbation, batch, with_networks=self._counts(**asked))
         ]
         n, s = len(cells), min(self.set_size, len(cells))
         before = (len(self._set_starts(n)) - 1) * s
@@ -369,13 +385,27 @@ class ST(PerturbationModel):
         """Mean profiles (n_parts, n_genes) by every head of every network and the transferred effect, and weights."""
         if self.config.n_genes:
             return super().predict_parts(cells, perturbation, context=context, base=base, batch=batch)
-        effect = self._effect(perturbation, context, base)
-        measured = self.transferred is None or self.transferred.measured(perturbation, self.control)
-        means = []
-        for control, heads in self._run(cells, perturbation, batch):
-            of_sets, weights = self.mixture.means(heads, control, effect, measured=measured)
+        asked, means = self._asked(perturbation, context, base), []
+        for control, heads in self._run(cells, perturbation, batch, with_networks=self._counts(**asked)):
+            of_sets, weights = self.mixture.means(heads, control, **asked)
             means.append(of_sets.float().cpu().numpy())
         return np.concatenate(means, axis=1).mean(axis=1), weights
+
+    @torch.inference_mode()
+    def apart(
+        self, start: Start, perturbation: str, *, n_cells: int | None = None, seed: int = 0
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Mean profile (n_genes,) by the networks alone, and by the transferred effect alone; see `predict_from`."""
+        rows = self.rows_from(start, n_cells=n_cells, seed=seed)
+        asked = self._asked(perturbation, start.context, start.base)
+        change, by_heads, by_change = asked.pop("change"), [], []
+        for control, heads in self._run(start.dense(rows), perturbation, start.batch_of(rows)):
+            means, weights = self.mixture.means(heads, control, **asked)
+            by_heads.append(np.einsum("p,pbg->bg", weights, means.float().cpu().numpy()))
+            moved = control.mean(dim=1) + (0 if change is None else change)
+            by_change.append(moved.clamp_min(0).cpu().numpy())
+        networks, transferred = np.concatenate(by_heads).mean(axis=0), np.concatenate(by_change).mean(axis=0)
+        return networks, networks if change is None else transferred
 
     # -- files --------------------------------------------------------------------------------------------------------
 

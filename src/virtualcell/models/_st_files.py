@@ -40,6 +40,7 @@ def state_of(model: ST) -> State:
         "config": dataclasses.asdict(model.config),
         "table": table,
         "mixture": dataclasses.asdict(model.mixture),
+        "verdict": model.verdict,
         "validation": None if model.validation is None else model.validation.to_dict(orient="split"),
     }
     tensors = {**network_tensors(model.module), **_vectors(model.table)}
@@ -59,7 +60,11 @@ def from_state(cls: type[ST], state: State) -> ST:
     model.batches = meta["batches"]
     mixture = meta["mixture"]
     model.mixture = Mixture(
-        tuple(mixture["heads"]), tuple(mixture["head_weights"]), mixture["transferred"], mixture["nonnegative"]
+        tuple(mixture["heads"]),
+        tuple(mixture["head_weights"]),
+        mixture["transferred"],
+        mixture["nonnegative"],
+        mixture["networks"],
     )
     if "transferred" in meta:
         arrays = {k.removeprefix("transferred."): v.numpy() for k, v in tensors.items() if "transferred." in k}
@@ -67,6 +72,7 @@ def from_state(cls: type[ST], state: State) -> ST:
     if (known := meta["validation"]) is not None:
         index = pd.Index(known["index"], name="model")
         model.validation = pd.DataFrame(known["data"], index=index, columns=known["columns"])
+    model.verdict = meta["verdict"]
     for name, part in state.parts.items():
         setattr(model, name, model_of(part))
     return model

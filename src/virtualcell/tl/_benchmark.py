@@ -251,6 +251,7 @@ class _Case:
             of_baselines=Effects.measure(known),
             starts=begin,
             unit=unit if _hold_counts(begin, settings.suite) else None,
+            asked=asked,
             real=AnnData(_observed(scored, unit), obs=scored.labels(), var=pd.DataFrame(index=genes)),
             pairs=sorted((p, c) for c, p in screen.pairs(is_test)),
             settings=settings,

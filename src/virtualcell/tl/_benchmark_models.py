@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import pandas as pd
 
@@ -16,6 +17,7 @@ from virtualcell.models._effects import Effects
 from virtualcell.models._feature_baselines import FeatureBaseline
 from virtualcell.tl._fit import build_st, train_st
 from virtualcell.tl._fit_options import FitOptions, NetworkOptions, SEOptions, check_call, choose_size
+from virtualcell.tl._questions import Asked
 
 Spec = str | type[PerturbationModel] | tuple[str | type[PerturbationModel], dict]
 
@@ -85,13 +87,23 @@ def _st_options(kwargs: Mapping[str, object], seed: int = 0) -> tuple[FitOptions
     return options, network
 
 
-def fit_st(screen: Screen, effects: Effects, kwargs: Mapping[str, object], seed: int) -> _models.ST:
-    """Fit an ST with arguments of `fit_state` on a screen whose genes are chosen."""
+def fit_st(screen: Screen, effects: Effects, kwargs: Mapping[str, object], seed: int, asked: Asked) -> _models.ST:
+    """Fit an ST with arguments of `fit_state` on a screen whose genes are chosen, for what the test cells ask."""
     options, network = _st_options(kwargs, seed)
     features, init_from = kwargs.get("perturbation_features"), kwargs.get("init_from")
     size = choose_size(kwargs.get("size", "auto"), screen.n_cells)
-    st = build_st(screen, features=features, init_from=init_from, size=size, network=network, options=options)
-    train_st(st, options=options, features=features, effects=effects, partly=isinstance(init_from, _models.ST))
+    how = {"features": features, "init_from": init_from, "size": size, "network": network, "options": options}
+    build = partial(build_st, **how)
+    st = build(screen)
+    train_st(
+        st,
+        build=build,
+        options=options,
+        features=features,
+        effects=effects,
+        asked=asked if st.transfer else None,
+        partly=isinstance(init_from, _models.ST),
+    )
     return st
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Literal
 
@@ -34,9 +34,13 @@ from virtualcell.tl._fit_options import (
 )
 from virtualcell.tl._fit_se import fit_se
 from virtualcell.tl._prepare import choose_genes, prepared
-from virtualcell.tl._verdict import compare_with_baselines
+from virtualcell.tl._questions import Asked, Fold, asked_by, folds
+from virtualcell.tl._verdict import judge, trained_baseline
+from virtualcell.train._quiet import quiet
 
 logger = logging.getLogger(__name__)
+
+_SHARE_OF_STEPS, _FEWEST_STEPS = 0.4, 50  # of a fit that leaves cells out
 
 
 def fit_state(
@@ -59,7 +63,7 @@ def fit_state(
     size: Size = "auto",
     network: Mapping[str, object] | None = None,
     training: FitOptions | Mapping[str, object] | None = None,
-    validate: bool = True,
+    validate: Literal["contexts", "perturbations", "cells"] | bool = True,
     seed: int = 0,
 ) -> ST:
     """Fit SE and ST: embed every cell, and learn what each perturbation does to the control cells of each context.
@@ -68,9 +72,9 @@ def fit_state(
     design, the verdict on validation cells, and the fitted ST, so that :func:`virtualcell.tl.predict_perturbation`
     needs no more than the data, also after it was saved as h5ad. Nothing is written before all is fitted.
 
-    Training cells are learned from and choose everything: the genes, the embedding, the weights. Validation cells
-    (those that `split_key` says, or else a tenth of each group) tell when to stop, where that is asked for, and give
-    the verdict; of test cells nothing is read, unless SE embeds them.
+    Training cells are learned from and choose everything: the genes, the embedding, the weights, and the verdict.
+    Validation cells (those that `split_key` says, or else a tenth of each group) tell when to stop, where that is asked
+    for; of test cells no expression is read, unless SE embeds them.
 
     Parameters
     ----------
@@ -120,9 +124,13 @@ def fit_state(
         `devices`, `precision`, `progress_bar`, `min_cells`, `freeze`, `lora` and others. Devices, precision and the bar
         are SE's too.
     validate
-        Whether to end with a verdict: ST beside the baselines on the validation cells, in one line of the log and in
-        `uns["virtualcell"]["validation"]`. Validation cells are as new as the split makes them: of groups that were
-        learned from, unless it says otherwise.
+        What predictions will be wanted for, which decides how much the networks count and what the verdict is about:
+        perturbations in new "contexts", new "perturbations", or "cells" of measured pairs. Training cells are left out
+        in the same way, at most five times, and predicted by short fits and by the baselines; that costs at most about
+        twice the fit. `True` takes what follows from the split: what most of the pairs are that it keeps
+        from training; without such pairs, new contexts where there are several. `False` asks nothing and takes default
+        weights. The verdict is one line of the log, `uns["virtualcell"]["verdict"]` and, as a table,
+        `uns["virtualcell"]["validation"]`.
     seed
         Seed of everything random.
 
@@ -164,6 +172,7 @@ def fit_state(
         data, dataclasses.replace(design, use_rep=None) if waits else design, modality=modality
     )
     of_se.check_cells(adata, screen)
+    asked = asked_by(validate, screen, has_features=perturbation_features is not None)
     screen = prepared(
         screen,
         min_cells=options.min_cells,
@@ -194,7 +203,14 @@ def fit_state(
         vectors = fitted_se.get_latent_representation(adata, **where)
     if waits:
         st = build(_in_embedding(on_genes, design, vectors[adata.obs_names.get_indexer(screen.names)]))
-    train_st(st, options=options, features=perturbation_features, validate=validate, partly=isinstance(init_from, ST))
+    train_st(
+        st,
+        build=build,
+        options=options,
+        features=perturbation_features,
+        asked=asked,
+        partly=isinstance(init_from, ST),
+    )
     st.se = fitted_se
     _write(adata, st, design, vectors)
     return st
@@ -220,39 +236,88 @@ def build_st(
 def train_st(
     st: ST,
     *,
+    build: Callable[[Screen], ST],
     options: FitOptions,
     features: pd.DataFrame | None,
     effects: Effects | None = None,
-    validate: bool = False,
+    asked: Asked | None = None,
     partly: bool = False,
 ) -> None:
-    """Train an ST on its screen, ask whether it beats the baselines, and let go of the data.
+    """Train an ST on its screen, find out how well it answers what is asked, and let go of the data.
 
     Parameters
     ----------
-    st, options, features
-        Model, options of its training, and features of perturbations.
+    st, build
+        The model, and what builds another like it on other cells.
+    options, features
+        Options of its training, and features of perturbations.
     effects
         Measured effects of the training cells, where these are known already.
-    validate
-        Whether to ask.
+    asked
+        What predictions will be wanted for; `None` to leave the question out.
     partly
         Whether the options say which parts of the model to train.
     """
     screen = st.screen
-    can_validate = bool((screen.is_val & ~screen.is_control).any())
-    if validate and not can_validate:
-        logger.warning("There are no perturbed validation cells: whether ST beats the baselines was not asked.")
-    validate = validate and can_validate
-    if effects is None and (st.transfer or validate):
+    if effects is None and (st.transfer or asked is not None):
         effects = Effects.measure(screen, screen.is_known)
-    partial = {"freeze": options.freeze or (), "lora": options.lora, "seed": options.seed} if partly else {}
-    with partly_trained(st.module, **partial):
-        st.train(options.of_training(), effects=effects)
-    if validate:
-        st.validation, baseline = compare_with_baselines(st, screen, effects, features, seed=options.seed)
-        st.fallback = baseline if st.validation.index[0] != "ST" else None
+    _train(st, options, effects, partly=partly)
+    if asked is not None:
+        _ask(st, build, options, features, effects, asked, partly=partly)
     st.forget_data()
+
+
+def _train(st: ST, options: FitOptions, effects: Effects | None, *, partly: bool) -> None:
+    partial_options = {"freeze": options.freeze or (), "lora": options.lora, "seed": options.seed} if partly else {}
+    with partly_trained(st.module, **partial_options):
+        st.train(options.of_training(), effects=effects)
+
+
+def _ask(
+    st: ST,
+    build: Callable[[Screen], ST],
+    options: FitOptions,
+    features: pd.DataFrame | None,
+    effects: Effects,
+    asked: Asked,
+    *,
+    partly: bool,
+) -> None:
+    """Give an ST the weights, the verdict and the fallback that leaving training cells out comes to."""
+    left_out = folds(st.screen, effects, asked, seed=options.seed)
+    if not left_out:
+        logger.warning(
+            "The data does not allow to ask how well %s are predicted: too few can be left out. Weights are the "
+            'defaults, and there is no verdict. Ask another question, such as validate="cells".',
+            asked.question,
+        )
+        return
+    # five folds together cost twice the fit: a shorter one shows less of what a network can do
+    n_steps = max(_FEWEST_STEPS, round(_SHARE_OF_STEPS * st.n_steps))
+    short = dataclasses.replace(
+        options,
+        max_steps=min(n_steps, st.n_steps),
+        early_stopping=None,
+        val_fraction=0.0,
+        progress_bar=False,
+    )
+
+    def train(fold: Fold) -> ST:
+        model = build(fold.screen)
+        _train(model, short, fold.effects, partly=partly)
+        return model
+
+    with quiet("virtualcell.models", "virtualcell.train"):
+        found = judge(train, left_out, asked, features, seed=options.seed)
+    st.validation, st.verdict = found.scores, found.sentence
+    if found.weight is not None:
+        st.mixture = st.mixture.with_networks(asked.question, found.weight)
+        logger.info(st.mixture.describe(asked.question))
+    if found.outcome == "worse":
+        st.fallback = trained_baseline(found.best, st.screen, effects, features)
+        logger.warning('%s `predict_perturbation(..., fallback="best")` uses the baseline.', found.sentence)
+    else:
+        logger.info(found.sentence)
 
 
 def _in_embedding(screen: Screen, design: Design, vectors: np.ndarray) -> Screen:
@@ -263,8 +328,8 @@ def _write(adata: AnnData, st: ST, design: Design, vectors: np.ndarray | None) -
     """Write the embedding to `obsm`, and the design, the verdict and the model to `uns`."""
     found = {"design": design.to_uns(), "st": pack(st, without=["se"])}
     if st.validation is not None:
-        found["validation"] = st.validation
-    before = {k: v for k, v in adata.uns.get(_keys.UNS, {}).items() if k not in ("st", "validation")}
+        found |= {"validation": st.validation, "verdict": st.verdict}
+    before = {k: v for k, v in adata.uns.get(_keys.UNS, {}).items() if k not in ("st", "validation", "verdict")}
     if vectors is not None:
         adata.obsm[_keys.X_STATE] = vectors
     adata.uns[_keys.UNS] = {**before, **found}

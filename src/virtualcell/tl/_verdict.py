@@ -1,9 +1,11 @@
-"""Does ST beat the baselines on cells it has not learned from? `fit_state` ends by asking."""
+"""How well will the question be answered? ST and the baselines on cells that were left out as the question has it."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -11,111 +13,240 @@ import pandas as pd
 from virtualcell._errors import UnknownNameError
 from virtualcell.data._screen import Screen
 from virtualcell.metrics import mae, pearson_delta
-from virtualcell.models import ST, Additive, ContextMean, NearestContext, NoChange, PerturbationMean, Ridge
-from virtualcell.models._base import PerturbationModel
+from virtualcell.models import (
+    ST,
+    Additive,
+    ContextMean,
+    NearestContext,
+    NearestPerturbations,
+    NoChange,
+    PerturbationMean,
+    Ridge,
+)
+from virtualcell.models._baselines import Baseline
 from virtualcell.models._effects import Effects
-from virtualcell.models._start import starts
+from virtualcell.models._stacking import choose_weight, errors_of_weights
+from virtualcell.models._start import Start, starts
+from virtualcell.tl._questions import Asked, Fold
 
 logger = logging.getLogger(__name__)
 
 _BASELINES = (NoChange, ContextMean, PerturbationMean, Additive, NearestContext)
-_MOST_GROUPS = 200  # of (context, perturbation), drawn where there are more
-_N_CELLS = 256  # predicted for each
+_OF_FEATURES = (Ridge, NearestPerturbations)
+_N_CELLS = 256  # predicted for each pair
+_MARKS = {"contexts": "new contexts", "perturbations": "new perturbations", "cells": "measured pairs"}
 
-Groups = dict[tuple[str, str], np.ndarray]
+Trained = Callable[[Fold], ST]
 
 
-def compare_with_baselines(
-    st: ST, screen: Screen, effects: Effects, features: pd.DataFrame | None, *, seed: int = 0
-) -> tuple[pd.DataFrame, PerturbationModel]:
-    """Score ST and the baselines on validation cells, and say in one line what came out.
-
-    Control cells are read once per context, for all models and perturbations.
+@dataclass(frozen=True)
+class Verdict:
+    """What came of leaving cells out.
 
     Parameters
     ----------
-    st
-        Trained on the training cells of the screen.
-    screen
-        All cells, with their parts.
-    effects
-        Measured effects of the training cells, from which the baselines learn.
-    features
-        Features of perturbations: ridge regression joins then.
-    seed
-        Seed of the draws of groups and of control cells.
-
-    Returns
-    -------
-    Mean `pearson_delta` and `mae` over the validation groups, and how many those were, for each model, with the highest
-    Pearson delta first; and the best baseline.
+    scores
+        Mean `pearson_delta` and `mae` of every model over the pairs that were left out, their standard deviation over
+        folds (`pearson_delta_spread`, `mae_spread`), and `n_groups` and `n_folds`; the model with the least absolute
+        error comes first.
+    sentence
+        Whether ST is better than the best baseline, level with it or worse, and on what.
+    outcome
+        "better", "level" or "worse".
+    weight
+        Weight of the networks that the folds chose; `None` for a model without a transferred effect.
+    best
+        The baseline with the least absolute error.
     """
-    in_genes = dataclasses.replace(screen, rep=None, design=dataclasses.replace(screen.design, use_rep=None))
-    models: dict[str, PerturbationModel] = {"ST": st}
-    for kind in (*_BASELINES, *([Ridge] if features is not None else [])):
-        model = kind(in_genes, features) if kind is Ridge else kind(in_genes)
-        model.train(effects)
-        model.forget_data()
-        models[kind.__name__] = model
-    groups = _groups(screen, np.random.default_rng(seed))
-    for name, model in list(models.items()):
-        try:
-            for _, perturbation in groups:
-                model.check_perturbation(perturbation)
-        except UnknownNameError as reason:
-            logger.info("%s cannot predict all that is validated on and is left out: %s", name, reason)
-            del models[name]
-    scores = pd.DataFrame(_rows(models, screen, in_genes, groups, seed), columns=["model", "pearson_delta", "mae"])
-    scores = scores.groupby("model").mean()
-    scores["n_groups"] = len(groups)
-    scores = scores.sort_values("pearson_delta", ascending=False)
-    best = next(name for name in scores.index if name != "ST")
-    _say(scores, best)
-    return scores, models[best]
+
+    scores: pd.DataFrame
+    sentence: str
+    outcome: str
+    weight: float | None
+    best: str
 
 
-def _groups(screen: Screen, rng: np.random.Generator) -> Groups:
-    """Rows of the validation cells of every context and perturbation, or of as many as are drawn."""
-    found = screen.pairs(screen.is_val & ~screen.is_control)
-    if len(found) <= _MOST_GROUPS:
-        return found
-    names = list(found)
-    drawn = sorted(rng.choice(len(names), _MOST_GROUPS, replace=False))
-    return {names[i]: found[names[i]] for i in drawn}
+def judge(train: Trained, folds: list[Fold], asked: Asked, features: pd.DataFrame | None, *, seed: int = 0) -> Verdict:
+    """Train ST and the baselines on what every fold leaves, predict what it leaves out, and compare.
+
+    The weight of the networks is chosen from all folds for the model, and for the scores of each fold from the other
+    folds, so that no prediction is scored with a weight that it took part in choosing.
+
+    Parameters
+    ----------
+    train
+        Fits an ST on a fold.
+    folds
+        Training cells without what is left out, at least one.
+    asked
+        The question.
+    features
+        Features of perturbations, where there are any: ridge regression and neighbours join then.
+    seed
+        Seed of the draw of control cells that predictions start from.
+    """
+    rows = [row for k, fold in enumerate(folds) for row in _predicted(train, fold, k, asked, features, seed)]
+    weight = None
+    if rows and rows[0].errors is not None:
+        weight = _choose(rows)
+        for row in rows:
+            others = [r for r in rows if r.fold != row.fold] or rows
+            row.score_st(_choose(others))
+    scores = _table(rows, len(folds))
+    return _verdict(scores, rows, weight, asked)
 
 
-def _rows(
-    models: dict[str, PerturbationModel], screen: Screen, in_genes: Screen, groups: Groups, seed: int
-) -> list[tuple[str, float, float]]:
-    """Scores of every model on every group."""
-    observed = dict(zip(groups, screen.expression.moments(list(groups.values())).mean, strict=True))
-    is_start = screen.is_control & (screen.split != "test") & screen.context.isin({c for c, _ in groups})
-    rows = []
+@dataclass
+class _Row:
+    """One pair of a fold: its real mean, the mean of its control cells, and every model's prediction.
+
+    Of ST the means of its networks and of the transferred effect, where it has one.
+    """
+
+    fold: int
+    real: np.ndarray
+    base: np.ndarray
+    predicted: dict[str, np.ndarray]
+    networks: np.ndarray | None = None
+    transferred: np.ndarray | None = None
+    errors: np.ndarray | None = None
+
+    def score_st(self, weight: float) -> None:
+        """Put what ST predicts with that weight of the networks among the predictions."""
+        self.predicted["ST"] = weight * self.networks + (1 - weight) * self.transferred
+
+
+def _choose(rows: list[_Row]) -> float:
+    sizes = np.array([np.square(r.real - r.base).sum() for r in rows])
+    return choose_weight(np.stack([r.errors for r in rows]), sizes, np.array([r.fold for r in rows]))
+
+
+def _predicted(
+    train: Trained, fold: Fold, number: int, asked: Asked, features: pd.DataFrame | None, seed: int
+) -> list[_Row]:
+    st = train(fold)
+    in_genes = dataclasses.replace(fold.screen, rep=None, design=dataclasses.replace(fold.screen.design, use_rep=None))
+    baselines = _trained_baselines(in_genes, fold, features)
+    screen = fold.screen
+    is_start = screen.is_control & (screen.split != "test") & screen.context.isin({c for c, _ in fold.observed})
     of_rep = None if screen.rep is None else starts(screen.take(is_start))
-    for of_genes in starts(in_genes.take(is_start)):
-        for_st = of_genes if of_rep is None else next(of_rep)
-        n_cells = min(len(of_genes.names), _N_CELLS)
-        for context, perturbation in groups:
-            if context != of_genes.context:
+    rows = []
+    for start in starts(in_genes.take(is_start)):
+        for_st = start if of_rep is None else next(of_rep)
+        n_cells = min(len(start.names), _N_CELLS)
+        for (context, perturbation), real in fold.observed.items():
+            if context != start.context:
                 continue
-            for name, model in models.items():
-                begin = for_st if name == "ST" else of_genes
-                mean = model.predict_from(begin, perturbation, n_cells=n_cells, seed=seed)[1].mean(axis=0)
-                real = observed[context, perturbation]
-                rows.append((name, pearson_delta(mean, real, of_genes.base), mae(mean, real)))
+            predicted = {
+                name: model.predict_from(start, perturbation, n_cells=n_cells, seed=seed)[1].mean(axis=0)
+                for name, model in baselines.items()
+            }
+            row = _Row(number, real, start.base, predicted)
+            _add_st(row, st, for_st, perturbation, asked, n_cells, seed)
+            rows.append(row)
+    st.forget_data()
     return rows
 
 
-def _say(scores: pd.DataFrame, best: str) -> None:
-    ours, theirs = scores.loc["ST"], scores.loc[best]
-    figures = (
-        f"Pearson delta {ours['pearson_delta']:.3f} against {theirs['pearson_delta']:.3f}, MAE {ours['mae']:.4f} "
-        f"against {theirs['mae']:.4f}, {int(ours['n_groups'])} groups of validation cells"
+def trained_baseline(name: str, screen: Screen, effects: Effects, features: pd.DataFrame | None) -> Baseline:
+    """Return a baseline that has learned from measured effects."""
+    in_genes = dataclasses.replace(screen, rep=None, design=dataclasses.replace(screen.design, use_rep=None))
+    kind = next(k for k in (*_BASELINES, *_OF_FEATURES) if k.__name__ == name)
+    model = kind(in_genes, features) if kind in _OF_FEATURES else kind(in_genes)
+    model.train(effects)
+    model.forget_data()
+    return model
+
+
+def _trained_baselines(in_genes: Screen, fold: Fold, features: pd.DataFrame | None) -> dict[str, Baseline]:
+    """Baselines that can predict all that the fold leaves out."""
+    out = {}
+    for kind in (*_BASELINES, *(_OF_FEATURES if features is not None else ())):
+        model = trained_baseline(kind.__name__, in_genes, fold.effects, features)
+        try:
+            for _, perturbation in fold.observed:
+                model.check_perturbation(perturbation)
+        except UnknownNameError:
+            logger.info("%s cannot predict all that is left out and is not compared with.", kind.__name__)
+            continue
+        out[kind.__name__] = model
+    return out
+
+
+def _add_st(row: _Row, st: ST, start: Start, perturbation: str, asked: Asked, n_cells: int, seed: int) -> None:
+    """Add what ST predicts: its networks and its transferred effect apart, where it has both."""
+    if st.transferred is None:
+        row.predicted["ST"] = st.predict_from(start, perturbation, n_cells=n_cells, seed=seed)[1].mean(axis=0)
+        return
+    row.networks, row.transferred = st.apart(start, perturbation, n_cells=n_cells, seed=seed)
+    row.errors = errors_of_weights(row.networks, row.transferred, row.real)
+
+
+def _table(rows: list[_Row], n_folds: int) -> pd.DataFrame:
+    """Scores of the models that could predict everything."""
+    names = [name for name in rows[0].predicted if all(name in r.predicted for r in rows)]
+    found = pd.DataFrame(
+        [
+            (name, r.fold, pearson_delta(r.predicted[name], r.real, r.base), mae(r.predicted[name], r.real))
+            for r in rows
+            for name in names
+        ],
+        columns=["model", "fold", *_METRICS],
     )
-    if ours["pearson_delta"] > theirs["pearson_delta"]:
-        logger.info("ST beats the best baseline, %s: %s.", best, figures)
-    else:
-        logger.warning(
-            'ST does not beat the baseline %s: %s. `predict_perturbation(..., fallback="best")` uses the better one.',
-            *(best, figures),
-        )
+    of_fold = found.groupby(["model", "fold"])[list(_METRICS)].mean()
+    scores = of_fold.groupby("model").mean()
+    spread = of_fold.groupby("model").std(ddof=1).fillna(0.0)
+    for metric in _METRICS:
+        scores[f"{metric}_spread"] = spread[metric]
+    scores["n_groups"], scores["n_folds"] = len(rows), n_folds
+    scores = scores.sort_values("mae")
+    scores.attrs["of_fold"] = of_fold
+    return scores
+
+
+_METRICS = {"pearson_delta": 1, "mae": -1}
+_NAMES = {"pearson_delta": "Pearson delta", "mae": "MAE"}
+
+
+def compared(of_fold: pd.DataFrame, metric: str, sign: int) -> tuple[str, float, float]:
+    """Return the baseline that is best in a metric, how much better ST is, and the spread of that over folds.
+
+    Parameters
+    ----------
+    of_fold
+        Means over the pairs of every model and fold.
+    metric, sign
+        Which one, and whether more of it is better, 1, or less, -1.
+    """
+    wide = of_fold[metric].unstack("fold") * sign
+    best = wide.drop(index="ST").mean(axis=1).idxmax()
+    gain = wide.loc["ST"] - wide.loc[best]
+    return best, float(gain.mean()), float(gain.std(ddof=1)) if len(gain) > 1 else 0.0
+
+
+def outcome_of(gains: list[tuple[float, float]]) -> str:
+    """Return "better", "level" or "worse": better in one metric by more than its spread, and worse in none."""
+    better = any(gain > spread for gain, spread in gains)
+    worse = any(gain < -spread for gain, spread in gains)
+    if better == worse:
+        return "level"
+    return "better" if better else "worse"
+
+
+def _verdict(scores: pd.DataFrame, rows: list[_Row], weight: float | None, asked: Asked) -> Verdict:
+    of_fold = scores.attrs.pop("of_fold")
+    gains, parts = [], []
+    for metric, sign in _METRICS.items():
+        best, gain, spread = compared(of_fold, metric, sign)
+        gains.append((gain, spread))
+        ours, theirs = scores.loc["ST", metric], scores.loc[best, metric]
+        parts.append(f"{_NAMES[metric]} {ours:.4g} against {theirs:.4g} of {best} (+-{spread:.2g} over folds)")
+    outcome = outcome_of(gains)
+    how = {"better": "better than", "level": "level with", "worse": "worse than"}[outcome]
+    n_folds = int(scores["n_folds"].iloc[0])
+    sentence = (
+        f"On {_MARKS[asked.question]} ST is {how} the best baseline: {', '.join(parts)}; {len(rows)} pairs of context "
+        f"and perturbation that were left out, in {n_folds} {'fold' if n_folds == 1 else 'folds'}."
+    )
+    best = next(name for name in scores.index if name != "ST")
+    return Verdict(scores, sentence, outcome, weight, best)

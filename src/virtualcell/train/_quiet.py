@@ -38,6 +38,20 @@ def silenced() -> Iterator[None]:
 
 
 @contextmanager
+def quiet(*names: str) -> Iterator[None]:
+    """Let loggers say nothing but warnings for a while."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextmanager
 def n_threads_kept() -> Iterator[None]:
     """Give torch its number of threads back, which Lightning lowers where it starts processes."""
     n_threads = torch.get_num_threads()
