@@ -49,7 +49,7 @@ def test_rows(run, targets):
         ("model", "Additive", 0): per_run,
         ("floor", "NoChange", 0): per_run,
         ("floor", "PerturbationMean", 0): per_run,
-        **{("ceiling", "ceiling", seed): per_run for seed in (0, 1, 2)},
+        **{(of, of, seed): per_run for seed in (0, 1, 2) for of in ("ceiling", "corrected ceiling")},
     }
     assert scores["value"].notna().all()
     assert scores.attrs["models"] == ["Additive"]
@@ -134,6 +134,7 @@ def test_st_once_with_each_seed_and_baselines_once(run, targets):
         "mine": [3],
         "NoChange": [3],
         "ceiling": [3, 4],
+        "corrected ceiling": [3, 4],
     }
     one, other = (values(scores[scores["seed"] == s], "ST") for s in (3, 4))
     assert not np.allclose(one, other)
@@ -167,7 +168,7 @@ def test_a_model_that_cannot_predict_is_left_out_with_a_warning(run, screen, tar
             perturbation_features=features,
             min_cells=1,
         )
-    assert set(scores["model"]) == {"Ridge", "NoChange", "PerturbationMean", "ceiling"}
+    assert set(scores["model"]) == {"Ridge", "NoChange", "PerturbationMean", "ceiling", "corrected ceiling"}
     assert f"Additive is left out of split 'unseen': perturbation='{targets[0]}' is unknown" in caplog.text
 
 
