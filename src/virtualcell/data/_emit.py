@@ -34,7 +34,8 @@ def emit_counts(
     binomial. A gene without change keeps its counts, and zeros of a gene that does not rise stay zeros.
 
     Where `counts` is the whole library, each cell keeps its total: what it has too much or too little is taken from or
-    given to all its genes in proportion, see :func:`with_totals`.
+    given to all its genes in proportion, see :func:`with_totals`. Changes that do not add up to none are thereby made
+    to, and then also move the genes without change.
 
     Parameters
     ----------
