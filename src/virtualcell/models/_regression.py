@@ -143,6 +143,8 @@ class FeatureFit:
         How many neighbours are averaged.
     amplitude
         What effects are multiplied by: the least-squares slope of those of perturbations that were left out.
+    error
+        Root mean square of what that leaves of each output, (n_outputs,).
     """
 
     coefficients: np.ndarray
@@ -151,6 +153,7 @@ class FeatureFit:
     effects: np.ndarray
     k: int = 10
     amplitude: float = 1.0
+    error: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.float32))
 
     @classmethod
     def none(cls) -> Self:
@@ -198,11 +201,12 @@ def fit_features(features: np.ndarray, effects: np.ndarray, count: np.ndarray) -
         "Perturbations that were never measured follow from features by %s, times %.2f.",
         *("ridge regression" if is_better else f"their {k} nearest neighbours", amplitude),
     )
+    error = np.sqrt(np.square(amplitude * predicted - y).mean(axis=0))
     nothing = np.zeros((0, x.shape[1]), np.float32), np.zeros((0, y.shape[1]), np.float32)
     if is_better:
-        return FeatureFit(by_ridge.coefficients, by_ridge.intercept, *nothing, amplitude=amplitude)
+        return FeatureFit(by_ridge.coefficients, by_ridge.intercept, *nothing, amplitude=amplitude, error=error)
     zeros = np.zeros_like(by_ridge.coefficients), np.zeros_like(by_ridge.intercept)
-    return FeatureFit(*zeros, x.astype(np.float32), y, k, amplitude)
+    return FeatureFit(*zeros, x.astype(np.float32), y, k, amplitude, error)
 
 
 def _neighbours_left_out(features: np.ndarray, effects: np.ndarray) -> tuple[int, np.ndarray]:

@@ -25,6 +25,11 @@ def change_of_mean(base: np.ndarray, effect: np.ndarray) -> np.ndarray:
     return np.log1p(np.maximum(np.exp(on_ratio_scale(base) + effect) - OFFSET, 0)) - base
 
 
+def slope_of_mean(base: np.ndarray) -> np.ndarray:
+    """Return by how much the mean changes with an effect on the scale of ratios, where it is `base`."""
+    return (np.expm1(base) + OFFSET) / np.exp(base)
+
+
 def as_ratios(effects: Effects) -> Effects:
     """Return measured effects on the scale of ratios, with their errors (delta method)."""
     out, variance = np.empty_like(effects.effects), np.empty_like(effects.variance)
@@ -32,6 +37,5 @@ def as_ratios(effects: Effects) -> Effects:
         base = effects.controls[c]
         reached = np.maximum(base + effects.effects[i], 0)
         out[i] = on_ratio_scale(reached) - on_ratio_scale(base)
-        slope = np.exp(reached) / (np.expm1(reached) + OFFSET)
-        variance[i] = effects.variance[i] * slope**2
+        variance[i] = effects.variance[i] / slope_of_mean(reached) ** 2
     return dataclasses.replace(effects, effects=out, variance=variance)

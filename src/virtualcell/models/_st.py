@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Literal
 
@@ -12,31 +12,35 @@ import pandas as pd
 import torch
 from anndata import AnnData
 from mudata import MuData
-from torch import Tensor
 
 from virtualcell._errors import unknown_name
-from virtualcell._keys import ALL
 from virtualcell.data._cell_sets import CellGroups, SetSampler
-from virtualcell.data._expression import MOST_EXPRESSION
 from virtualcell.data._packed import DenseRows, PackedRows
 from virtualcell.data._screen import Screen
 from virtualcell.models._base import PerturbationModel
-from virtualcell.models._common import put_on, require_finite, training_screen
+from virtualcell.models._common import put_on, training_screen
+from virtualcell.models._crispri import CRISPRi, check_modality
 from virtualcell.models._effects import Effects
 from virtualcell.models._features import PerturbationTable, find_drug
-from virtualcell.models._mixture import Mixture, Question
+from virtualcell.models._mixture import Mixture
 from virtualcell.models._set_batches import SetBatches, SetSource, validation_steps
 from virtualcell.models._st_files import from_arc, from_state, state_of, to_arc
 from virtualcell.models._st_fit import check_embedding, check_validation, completed, perturbation_table, start_at_mean
 from virtualcell.models._st_options import PRESETS, STTrainOptions, network_options
-from virtualcell.models._start import Start
+from virtualcell.models._st_predict import (
+    apart,
+    error_from,
+    extrapolation,
+    predict_cells,
+    predict_embedding,
+    predict_parts,
+)
 from virtualcell.models._transferred import Transferred
 from virtualcell.modules import Ensemble, STConfig, STNetwork, networks, st_loss
 from virtualcell.train import TrainOptions, fit
 
 logger = logging.getLogger(__name__)
 
-_SETS_AT_ONCE = 16  # in a forward pass without gradients
 _PERTURBATION_DROPOUT = 0.3  # where there are features
 _WEIGHING_STEPS = 50  # training steps on which the heads are weighed
 
@@ -65,6 +69,11 @@ class ST(PerturbationModel):
     transfer
         Whether what the perturbation did in other contexts, with similar control cells, is averaged with the heads. By
         default it is for head="both" in gene space; in embedding space it cannot be.
+    modality_of_perturbation
+        "CRISPRi" sets the target of a perturbation to what targets of others keep of their expression, and lowers genes
+        that start beside it, see :mod:`virtualcell.models._neighbouring`.
+    gene_positions
+        Where genes start, from :func:`virtualcell.pp.gene_positions`; without it no gene has neighbours.
     n_networks
         Number of networks that are trained side by side from different first weights, and averaged.
     table
@@ -93,6 +102,8 @@ class ST(PerturbationModel):
         head: Literal["both", "shift", "level", "all", "none"] | None = None,
         transfer: bool | None = None,
         n_networks: int = 1,
+        modality_of_perturbation: Literal["CRISPRi"] | None = None,
+        gene_positions: pd.DataFrame | None = None,
         table: PerturbationTable | None = None,
         registry: dict | None = None,
         **network: object,
@@ -134,6 +145,13 @@ class ST(PerturbationModel):
         self.mixture = Mixture.equal(self.config.heads, transferred=self.transfer, nonnegative=self.config.relu)
         self.transferred: Transferred | None = None  # comes with training
         self.n_steps = 0  # of the last training
+        check_modality(modality_of_perturbation)
+        if modality_of_perturbation is not None and not in_genes:
+            raise ValueError(
+                "modality_of_perturbation is about genes, and this model works on embeddings: leave it out."
+            )
+        self.modality_of_perturbation, self.gene_positions = modality_of_perturbation, gene_positions
+        self.crispri: CRISPRi | None = None  # comes with training, where it was asked for
         self.se: PerturbationModel | None = None  # what made the embeddings, where fit_state did
         self.validation: pd.DataFrame | None = None  # scores beside the baselines, where fit_state validated
         self.verdict: str | None = None  # the sentence about them
@@ -192,7 +210,7 @@ class ST(PerturbationModel):
             If a loss is not finite.
         """
         screen = training_screen(self)
-        self._check_width(len(screen.genes) if screen.rep is None else screen.rep.shape[1])
+        self.check_width(len(screen.genes) if screen.rep is None else screen.rep.shape[1])
         check_embedding(screen)
         options = self.train_options(options, **keywords)
         if self.design.split_key is None and not screen.is_val.any():
@@ -204,9 +222,14 @@ class ST(PerturbationModel):
         training, validation = self._batches(screen, train, held, options)
         if self.config.head == "both":
             start_at_mean(self.networks, screen)
+        silences = self.modality_of_perturbation is not None
+        if effects is None and (self.transfer or silences):
+            effects = Effects.measure(screen, screen.is_known)
         if self.transfer:
-            effects = Effects.measure(screen, screen.is_known) if effects is None else effects
-            self.transferred = Transferred.fit(effects, self._features)
+            self.transferred = Transferred.fit(effects, self.features)
+        if silences:
+            names = screen.target_names[screen.genes].to_numpy()
+            self.crispri = CRISPRi.measure(effects, names, self.gene_positions, self.control)
         loss = partial(
             st_loss, kind=options.loss, mean_weight=options.mean_weight, contrast_weight=options.contrast_weight
         )
@@ -226,7 +249,7 @@ class ST(PerturbationModel):
         codes = None
         if screen.batch is not None:
             codes, seen = np.full(screen.n_cells, -1), screen.is_train | screen.is_val
-            codes[seen] = self._batch_codes(np.asarray(screen.batch[seen]).astype(str))
+            codes[seen] = self.batch_codes(np.asarray(screen.batch[seen]).astype(str))
         source = SetSource(rows, self.table, batch=codes, genes=genes)
         size = {"set_size": self.set_size, "sets_per_step": options.batch_size, "seed": options.seed}
         with_base = options.contrast_weight > 0
@@ -248,7 +271,7 @@ class ST(PerturbationModel):
             {**stated, **keywords}, lr=1e-3, gradient_clip=10.0, loss="energy", val_fraction=0.1, **preset
         )
 
-    def _batch_codes(self, names: np.ndarray) -> np.ndarray:
+    def batch_codes(self, names: np.ndarray) -> np.ndarray:
         codes = pd.Index(self.batches).get_indexer(names)
         if (codes < 0).any():
             raise unknown_name(
@@ -264,7 +287,7 @@ class ST(PerturbationModel):
         return self.set_size
 
     @property
-    def _features(self) -> PerturbationTable | None:
+    def features(self) -> PerturbationTable | None:
         return self.table if self.table.has_features else None
 
     def check_perturbation(self, perturbation: str) -> None:
@@ -288,45 +311,7 @@ class ST(PerturbationModel):
         """
         return find_drug(self.table.names, drug, dose)
 
-    def _asked(self, perturbation: str, context: str, base: np.ndarray | None) -> dict[str, object]:
-        """Return the transferred change of the mean, where there is one, the question, and how far from home it is."""
-        if self.transferred is None or base is None:
-            return {}
-        change = self.transferred(
-            perturbation, control=self.control, context=context, base=base, features=self._features
-        )
-        return {
-            "change": None if change is None else torch.from_numpy(change).to(self.device),
-            "question": self.transferred.question(perturbation, context),
-            "extrapolation": self.transferred.extrapolation(base, context),
-        }
-
-    def _counts(self, change: Tensor | None = None, question: Question = "contexts", **_: object) -> bool:
-        """Whether the networks have any weight."""
-        return change is None or self.mixture.of_networks(question, True) > 0
-
-    @torch.inference_mode()
-    def _run(
-        self, cells: np.ndarray, perturbation: str, batch: np.ndarray | None, *, with_networks: bool = True
-    ) -> Iterator[tuple[Tensor, list[tuple[Tensor, ...]]]]:
-        """Yield control sets (B, S, n_input), in the order given, and what the heads of each network predict.
-
-        `with_networks=False` spares what has no weight, and yields nothing of them.
-        """
-        self._check_width(cells.shape[1])
-        self.module.eval()
-        vector = self.table.encode([perturbation]).to(self.device)
-        codes = None if batch is None or not self.batches else self._batch_codes(batch)
-        s, starts = min(self.set_size, len(cells)), self._set_starts(len(cells))
-        for at in range(0, len(starts), _SETS_AT_ONCE):
-            rows = np.stack([np.arange(i, i + s) for i in starts[at : at + _SETS_AT_ONCE]])
-            control = torch.from_numpy(cells[rows]).to(self.device)
-            of_batch = None if codes is None else torch.from_numpy(codes[rows]).to(self.device)
-            networks = self.networks if with_networks else []
-            outs = [network(control, vector.expand(len(rows), -1), of_batch) for network in networks]
-            yield control, [out.heads for out in outs]
-
-    def _check_width(self, n: int) -> None:
+    def check_width(self, n: int) -> None:
         """Raise unless cells have as many columns as the network takes."""
         if n != self.config.n_input:
             what = "the matrix" if self.design.use_rep is None else f"obsm[{self.design.use_rep!r}]"
@@ -334,78 +319,12 @@ class ST(PerturbationModel):
                 f"{what} has {n} columns, this model {self.config.n_input}: give cells in the space it was trained in."
             )
 
-    def _set_starts(self, n: int) -> list[int]:
-        """Where the sets begin; every one is full: the last one reaches back."""
-        s = min(self.set_size, n)
-        return [min(i, n - s) for i in range(0, n, s)]
-
-    def predict_embedding(
-        self,
-        cells: np.ndarray,
-        perturbation: str,
-        *,
-        context: str = ALL,
-        base: np.ndarray | None = None,
-        batch: np.ndarray | None = None,
-    ) -> np.ndarray:
-        """Predict in the space that the model works in, (n_cells, n_output); see :meth:`predict_cells`.
-
-        Without `base`, no transferred effect takes part.
-        """
-        asked = self._asked(perturbation, context, base)
-        sets = [
-            self.mixture.cells(heads, control, **asked).float().flatten(0, 1)
-            for control, heads in self._run(cells, perturbation, batch, with_networks=self._counts(**asked))
-        ]
-        n, s = len(cells), min(self.set_size, len(cells))
-        before = (len(self._set_starts(n)) - 1) * s
-        predicted = torch.cat(sets).cpu().numpy()
-        predicted = np.concatenate([predicted[:before], predicted[before + s - (n - before) :]])  # of the last set
-        require_finite(self, predicted, perturbation, context)  # before anything is cut off
-        return predicted
-
-    @torch.inference_mode()
-    def predict_cells(
-        self, cells: np.ndarray, perturbation: str, *, context: str, base: np.ndarray, batch: np.ndarray | None = None
-    ) -> np.ndarray:
-        """Predict expression (n_cells, n_genes) from control cells of one context, `set_size` at a time.
-
-        Parameters as in :meth:`virtualcell.models._base.PerturbationModel.predict_cells`.
-        """
-        predicted = self.predict_embedding(cells, perturbation, context=context, base=base, batch=batch)
-        if self.config.n_genes:
-            vectors = torch.from_numpy(predicted).to(self.device)
-            predicted = torch.stack([n.decode(vectors) for n in self.networks]).mean(dim=0).float().cpu().numpy()
-        return np.minimum(predicted, MOST_EXPRESSION)
-
-    @torch.inference_mode()
-    def predict_parts(
-        self, cells: np.ndarray, perturbation: str, *, context: str, base: np.ndarray, batch: np.ndarray | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Mean profiles (n_parts, n_genes) by every head of every network and the transferred effect, and weights."""
-        if self.config.n_genes:
-            return super().predict_parts(cells, perturbation, context=context, base=base, batch=batch)
-        asked, means = self._asked(perturbation, context, base), []
-        for control, heads in self._run(cells, perturbation, batch, with_networks=self._counts(**asked)):
-            of_sets, weights = self.mixture.means(heads, control, **asked)
-            means.append(of_sets.float().cpu().numpy())
-        return np.concatenate(means, axis=1).mean(axis=1), weights
-
-    @torch.inference_mode()
-    def apart(
-        self, start: Start, perturbation: str, *, n_cells: int | None = None, seed: int = 0
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Mean profile (n_genes,) by the networks alone, and by the transferred effect alone; see `predict_from`."""
-        rows = self.rows_from(start, n_cells=n_cells, seed=seed)
-        asked = self._asked(perturbation, start.context, start.base)
-        change, by_heads, by_change = asked.pop("change"), [], []
-        for control, heads in self._run(start.dense(rows), perturbation, start.batch_of(rows)):
-            means, weights = self.mixture.means(heads, control, **asked)
-            by_heads.append(np.einsum("p,pbg->bg", weights, means.float().cpu().numpy()))
-            moved = control.mean(dim=1) + (0 if change is None else change)
-            by_change.append(moved.clamp_min(0).cpu().numpy())
-        networks, transferred = np.concatenate(by_heads).mean(axis=0), np.concatenate(by_change).mean(axis=0)
-        return networks, networks if change is None else transferred
+    predict_embedding = predict_embedding
+    predict_cells = predict_cells
+    predict_parts = predict_parts
+    apart = apart
+    error_from = error_from
+    extrapolation = extrapolation
 
     # -- files --------------------------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from virtualcell.io._arc_st import read_st
 from virtualcell.io._save import State
 from virtualcell.io._write_arc_st import write_st
 from virtualcell.models._common import load_network, meta_of, model_of, network_tensors, restore_meta
+from virtualcell.models._crispri import CRISPRi
 from virtualcell.models._features import PerturbationTable
 from virtualcell.models._mixture import Mixture
 from virtualcell.models._transferred import Transferred
@@ -41,6 +42,7 @@ def state_of(model: ST) -> State:
         "table": table,
         "mixture": dataclasses.asdict(model.mixture),
         "verdict": model.verdict,
+        "crispri": None if model.crispri is None else model.crispri.to_plain(),
         "validation": None if model.validation is None else model.validation.to_dict(orient="split"),
     }
     tensors = {**network_tensors(model.module), **_vectors(model.table)}
@@ -73,6 +75,8 @@ def from_state(cls: type[ST], state: State) -> ST:
         index = pd.Index(known["index"], name="model")
         model.validation = pd.DataFrame(known["data"], index=index, columns=known["columns"])
     model.verdict = meta["verdict"]
+    if meta["crispri"] is not None:
+        model.modality_of_perturbation, model.crispri = "CRISPRi", CRISPRi.from_plain(meta["crispri"])
     for name, part in state.parts.items():
         setattr(model, name, model_of(part))
     return model

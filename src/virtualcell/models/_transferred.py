@@ -16,7 +16,7 @@ from virtualcell.models._closed_forms import SimilarContexts, additive, similari
 from virtualcell.models._effects import Effects, group_sums
 from virtualcell.models._features import PerturbationTable
 from virtualcell.models._regression import FeatureFit, fit_features
-from virtualcell.models._scale import as_ratios, change_of_mean
+from virtualcell.models._scale import as_ratios, change_of_mean, slope_of_mean
 from virtualcell.models._shrinkage import shrink
 
 logger = logging.getLogger(__name__)
@@ -62,8 +62,10 @@ class Transferred:
         What single genes do beyond the axes: those of perturbation p are `single_start[p]` to `single_start[p + 1]`.
     controls
         Mean control cell of each context, (n_contexts, n_genes).
-    error
-        Standard error of a measured effect on the mean, typical of each gene, (n_genes,).
+    error, error_elsewhere, error_unseen
+        Error of a predicted change of the mean, typical of each gene, (n_genes,): of what was measured in the very
+        context (standard error), of what other contexts predicted for one that was left out (root mean square, without
+        the noise of what they were compared with), and of what features predicted for perturbations left out.
     """
 
     contexts: list[str]
@@ -86,6 +88,8 @@ class Transferred:
     single_effect: np.ndarray
     controls: np.ndarray
     error: np.ndarray
+    error_elsewhere: np.ndarray
+    error_unseen: np.ndarray
 
     @classmethod
     def fit(cls, effects: Effects, features: PerturbationTable | None = None) -> Self:
@@ -99,7 +103,7 @@ class Transferred:
             Features of perturbations, which reach those that were not measured.
         """
         on_scale = as_ratios(effects)
-        amplitude = worth_elsewhere(effects, on_scale)
+        amplitude, error_elsewhere = worth_elsewhere(effects, on_scale)
         measured = shrunken(on_scale)
         fit = additive(measured)
         axes = leading_axes(measured.effects, measured.noise())
@@ -117,7 +121,8 @@ class Transferred:
             intercept=told.intercept, neighbours=told.features, neighbour_scores=told.effects,
             n_neighbours=told.k, axes=axes,
             single_start=start, single_gene=gene, single_effect=effect, controls=effects.controls,
-            error=np.sqrt(np.median(effects.variance, axis=0)),
+            error=np.sqrt(np.median(effects.variance, axis=0)), error_elsewhere=error_elsewhere,
+            error_unseen=told.error * slope_of_mean(effects.controls.mean(axis=0)) if len(told.error) else told.error,
         )  # fmt: skip
 
     # -- in files -----------------------------------------------------------------------------------------------------
@@ -168,6 +173,12 @@ class Transferred:
         if perturbation not in self._code:
             return "perturbations"
         return "cells" if (self._where(context), self._code[perturbation]) in self._own else "contexts"
+
+    def error_of(self, perturbation: str, context: str) -> np.ndarray:
+        """Return the error that the change of each gene's mean is expected to have, (n_genes,)."""
+        question = self.question(perturbation, context)
+        by_question = {"cells": self.error, "contexts": self.error_elsewhere, "perturbations": self.error_unseen}
+        return by_question[question] if len(by_question[question]) else self.error_elsewhere
 
     def extrapolation(self, base: np.ndarray, context: str) -> float:
         """Return how far control cells lie from the most similar training context, 1 - correlation of means.
@@ -282,29 +293,35 @@ def _weights(near: np.ndarray, n_cells: np.ndarray) -> np.ndarray:
     return (weights / weights.sum(axis=-1, keepdims=True)).astype(np.float32)
 
 
-def worth_elsewhere(effects: Effects, on_scale: Effects) -> float:
-    """Return what effects of other contexts have to be multiplied by, between 0 and 1.
+def worth_elsewhere(effects: Effects, on_scale: Effects) -> tuple[float, np.ndarray]:
+    """Return what effects of other contexts have to be multiplied by, between 0 and 1, and the error that is left.
 
     That is the least-squares slope of observed changes of the mean on those predicted from the other contexts, over all
-    contexts and at most 400 perturbations; 1 where no perturbation was measured in two contexts.
+    contexts and at most 400 perturbations. Where no perturbation was measured in two contexts it is 1, and the error
+    that of a measured effect. The error is one for each gene, (n_genes,).
     """
     near = similarity(effects.controls, effects.controls)
     np.fill_diagonal(near, -np.inf)  # a context does not predict itself
     order = np.argsort(effects.perturbation, kind="stable")
     n_rows = np.bincount(effects.perturbation, minlength=len(effects.perturbations))
     several = [rows for rows in np.split(order, np.cumsum(n_rows)[:-1]) if len(rows) > 1]
-    products = squares = 0.0
+    products, squares, observed, noise = np.zeros((4, effects.effects.shape[1]))
+    n = 0
     for i in np.unique(np.linspace(0, len(several) - 1, min(len(several), _MOST_TRIED)).astype(int)):
         rows = several[i]
         there = effects.context[rows]
         weights = _weights(near[np.ix_(there, there)], effects.n_cells[rows])
         carried = shrink(weights @ on_scale.effects[rows], weights**2 @ on_scale.variance[rows]).mean
         predicted = change_of_mean(effects.controls[there], carried)
-        products += float((predicted * effects.effects[rows]).sum(dtype=np.float64))
-        squares += float((predicted**2).sum(dtype=np.float64))
+        products += (predicted * effects.effects[rows]).sum(axis=0)
+        squares += (predicted**2).sum(axis=0)
+        observed += (effects.effects[rows] ** 2).sum(axis=0)
+        noise += effects.variance[rows].sum(axis=0)
+        n += len(rows)
     if not several:
         logger.info("No perturbation was measured in two contexts: a new one is given what was measured elsewhere.")
-        return 1.0
-    worth = float(np.clip(products / squares, 0, 1)) if squares > 0 else 0.0
+        return 1.0, np.sqrt(np.median(effects.variance, axis=0))
+    worth = float(np.clip(products.sum() / max(squares.sum(), 1e-30), 0, 1))
     logger.info("Effects of other contexts are transferred times %.2f, their worth for contexts left out.", worth)
-    return worth
+    left = observed - 2 * worth * products + worth**2 * squares - noise
+    return worth, np.sqrt(np.maximum(left, 0) / n).astype(np.float32)

@@ -117,8 +117,9 @@ def fit_state(
         or more, else "small".
     network
         Options of ST: `use_rep` (a key of `obsm` with cell embeddings to work on, such as `"X_state"`, in place of
-        genes), `preset` ("published" for the form of the paper), `head`, `transfer`, `n_networks`, `set_size`, and the
-        fields of :class:`virtualcell.models.STConfig`.
+        genes), `preset` ("published" for the form of the paper), `head`, `transfer`, `n_networks`, `set_size`,
+        `modality_of_perturbation` ("CRISPRi") with `gene_positions`, and the fields of
+        :class:`virtualcell.models.STConfig`.
     training
         Options of the training, see :class:`virtualcell.tl.FitOptions`: `max_steps`, `batch_size`, `lr`, `accelerator`,
         `devices`, `precision`, `progress_bar`, `min_cells`, `freeze`, `lora` and others. Devices, precision and the bar

@@ -31,7 +31,7 @@ Size = Literal["auto", "small", "medium", "large"]
 
 # options of the run that SE shares with ST
 _SHARED = ("accelerator", "devices", "strategy", "precision", "seed", "progress_bar")
-_OF_ST = ("set_size", "preset", "head", "transfer", "n_networks")
+_OF_ST = ("set_size", "preset", "head", "transfer", "n_networks", "modality_of_perturbation", "gene_positions")
 _FROM_DATA = ("n_input", "n_output", "n_perturbation", "n_batches", "n_genes")
 
 

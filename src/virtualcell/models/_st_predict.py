@@ -1,0 +1,159 @@
+"""Prediction by an ST: what its networks and the transferred effect say, together and apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from virtualcell._keys import ALL
+from virtualcell.data._expression import MOST_EXPRESSION
+from virtualcell.models._base import PerturbationModel
+from virtualcell.models._common import require_finite
+from virtualcell.models._mixture import Question
+from virtualcell.models._start import Start
+
+if TYPE_CHECKING:
+    from virtualcell.models._st import ST
+
+_SETS_AT_ONCE = 16  # in a forward pass without gradients
+
+
+def _asked(model: ST, perturbation: str, context: str, base: np.ndarray | None) -> dict[str, object]:
+    """Return the transferred change of the mean, where there is one, the question, and how far from home it is."""
+    if model.transferred is None or base is None:
+        return {}
+    change = model.transferred(perturbation, control=model.control, context=context, base=base, features=model.features)
+    return {
+        "change": None if change is None else torch.from_numpy(change).to(model.device),
+        "question": model.transferred.question(perturbation, context),
+        "extrapolation": model.transferred.extrapolation(base, context),
+    }
+
+
+def _counts(model: ST, change: Tensor | None = None, question: Question = "contexts", **_: object) -> bool:
+    """Whether the networks have any weight."""
+    return change is None or model.mixture.of_networks(question, True) > 0
+
+
+@torch.inference_mode()
+def _run(
+    model: ST, cells: np.ndarray, perturbation: str, batch: np.ndarray | None, *, with_networks: bool = True
+) -> Iterator[tuple[Tensor, list[tuple[Tensor, ...]]]]:
+    """Yield control sets (B, S, n_input), in the order given, and what the heads of each network predict.
+
+    `with_networks=False` spares what has no weight, and yields nothing of them.
+    """
+    model.check_width(cells.shape[1])
+    model.module.eval()
+    vector = model.table.encode([perturbation]).to(model.device)
+    codes = None if batch is None or not model.batches else model.batch_codes(batch)
+    s, starts = min(model.set_size, len(cells)), _set_starts(model, len(cells))
+    for at in range(0, len(starts), _SETS_AT_ONCE):
+        rows = np.stack([np.arange(i, i + s) for i in starts[at : at + _SETS_AT_ONCE]])
+        control = torch.from_numpy(cells[rows]).to(model.device)
+        of_batch = None if codes is None else torch.from_numpy(codes[rows]).to(model.device)
+        networks = model.networks if with_networks else []
+        outs = [network(control, vector.expand(len(rows), -1), of_batch) for network in networks]
+        yield control, [out.heads for out in outs]
+
+
+def _set_starts(model: ST, n: int) -> list[int]:
+    """Where the sets begin; every one is full: the last one reaches back."""
+    s = min(model.set_size, n)
+    return [min(i, n - s) for i in range(0, n, s)]
+
+
+def predict_embedding(
+    model: ST,
+    cells: np.ndarray,
+    perturbation: str,
+    *,
+    context: str = ALL,
+    base: np.ndarray | None = None,
+    batch: np.ndarray | None = None,
+) -> np.ndarray:
+    """Predict in the space that the model works in, (n_cells, n_output); see :meth:`predict_cells`.
+
+    Without `base`, no transferred effect takes part.
+    """
+    asked = _asked(model, perturbation, context, base)
+    sets = [
+        model.mixture.cells(heads, control, **asked).float().flatten(0, 1)
+        for control, heads in _run(model, cells, perturbation, batch, with_networks=_counts(model, **asked))
+    ]
+    n, s = len(cells), min(model.set_size, len(cells))
+    before = (len(_set_starts(model, n)) - 1) * s
+    predicted = torch.cat(sets).cpu().numpy()
+    predicted = np.concatenate([predicted[:before], predicted[before + s - (n - before) :]])  # of the last set
+    require_finite(model, predicted, perturbation, context)  # before anything is cut off
+    return predicted
+
+
+@torch.inference_mode()
+def predict_cells(
+    model: ST, cells: np.ndarray, perturbation: str, *, context: str, base: np.ndarray, batch: np.ndarray | None = None
+) -> np.ndarray:
+    """Predict expression (n_cells, n_genes) from control cells of one context, `set_size` at a time.
+
+    Parameters as in :meth:`virtualcell.models._base.PerturbationModel.predict_cells`.
+    """
+    predicted = model.predict_embedding(cells, perturbation, context=context, base=base, batch=batch)
+    if model.config.n_genes:
+        vectors = torch.from_numpy(predicted).to(model.device)
+        predicted = torch.stack([n.decode(vectors) for n in model.networks]).mean(dim=0).float().cpu().numpy()
+    if model.crispri is not None and base is not None:
+        predicted = model.crispri.put_on(predicted, base, perturbation)
+    return np.minimum(predicted, MOST_EXPRESSION)
+
+
+@torch.inference_mode()
+def predict_parts(
+    model: ST, cells: np.ndarray, perturbation: str, *, context: str, base: np.ndarray, batch: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean profiles (n_parts, n_genes) by every head of every network and the transferred effect, and weights."""
+    if model.config.n_genes:
+        predicted = model.predict_cells(cells, perturbation, context=context, base=base, batch=batch)
+        return predicted.mean(axis=0, keepdims=True), np.ones(1)
+    asked, means = _asked(model, perturbation, context, base), []
+    for control, heads in _run(model, cells, perturbation, batch, with_networks=_counts(model, **asked)):
+        of_sets, weights = model.mixture.means(heads, control, **asked)
+        means.append(of_sets.float().cpu().numpy())
+    return np.concatenate(means, axis=1).mean(axis=1), weights
+
+
+@torch.inference_mode()
+def apart(
+    model: ST, start: Start, perturbation: str, *, n_cells: int | None = None, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean profile (n_genes,) by the networks alone, and by the transferred effect alone; see `predict_from`."""
+    rows = model.rows_from(start, n_cells=n_cells, seed=seed)
+    asked = _asked(model, perturbation, start.context, start.base)
+    change, by_heads, by_change = asked.pop("change"), [], []
+    for control, heads in _run(model, start.dense(rows), perturbation, start.batch_of(rows)):
+        means, weights = model.mixture.means(heads, control, **asked)
+        by_heads.append(np.einsum("p,pbg->bg", weights, means.float().cpu().numpy()))
+        moved = control.mean(dim=1) + (0 if change is None else change)
+        by_change.append(moved.clamp_min(0).cpu().numpy())
+    networks, transferred = np.concatenate(by_heads).mean(axis=0), np.concatenate(by_change).mean(axis=0)
+    return networks, networks if change is None else transferred
+
+
+def error_from(model: ST, start: Start, perturbation: str, *, n_samples: int = 20, seed: int = 0) -> np.ndarray:
+    """Estimate the standard error of the predicted mean of each gene, (n_genes,).
+
+    Beside the draws and the disagreement of parts, see :meth:`virtualcell.models._base.PerturbationModel.uncertainty`,
+    it has the error that predictions of this kind had where training cells were left out, which all parts share.
+    """
+    error = PerturbationModel.error_from(model, start, perturbation, n_samples=n_samples, seed=seed)
+    if model.transferred is None or perturbation == model.control:
+        return error
+    return np.hypot(error, model.transferred.error_of(perturbation, start.context))
+
+
+def extrapolation(model: ST, start: Start) -> float:
+    """Return how far control cells lie from the contexts that were learned from; NaN where that is not known."""
+    return np.nan if model.transferred is None else model.transferred.extrapolation(start.base, start.context)
