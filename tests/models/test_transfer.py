@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import logging
 
 import anndata as ad
@@ -95,7 +96,7 @@ def test_order_of_rows_and_genes_changes_nothing():
     model = Transfer.fit({"a": table(first), "b": table(second)}, perturbation_features=features)
     rng = np.random.default_rng(0)
     shuffled = {
-        name: dataclass_with(s, s.adata[rng.permutation(40)][:, rng.permutation(60)].copy())
+        name: dataclasses.replace(s, adata=s.adata[rng.permutation(40)][:, rng.permutation(60)].copy())
         for name, s in (("a", table(first)), ("b", table(second)))
     }
     genes = list(rng.permutation(model.genes))
@@ -103,12 +104,6 @@ def test_order_of_rows_and_genes_changes_nothing():
     names = ["P03", "P17"]
     pd.testing.assert_frame_equal(other.effects(names)[model.genes], model.effects(names), check_exact=True)
     assert other.agreement("P03") == model.agreement("P03")
-
-
-def dataclass_with(source, adata) -> TransferSource:
-    import dataclasses
-
-    return dataclasses.replace(source, adata=adata)
 
 
 @pytest.mark.parametrize("by", ["sources", "contexts"])
@@ -375,5 +370,7 @@ def test_errors():
         Transfer.fit([table(signal(3, 3))], slope=2)
     with pytest.raises(ValueError, match="finite numbers"):
         Transfer.fit([table(signal(3, 3))], perturbation_features=pd.DataFrame({"gene": ["A"]}))
+    with pytest.raises(ValueError, match="no perturbation besides the control 'P00'"):
+        Transfer.fit([table(signal(1, 3), control="P00")])
     with pytest.raises(KeyError, match="No gene of this source"):
         Transfer.fit([table(signal(3, 3))], genes=["other"])

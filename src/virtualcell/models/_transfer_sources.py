@@ -119,7 +119,10 @@ class TransferSource:
             raise unknown_name(
                 "genes", next(iter(genes)), self.genes, "No gene of this source is wanted; genes are matched by name."
             )
-        return self._measured(here).renamed(self.control)
+        found = self._measured(here)
+        if not len(found.perturbation):
+            raise ValueError(f"a source holds no perturbation besides the control {self.control!r}: leave it out.")
+        return found.renamed(self.control)
 
     def _measured(self, here: list[str]) -> SourceEffects:
         if self.kind == "effects":
@@ -285,8 +288,6 @@ class SourceEffects:
         has_control: bool,
     ) -> SourceEffects:
         """Average what was measured several times."""
-        if not len(values):
-            raise ValueError("a source holds no perturbation, only controls: leave it out.")
         labels = pd.DataFrame({"context": np.asarray(context, str), "perturbation": np.asarray(perturbation, str)})
         groups = labels.groupby(["context", "perturbation"], sort=True)
         code, n = groups.ngroup().to_numpy(), groups.ngroups
