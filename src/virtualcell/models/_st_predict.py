@@ -29,7 +29,7 @@ def _asked(model: ST, perturbation: str, context: str, base: np.ndarray | None) 
     change = model.transferred(perturbation, control=model.control, context=context, base=base, features=model.features)
     return {
         "change": None if change is None else torch.from_numpy(change).to(model.device),
-        "question": model.transferred.question(perturbation, context),
+        "question": model.transferred.question(perturbation, context, control=model.control),
         "extrapolation": model.transferred.extrapolation(base, context),
     }
 
@@ -151,7 +151,7 @@ def error_from(model: ST, start: Start, perturbation: str, *, n_samples: int = 2
     error = PerturbationModel.error_from(model, start, perturbation, n_samples=n_samples, seed=seed)
     if model.transferred is None or perturbation == model.control:
         return error
-    return np.hypot(error, model.transferred.error_of(perturbation, start.context))
+    return np.hypot(error, model.transferred.error_of(perturbation, start.context, control=model.control))
 
 
 def extrapolation(model: ST, start: Start) -> float:

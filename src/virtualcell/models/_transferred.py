@@ -168,15 +168,16 @@ class Transferred:
         np.fill_diagonal(near, -1)
         return float(1 - near.max(axis=1).min())
 
-    def question(self, perturbation: str, context: str) -> str:
+    def question(self, perturbation: str, context: str, *, control: str) -> str:
         """Return what is asked: "cells" of a measured pair, new "contexts", or new "perturbations" and combinations."""
-        if perturbation not in self._code:
+        names = known_parts(perturbation, control, self._code)  # B+A was measured where A+B was
+        if len(names) != 1 or names[0] not in self._code:
             return "perturbations"
-        return "cells" if (self._where(context), self._code[perturbation]) in self._own else "contexts"
+        return "cells" if (self._where(context), self._code[names[0]]) in self._own else "contexts"
 
-    def error_of(self, perturbation: str, context: str) -> np.ndarray:
+    def error_of(self, perturbation: str, context: str, *, control: str) -> np.ndarray:
         """Return the error that the change of each gene's mean is expected to have, (n_genes,)."""
-        question = self.question(perturbation, context)
+        question = self.question(perturbation, context, control=control)
         by_question = {"cells": self.error, "contexts": self.error_elsewhere, "perturbations": self.error_unseen}
         return by_question[question] if len(by_question[question]) else self.error_elsewhere
 

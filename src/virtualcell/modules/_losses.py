@@ -118,11 +118,12 @@ def contrast(predicted: Tensor, batch: dict[str, Tensor], temperature: float = 0
     """Tell the sets of a batch apart: cross-entropy of the cosines between predicted and observed effects of the mean.
 
     Every prediction has to lie nearer to the effect of its own set than to those of other perturbations (InfoNCE, van
-    den Oord et al. 2018); sets of the same perturbation do not count against each other. Where several processes share
-    a batch, each compares its predictions with the observed sets of all, and the mean over processes is the loss of the
-    whole batch.
+    den Oord et al. 2018); sets of the same perturbation do not count against each other. Effects are differences from
+    the "base" of the batch, where it has one: the sampled control cells of a set, taken off the prediction and off what
+    was observed, would tell sets apart whatever is predicted. Where several processes share a batch, each compares its
+    predictions with the observed sets of all, and the mean over processes is the loss of the whole batch.
     """
-    base = batch["control"].float().mean(dim=1)
+    base = batch["base"].float() if "base" in batch else batch["control"].float().mean(dim=1)
     effect, target = (F.normalize(x.float().mean(dim=1) - base, dim=-1) for x in (predicted, batch["perturbed"]))
     own = batch["perturbation"]
     (targets, vectors), first, n_processes = _from_all_processes(target, own)
