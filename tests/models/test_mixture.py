@@ -5,12 +5,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from virtualcell.models._mixture import TRANSFERRED, WEIGHT, WEIGHT_UNSEEN, Mixture, put_on_cells, standard_error
+from virtualcell.models._mixture import NETWORKS, TRANSFERRED, Mixture, put_on_cells, standard_error
 from virtualcell.modules import Ensemble, STConfig, STNetwork
 
 B, S, G, P = 3, 7, 10, 4
 SIZES = {"n_input": G, "n_output": G, "n_perturbation": P, "n_hidden": 16, "n_heads": 2, "head_dim": 8, "n_layers": 1}
-Effect = tuple[Tensor, Tensor]
+QUESTIONS = ["cells", "contexts", "perturbations"]
 
 
 @pytest.fixture
@@ -22,39 +22,71 @@ def sets() -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.fixture
-def effect() -> Effect:
-    return torch.full((G,), 0.5), torch.rand(G)
+def change() -> Tensor:
+    """A change of the mean, down for some genes and up for others."""
+    return torch.rand(G) - 0.3
 
 
 # -- weights ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("transferred", [True, False])
-@pytest.mark.parametrize("measured", [True, False])
+@pytest.mark.parametrize("question", QUESTIONS)
 @pytest.mark.parametrize("heads", [("shift", "level"), ("level",)])
-def test_weights_sum_to_one(transferred: bool, measured: bool, heads: tuple) -> None:
+@pytest.mark.parametrize("extrapolation", [0.0, 0.9, 3.0, np.inf])
+def test_weights_sum_to_one(transferred: bool, question: str, heads: tuple, extrapolation: float) -> None:
     mixture = Mixture.equal(heads, transferred=transferred)
-    weights = mixture.weights(measured=measured)
+    weights = mixture.weights(question, extrapolation=extrapolation)
     assert list(weights) == [*heads, *([TRANSFERRED] if transferred else [])]
     assert sum(weights.values()) == pytest.approx(1)
+    assert min(weights.values()) >= 0
     if transferred:
-        assert weights[TRANSFERRED] == (WEIGHT if measured else WEIGHT_UNSEEN)
+        assert weights[TRANSFERRED] == pytest.approx(1 - NETWORKS[question])
     # what a single prediction has decides over what the model has
-    assert sum(mixture.weights(measured=measured, transferred=True).values()) == pytest.approx(1)
-    assert TRANSFERRED not in mixture.weights(measured=measured, transferred=False)
+    for there in (True, False):
+        weights = mixture.weights(question, transferred=there, extrapolation=extrapolation)
+        assert sum(weights.values()) == pytest.approx(1)
+        assert (TRANSFERRED in weights) == there
 
 
 def test_heads_share_what_the_transferred_effect_leaves() -> None:
     mixture = Mixture(("shift", "level"), (0.2, 0.8), transferred=True)
-    assert mixture.weights() == pytest.approx({"shift": 0.2 * 2 / 3, "level": 0.8 * 2 / 3, TRANSFERRED: 1 / 3})
-    assert mixture.weights(measured=False) == pytest.approx({"shift": 0.2 / 3, "level": 0.8 / 3, TRANSFERRED: 2 / 3})
+    third = {"shift": 0.2 / 3, "level": 0.8 / 3, TRANSFERRED: 2 / 3}
+    assert mixture.weights() == pytest.approx(third)
+    assert mixture.weights("perturbations") == pytest.approx(third)
+    assert mixture.weights("cells") == pytest.approx({"shift": 0, "level": 0, TRANSFERRED: 1})
+    assert mixture.weights("cells", transferred=False) == pytest.approx({"shift": 0.2, "level": 0.8})
+
+
+def test_every_question_has_its_own_weight() -> None:
+    mixture = Mixture(("shift", "level"), (0.2, 0.8), transferred=True)
+    earned = mixture.with_networks("contexts", 1.0)
+    assert earned.weights("contexts") == pytest.approx({"shift": 0.2, "level": 0.8, TRANSFERRED: 0})
+    for question in ("cells", "perturbations"):
+        assert earned.weights(question) == mixture.weights(question)
+    assert mixture.weights("contexts")[TRANSFERRED] == pytest.approx(2 / 3)  # which stays as it was
+    assert NETWORKS["contexts"] == pytest.approx(1 / 3)
+
+
+def test_the_level_head_counts_less_the_further_it_has_to_reach() -> None:
+    mixture = Mixture(("shift", "level"), (0.5, 0.5), transferred=True)
+    inside, at_edge, outside, far = (mixture.weights(extrapolation=x) for x in (0.0, 1.0, 2.0, 1e6))
+    assert inside == at_edge
+    assert outside["level"] / outside["shift"] == pytest.approx(1 / 4)
+    assert far["level"] == pytest.approx(0, abs=1e-9)
+    # the shift head takes over, and the transferred effect keeps its weight
+    for weights in (inside, outside, far):
+        assert weights["shift"] + weights["level"] == pytest.approx(1 / 3)
+    # with no other head there is nobody to take over
+    assert Mixture.equal(("level",)).weights(extrapolation=1e6) == {"level": 1.0}
 
 
 def test_the_mixture_is_told_in_one_sentence() -> None:
-    mixture = Mixture(("shift", "level"), (0.58, 0.42), transferred=True)
+    mixture = Mixture(("shift", "level"), (0.58, 0.42), transferred=True).with_networks("contexts", 2 / 3)
     assert mixture.describe() == (
         "ST averages 3 predictions; weights: shift 0.39, level 0.28, same perturbation in other contexts 0.33."
     )
+    assert mixture.describe("cells").endswith("same perturbation in other contexts 1.00.")
     assert Mixture.equal(("level",)).describe() == "ST predicts by one head, level."
 
 
@@ -139,18 +171,37 @@ def test_order_of_cells_and_genes_changes_nothing_but_the_order(sets: tuple) -> 
 # -- cells ------------------------------------------------------------------------------------------------------------
 
 
-def test_cells_have_the_weighted_mean_of_all_parts(sets: tuple, effect: Effect) -> None:
+def moved(control: Tensor, change: Tensor) -> Tensor:
+    """Mean of control cells that changes by so much, and not below zero."""
+    return (control.mean(dim=1) + change).clamp_min(0)
+
+
+@pytest.mark.parametrize("extrapolation", [0.0, 2.0])
+def test_cells_have_the_weighted_mean_of_all_parts(sets: tuple, change: Tensor, extrapolation: float) -> None:
     control, level, _ = sets
-    scale, shift = effect
     mixture = Mixture(("shift", "level"), (0.2, 0.8), transferred=True)
     outputs = [(control, level)]
-    known = (control * scale + shift).mean(dim=1)
-    heads = 0.2 * control.mean(dim=1) + 0.8 * level.mean(dim=1)
-    torch.testing.assert_close(mixture.cells(outputs, control).mean(dim=1), heads)
-    for measured, weight in ((True, WEIGHT), (False, WEIGHT_UNSEEN)):
-        cells = mixture.cells(outputs, control, effect, measured=measured)
-        torch.testing.assert_close(cells.mean(dim=1), (1 - weight) * heads + weight * known)
+    share = 0.8 if extrapolation < 1 else (0.8 / 4) / (0.2 + 0.8 / 4)
+    heads = (1 - share) * control.mean(dim=1) + share * level.mean(dim=1)
+    alone = mixture.cells(outputs, control, extrapolation=extrapolation)
+    torch.testing.assert_close(alone.mean(dim=1), heads)
+    for question, weight in NETWORKS.items():
+        cells = mixture.cells(outputs, control, change, question=question, extrapolation=extrapolation)
+        torch.testing.assert_close(cells.mean(dim=1), weight * heads + (1 - weight) * moved(control, change))
         assert (cells >= 0).all()
+
+
+def test_without_networks_control_cells_get_the_transferred_change(sets: tuple, change: Tensor) -> None:
+    control, _, _ = sets
+    mixture = Mixture(("shift", "level"), (0.2, 0.8), transferred=True)
+    cells = mixture.cells([], control, change, question="cells")
+    torch.testing.assert_close(cells.mean(dim=1), moved(control, change))
+    torch.testing.assert_close(mixture.cells([], control, torch.zeros(G)), control)  # no change is no change
+    falls = change < 0
+    assert (cells[..., falls][control[..., falls] == 0] == 0).all()  # and what is silent stays so
+    parts, weights = mixture.means([], control, change, question="cells")
+    torch.testing.assert_close(parts, moved(control, change)[None])
+    np.testing.assert_allclose(weights, [1.0])
 
 
 def test_one_part_is_returned_as_it_is(sets: tuple) -> None:
@@ -160,7 +211,7 @@ def test_one_part_is_returned_as_it_is(sets: tuple) -> None:
 
 def test_a_transferred_effect_makes_no_negative_expression_but_may_move_embeddings(sets: tuple) -> None:
     control, _, _ = sets
-    down = torch.ones(G), torch.full((G,), -5.0)
+    down = torch.full((G,), -5.0)
     parts, weights = Mixture.equal(("shift",), transferred=True).means([(control,)], control, down)
     assert not parts[-1].any()
     free = Mixture.equal(("shift",), transferred=True, nonnegative=False)
@@ -169,30 +220,34 @@ def test_a_transferred_effect_makes_no_negative_expression_but_may_move_embeddin
 
 
 @torch.no_grad()
-def test_an_ensemble_averages_its_networks(sets: tuple, effect: Effect) -> None:
+def test_an_ensemble_averages_its_networks(sets: tuple, change: Tensor) -> None:
     control, _, vectors = sets
     ensemble = Ensemble(STConfig(**SIZES, head="both"), 2).eval()
     mixture = Mixture(("shift", "level"), (0.3, 0.7), transferred=True)
     outputs = [network(control, vectors).heads for network in ensemble.networks]
-    each = [mixture.cells([heads], control, effect).mean(dim=1) for heads in outputs]
-    torch.testing.assert_close(mixture.cells(outputs, control, effect).mean(dim=1), torch.stack(each).mean(dim=0))
+    each = [mixture.cells([heads], control, change).mean(dim=1) for heads in outputs]
+    torch.testing.assert_close(mixture.cells(outputs, control, change).mean(dim=1), torch.stack(each).mean(dim=0))
     assert not torch.allclose(*each)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("measured", [True, False])
+@pytest.mark.parametrize("question", QUESTIONS)
 @pytest.mark.parametrize("given", [True, False])
-def test_parts_and_weights_add_up_to_the_cells(sets: tuple, effect: Effect, measured: bool, given: bool) -> None:
+@pytest.mark.parametrize("extrapolation", [0.0, 4.0])
+def test_parts_and_weights_add_up_to_the_cells(
+    sets: tuple, change: Tensor, question: str, given: bool, extrapolation: float
+) -> None:
     control, _, vectors = sets
     ensemble = Ensemble(STConfig(**SIZES, head="both"), 2).eval()
     outputs = [network(control, vectors).heads for network in ensemble.networks]
     mixture = Mixture(("shift", "level"), (0.3, 0.7), transferred=True)
-    transferred = effect if given else None
-    parts, weights = mixture.means(outputs, control, transferred, measured=measured)
+    stated = {"question": question, "extrapolation": extrapolation}
+    parts, weights = mixture.means(outputs, control, change if given else None, **stated)
     assert parts.shape == (4 + given, B, G)
     assert weights.sum() == pytest.approx(1)
     total = torch.einsum("p,pbg->bg", torch.from_numpy(weights).float(), parts)
-    torch.testing.assert_close(mixture.cells(outputs, control, transferred, measured=measured).mean(dim=1), total)
+    cells = mixture.cells(outputs, control, change if given else None, **stated)
+    torch.testing.assert_close(cells.mean(dim=1), total)
 
 
 # -- standard error ---------------------------------------------------------------------------------------------------

@@ -97,6 +97,38 @@ def test_what_a_model_has_not_is_not_there(screen, table):
     }
 
 
+@pytest.fixture(scope="module")
+def with_base(screen, table) -> SetBatches:
+    sampler = SetSampler(screen.groups(screen.is_train), set_size=S, sets_per_step=N_SETS, n_steps=N_STEPS)
+    return SetBatches(sampler, SetSource(PackedRows.pack(screen.expression), table), with_base=True)
+
+
+def test_the_base_is_the_mean_of_the_control_cells_that_those_of_the_set_were_drawn_from(
+    with_base, batches, screen, session_screen
+):
+    """Of their own context and batch, each batch counting as it does in the set; all of them, and not a sample."""
+    of_pool = {}
+    for c in screen.context_names:
+        for b in screen.batch_names:
+            is_pool = screen.is_control & np.asarray(screen.context == c) & np.asarray(screen.batch == b)
+            of_pool[c, b] = session_screen.X[is_pool].mean(axis=0)
+    for i in (0, 5, N_STEPS - 1):
+        control = cells(batches.step(i, 0, 1, CPU), "control")
+        batch = with_base.step(i, 0, 1, CPU)
+        for rows, base in zip(control, batch["base"].numpy(), strict=True):
+            labels = zip(screen.context[rows], screen.batch[rows], strict=True)
+            expected = np.mean([of_pool[pair] for pair in labels], axis=0)
+            np.testing.assert_allclose(base, expected, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(batch["base"], batch["control"].mean(dim=1), atol=1e-3)
+
+
+def test_a_base_is_shared_among_processes_and_the_same_for_the_same_sets(with_base, batches):
+    whole, shares = with_base.step(4, 0, 1, CPU), [with_base.step(4, rank, 2, CPU) for rank in (0, 1)]
+    together = torch.stack([share["base"] for share in shares], dim=1).flatten(0, 1)
+    torch.testing.assert_close(together, whole["base"])
+    assert "base" not in batches.step(4, 0, 1, CPU)
+
+
 def test_a_step_says_its_contexts(batches, screen):
     for i in range(5):
         rows = cells(batches.step(i, 0, 1, CPU), "perturbed").ravel()

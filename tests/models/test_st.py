@@ -171,19 +171,57 @@ def test_combinations_are_sums_of_encodings(screen, fit, targets):
     assert not cells.equals(st.predict(screen, a))
 
 
-def test_the_transferred_effect_leads_where_a_perturbation_was_never_measured(screen, fit, targets):
+def test_parts_count_as_the_question_has_it(screen, fit, targets):
+    """Measured here; measured elsewhere; measured nowhere, but with features."""
     features = pd.DataFrame(np.random.default_rng(0).normal(size=(8, 5)), index=[*targets, "NEW", "OTHER"])
-    st = fit(screen, features)
+    is_out = (screen.obs["cell_type"] == "type_1") & (screen.obs["target_gene"] == targets[1])
+    st = fit(screen[~is_out.to_numpy()].copy(), features)
     assert st.config.perturbation_dropout == 0.3
+    st.mixture = st.mixture.with_networks("contexts", 0.5)
     controls = cells_of(screen, "type_1", CONTROL)[:32].astype(np.float32)
     start = {"context": "type_1", "base": controls.mean(axis=0)}
     weights = st.mixture.head_weights
-    for name, share in ((targets[0], 1 / 3), ("NEW", 2 / 3)):
+    for name, share in ((targets[1], 0.5), ("NEW", 1 / 3), (f"{targets[0]}+{targets[1]}", 1 / 3)):
         (shift, level, known), shares = st.predict_parts(controls, name, **start)
-        np.testing.assert_allclose(shares, [(1 - share) * weights[0], (1 - share) * weights[1], share], rtol=1e-5)
-        expected = (1 - share) * (weights[0] * shift + weights[1] * level) + share * known
+        np.testing.assert_allclose(shares, [share * weights[0], share * weights[1], 1 - share], rtol=1e-5)
+        expected = share * (weights[0] * shift + weights[1] * level) + (1 - share) * known
         got = st.predict_cells(controls, name, **start).mean(axis=0)
         np.testing.assert_allclose(got, expected, atol=1e-4)
+    (known,), shares = st.predict_parts(controls, targets[0], **start)
+    np.testing.assert_allclose(shares, [1.0])
+    np.testing.assert_allclose(st.predict_cells(controls, targets[0], **start).mean(axis=0), known, atol=1e-4)
+
+
+def test_networks_without_weight_are_not_run(screen, fit, targets):
+    is_out = (screen.obs["cell_type"] == "type_1") & (screen.obs["target_gene"] == targets[1])
+    st = fit(screen[~is_out.to_numpy()].copy(), n_networks=2)
+    calls = []
+    for network in st.networks:
+        network.register_forward_hook(lambda *_: calls.append(1))
+    start = {"context": "type_1", "base": cells_of(screen, "type_1", CONTROL).mean(axis=0).astype(np.float32)}
+    controls = cells_of(screen, "type_1", CONTROL)[:40].astype(np.float32)
+    counted = {}
+    for name, weight in ((targets[0], 0.0), (targets[1], 1 / 3), (targets[1], 0.0)):
+        st.mixture = st.mixture.with_networks("contexts", weight)
+        calls.clear()
+        st.predict_cells(controls, name, **start)
+        st.predict_parts(controls, name, **start)
+        counted[name, weight] = len(calls)
+    assert counted == {(targets[0], 0.0): 0, (targets[1], 1 / 3): 4, (targets[1], 0.0): 0}
+
+
+def test_apart_from_each_other_networks_and_transferred_effect_make_the_prediction(screen, fit, targets):
+    from virtualcell.models._start import starts
+
+    is_out = (screen.obs["cell_type"] == "type_1") & (screen.obs["target_gene"] == targets[1])
+    data = screen[~is_out.to_numpy()].copy()
+    st = fit(data)
+    (start,) = starts(st.screen.take(st.screen.is_control & np.asarray(st.screen.context == "type_1")))
+    for weight in (0.25, 1.0):
+        st.mixture = st.mixture.with_networks("contexts", weight)
+        networks, transferred = st.apart(start, targets[1], n_cells=48)  # three whole sets
+        together = st.predict_from(start, targets[1], n_cells=48)[1].mean(axis=0)
+        np.testing.assert_allclose(weight * networks + (1 - weight) * transferred, together, atol=1e-4)
 
 
 def test_features_reach_unseen_perturbations_and_one_hot_refuses_them(screen, fit, targets):
@@ -665,7 +703,7 @@ def test_a_transferred_effect_is_refused_in_embedding_space(embedded, build):
 
 
 def test_a_cell_holds_no_more_than_all_its_counts(screen, fit, targets):
-    st = fit(screen)
+    st = fit(screen, transfer=False)
     with torch.no_grad():
         st.module.project_out[-1].bias += 50
     assert st.predict(screen, targets[0]).to_numpy().max() == np.float32(np.log1p(1e4))
@@ -692,11 +730,11 @@ def test_standard_errors_fall_with_the_number_of_control_cells(learned, screen, 
 
 
 def test_parts_that_disagree_raise_the_standard_error(screen, fit, targets):
-    st = fit(screen, train={"max_steps": 20, "lr": 3e-3, "val_fraction": 0.0})
-    before = st.uncertainty(screen, targets[0], context="type_1", n_samples=5)
+    st = fit(screen, setup={"split_key": "split"}, train={"max_steps": 20, "lr": 3e-3})
+    before = st.uncertainty(screen, targets[0], context="type_5", n_samples=5)
     with torch.no_grad():
-        st.module.project_level[-1].bias += 3
-    assert (st.uncertainty(screen, targets[0], context="type_1", n_samples=5) > before).to_numpy().mean() > 0.9
+        st.module.project_level[-1].bias += 6
+    assert (st.uncertainty(screen, targets[0], context="type_5", n_samples=5) > before).to_numpy().mean() > 0.9
 
 
 # -- what must not be returned ----------------------------------------------------------------------------------------

@@ -271,6 +271,46 @@ def test_contrast_of_an_effect_of_zero_is_finite() -> None:
     assert torch.isfinite(predicted.grad).all()
 
 
+def test_a_constant_tells_no_sets_apart_where_effects_have_one_base() -> None:
+    """What knows nothing of perturbations (a level head stuck at the mean of the controls) must not win (InfoNCE)."""
+    generator = torch.Generator().manual_seed(0)
+    pool = torch.randn(500, 200, generator=generator) + 3
+    effects = 0.05 * torch.randn(8, 1, 200, generator=generator)  # small beside the sampling noise of 64 cells
+    mean = pool.mean(dim=0)
+    found = {"own controls": [], "base": []}
+    for _ in range(60):
+        control = pool[torch.randint(500, (8, 64), generator=generator)]
+        perturbed = pool[torch.randint(500, (8, 64), generator=generator)] + effects
+        batch = {"control": control, "perturbed": perturbed, "perturbation": torch.eye(8)}
+        # as a network says it, not to the last digit
+        constant = mean.expand(8, 64, -1) + 1e-3 * torch.randn(8, 1, 200, generator=generator)
+        found["own controls"].append(_told_apart(constant, batch, control.mean(dim=1)))
+        batch["base"] = mean.expand(8, -1)
+        found["base"].append(_told_apart(constant, batch, batch["base"]))
+    (wrong_accuracy, wrong_loss), (accuracy, loss) = (torch.tensor(x).mean(dim=0).tolist() for x in found.values())
+    chance, guess = 1 / 8, math.log(8)
+    assert wrong_accuracy > 0.9  # the control cells of a set give it away
+    assert wrong_loss < 0.5 * guess
+    assert abs(accuracy - chance) < 0.06
+    assert abs(loss - guess) < 0.35
+    right = perturbed.mean(dim=1, keepdim=True).expand(-1, 64, -1)
+    assert contrast(right, batch) < 0.2 * guess  # and what is right is still told apart
+
+
+def _told_apart(predicted: torch.Tensor, batch: dict, base: torch.Tensor) -> tuple[float, float]:
+    """Share of sets whose own effect is the nearest one, and the loss."""
+    one, other = (torch.nn.functional.normalize(x.mean(dim=1) - base, dim=-1) for x in (predicted, batch["perturbed"]))
+    right = (one @ other.T).argmax(dim=1) == torch.arange(len(one))
+    return float(right.float().mean()), float(contrast(predicted, batch))
+
+
+def test_without_a_base_effects_are_taken_from_the_control_cells_of_the_set() -> None:
+    control, perturbed, predicted = (torch.rand(4, 5, 30) for _ in range(3))
+    batch = {"control": control, "perturbed": perturbed, "perturbation": torch.eye(4)}
+    with_base = {**batch, "base": control.mean(dim=1)}
+    torch.testing.assert_close(contrast(predicted, with_base), contrast(predicted, batch))
+
+
 # -- the loss of ST ---------------------------------------------------------------------------------------------------
 
 B, S, G, P = 3, 7, 10, 4

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from virtualcell.models._stacking import WEIGHTS, choose_weight, errors_of_weights
+
+
+def chosen(*, n_folds=5, n_per_fold=6, networks=1.0, transferred=1.0, seed=0, of_fold=0.0) -> float:
+    """Weight for parts that err by so much, each in its own way, in folds that differ by `of_fold`."""
+    rng = np.random.default_rng(seed)
+    errors, sizes, fold = [], [], []
+    for k in range(n_folds):
+        harder = np.exp(of_fold * rng.normal())
+        for _ in range(n_per_fold):
+            observed = rng.normal(size=200)
+            parts = (observed + size * harder * rng.normal(size=200) for size in (networks, transferred))
+            errors.append(errors_of_weights(*parts, observed))
+            sizes.append(np.square(observed).sum())
+            fold.append(k)
+    return choose_weight(np.stack(errors), np.array(sizes), np.array(fold))
+
+
+def test_errors_of_every_weight_by_hand():
+    rng = np.random.default_rng(0)
+    networks, transferred, observed = rng.normal(size=(3, 40))
+    found = errors_of_weights(networks, transferred, observed)
+    assert found.shape == (len(WEIGHTS),)
+    for weight, error in zip(WEIGHTS, found, strict=True):
+        assert error == pytest.approx(np.square(weight * networks + (1 - weight) * transferred - observed).sum())
+    assert (WEIGHTS[0], WEIGHTS[-1]) == (0, 1)
+    assert list(WEIGHTS) == sorted(WEIGHTS)
+
+
+@pytest.mark.parametrize("n_folds", [1, 2, 3, 5])
+def test_networks_that_are_noise_get_nothing_and_networks_that_are_right_get_all(n_folds):
+    assert chosen(n_folds=n_folds, networks=3.0, transferred=0.1) == 0
+    assert chosen(n_folds=n_folds, networks=0.0, transferred=1.0) == 1
+
+
+def test_two_that_err_alike_in_their_own_ways_share():
+    assert 0 < chosen(networks=1.0, transferred=1.0) < 1
+
+
+def test_ties_go_to_the_smaller_weight():
+    errors = np.ones((10, len(WEIGHTS)))
+    fold = np.repeat(np.arange(5), 2)
+    assert choose_weight(errors, np.ones(10), fold) == 0
+    errors[:, 0] = 2
+    assert choose_weight(errors, np.ones(10), fold) == WEIGHTS[1]
+
+
+def test_better_by_less_than_a_standard_error_is_not_better():
+    """Over contexts networks are sometimes better and sometimes worse: they have not earned their weight."""
+    gain = np.array([0.5, -0.35, 0.2, -0.3, 0.05])
+    errors = 1 - np.outer(gain, np.array(WEIGHTS))
+    assert gain.mean() > 0
+    assert choose_weight(errors, np.ones(5), np.arange(5)) == 0
+    assert choose_weight(1 - np.outer(gain + 0.4, WEIGHTS), np.ones(5), np.arange(5)) == 1
+
+
+def test_it_is_folds_that_count_and_not_predictions():
+    """Many predictions of one fold are no more than one sign; fewer than three folds are no measure of spread."""
+    gain = np.repeat([0.6, -0.25, -0.25], [50, 50, 50])
+    errors = 1 - np.outer(gain, np.array(WEIGHTS))
+    assert choose_weight(errors, np.ones(150), np.repeat([0, 1, 2], 50)) == 0
+    two = np.r_[np.full(50, 0.4), np.full(50, -0.1)]
+    errors = 1 - np.outer(two, np.array(WEIGHTS))
+    assert choose_weight(errors, np.ones(100), np.repeat([0, 1], 50)) == 1  # by predictions
+
+
+def test_a_single_prediction_goes_by_the_least_error():
+    errors = np.array([[3.0, 2.0, 1.0, 2.0, 3.0]])
+    assert choose_weight(errors, np.ones(1), np.zeros(1, int)) == WEIGHTS[2]
+
+
+def test_errors_are_measured_in_the_size_of_what_was_observed():
+    """A fold with large effects does not decide alone."""
+    gain = np.array([-0.3, 0.25, 0.25, 0.25, 0.25])
+    sizes = np.array([100.0, 1, 1, 1, 1])
+    errors = sizes[:, None] * (1 - np.outer(gain, np.array(WEIGHTS)))
+    assert choose_weight(errors, sizes, np.arange(5)) > 0
+    assert choose_weight(errors, np.ones(5), np.arange(5)) == 0
+
+
+def test_order_of_predictions_decides_nothing():
+    rng = np.random.default_rng(1)
+    errors, sizes, fold = rng.gamma(2, size=(30, len(WEIGHTS))), rng.gamma(2, size=30), rng.integers(5, size=30)
+    order = rng.permutation(30)
+    assert choose_weight(errors, sizes, fold) == choose_weight(errors[order], sizes[order], fold[order])
