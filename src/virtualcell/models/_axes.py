@@ -11,6 +11,7 @@ from virtualcell.models._effects import Effects, group_means, group_sums, sum_of
 
 logger = logging.getLogger(__name__)
 
+_EXACT = 512  # rows or genes up to which all axes are kept
 _FEWEST, _MOST = 128, 256
 _POWER_ITERATIONS = 2
 _CLEAR = 4.0  # standard errors, beyond which what the axes miss of a gene is its own effect
@@ -19,7 +20,7 @@ _CLEAR = 4.0  # standard errors, beyond which what the axes miss of a gene is it
 def leading_axes(table: np.ndarray, noise: float, *, what: str = "measured effects") -> np.ndarray:
     """Orthonormal axes over genes, (n_axes, n_genes): `table @ axes.T @ axes` is the table, or close to it.
 
-    With at most 128 rows or genes these are all axes there are, and nothing is lost. Otherwise the 128 leading
+    With at most 512 rows or genes these are all axes there are, and nothing is lost. Otherwise the 128 leading
     principal axes are taken (without centring), and further ones until what is left out is less than the noise, but
     at most 256.
 
@@ -33,7 +34,7 @@ def leading_axes(table: np.ndarray, noise: float, *, what: str = "measured effec
         What the rows are, for the log.
     """
     n = min(table.shape)
-    if n <= _FEWEST:
+    if n <= _EXACT:
         return np.linalg.svd(table.astype(np.float64), full_matrices=False)[2].astype(np.float32, order="C")
     _, sizes, axes = randomized_svd(table, min(n, _MOST), n_iter=_POWER_ITERATIONS, random_state=0)
     total = max(sum_of_squares(table), 1e-30)

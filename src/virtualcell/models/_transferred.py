@@ -51,9 +51,9 @@ class Transferred:
     row_context, row_perturbation, n_cells
         What was measured, as in :class:`virtualcell.models._effects.Effects`, (n_rows,).
     scores
-        Measured effects, shrunken, (n_rows, n_axes).
-    context_scores
-        Context effects of the additive fit, (n_contexts, n_axes).
+        Measured effects without that of the context, shrunken, (n_rows, n_axes).
+    context_effects
+        Context effects of the additive fit, (n_contexts, n_genes).
     coefficients, intercept, neighbours, neighbour_scores
         Of :class:`virtualcell.models._regression.FeatureFit`, the effects as scores; empty where there are no features.
     axes
@@ -77,7 +77,7 @@ class Transferred:
     row_perturbation: np.ndarray
     n_cells: np.ndarray
     scores: np.ndarray
-    context_scores: np.ndarray
+    context_effects: np.ndarray
     coefficients: np.ndarray
     intercept: np.ndarray
     neighbours: np.ndarray
@@ -104,8 +104,10 @@ class Transferred:
         """
         on_scale = as_ratios(effects)
         amplitude, error_elsewhere = worth_elsewhere(effects, on_scale)
-        measured = shrunken(on_scale)
-        fit = additive(measured)
+        fit = additive(on_scale)
+        # what a context does to all perturbations alike, such as the noise of its control cells, is kept as it is
+        own = dataclasses.replace(on_scale, effects=on_scale.effects - fit.context[effects.context])
+        measured = shrunken(own)
         axes = leading_axes(measured.effects, measured.noise())
         scores = measured.effects @ axes.T
         start, gene, effect = single_genes(measured, scores, axes)
@@ -117,7 +119,7 @@ class Transferred:
             contexts=effects.contexts, perturbations=effects.perturbations, amplitude=amplitude,
             amplitude_unseen=told.amplitude,
             row_context=effects.context, row_perturbation=effects.perturbation, n_cells=effects.n_cells,
-            scores=scores, context_scores=fit.context @ axes.T, coefficients=told.coefficients,
+            scores=scores, context_effects=fit.context, coefficients=told.coefficients,
             intercept=told.intercept, neighbours=told.features, neighbour_scores=told.effects,
             n_neighbours=told.k, axes=axes,
             single_start=start, single_gene=gene, single_effect=effect, controls=effects.controls,
@@ -226,7 +228,7 @@ class Transferred:
         else:
             vectors = features.encode(parts(perturbation, control, features.names)).numpy()[:, :-1]
             scores = self._told.effect(vectors).sum(axis=0)
-            effect = self.amplitude_unseen * ((scores + self._of_context(where)) @ self.axes)
+            effect = self.amplitude_unseen * (scores @ self.axes) + self._of_context(where)
         return change_of_mean(base, effect).astype(np.float32)
 
     @cached_property
@@ -238,13 +240,12 @@ class Transferred:
 
     def _of_context(self, where: int) -> np.ndarray | float:
         known = where >= 0 and (self.row_context == where).any()
-        return self.context_scores[where] if known else 0.0
+        return self.context_effects[where] if known else 0.0
 
     def _of_measured(self, codes: list[int], where: int, base: np.ndarray) -> np.ndarray:
         """Sum of the effects of perturbations."""
         near = self._similar(base)
-        of_context = self._of_context(where)
-        effect = np.zeros_like(base)
+        effect = np.zeros_like(base) + self._of_context(where)
         for code in codes:
             rows = np.flatnonzero(self.row_perturbation == code)
             if (where, code) in self._own:
@@ -252,10 +253,7 @@ class Transferred:
             else:
                 there = self.row_context[rows]
                 weights = _weights(near[there], self.n_cells[rows])
-                left = self.context_scores[there] if np.ndim(of_context) else 0.0
-                # what the context does whatever the perturbation is the same for all of a combination
-                scores = weights @ (self.scores[rows] - left) + of_context / len(codes)
-                amplitude = self.amplitude
+                scores, amplitude = weights @ self.scores[rows], self.amplitude
             own = slice(self.single_start[code], self.single_start[code + 1])
             of_this = scores @ self.axes
             of_this[self.single_gene[own]] += self.single_effect[own]
