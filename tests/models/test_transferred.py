@@ -271,7 +271,8 @@ def test_what_is_asked_and_how_far_it_is_from_home():
     rng = np.random.default_rng(0)
     effects = many(rng)
     transferred = Transferred.fit(effects)
-    measured = {(effects.contexts[c], effects.perturbations[p]) for c, p in zip(effects.context, effects.perturbation)}
+    rows = zip(effects.context, effects.perturbation, strict=True)
+    measured = {(effects.contexts[c], effects.perturbations[p]) for c, p in rows}
     for c in effects.contexts:
         for p in effects.perturbations[::9]:
             assert transferred.question(p, c, control=CONTROL) == ("cells" if (c, p) in measured else "contexts")

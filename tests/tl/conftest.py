@@ -43,10 +43,15 @@ def targets(session_screen) -> list[str]:
 
 @pytest.fixture(scope="session")
 def fit() -> Callable[..., ST]:
-    """`fit_state` with a tiny network and few steps, without SE unless asked for."""
+    """`fit_state` with a tiny network and few steps, without SE and verdict (five further fits) unless asked for."""
 
     def fit(data, *, network=None, training=None, **options) -> ST:
-        quick = {"se": False, "network": {**TINY, **(network or {})}, "training": {**QUICK, **(training or {})}}
+        quick = {
+            "se": False,
+            "validate": False,
+            "network": {**TINY, **(network or {})},
+            "training": {**QUICK, **(training or {})},
+        }
         return vc.tl.fit_state(data, **{**DESIGN, **quick, **options})
 
     return fit

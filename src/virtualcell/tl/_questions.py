@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 
 import numpy as np
 
 from virtualcell._errors import unknown_name
-from virtualcell.data._labels import known_parts
+from virtualcell.data._labels import parts
 from virtualcell.data._screen import Screen
 from virtualcell.models._effects import Effects
 from virtualcell.models._mixture import Question
@@ -70,10 +70,10 @@ def asked_by_split(screen: Screen, *, has_features: bool) -> Asked:
     return Asked("perturbations" if has_features else "cells")
 
 
-def _is_combined(perturbation: str, known: Collection[str], control: str) -> bool:
-    """Whether this is a combination of several perturbations that are all known."""
-    names = known_parts(perturbation, control, known)
-    return len(names) > 1 and set(names) <= set(known)
+def _is_combined(perturbation: str, known: Set[str], control: str) -> bool:
+    """Whether this is a combination of several perturbations that are all known, measured itself or not."""
+    names = parts(perturbation, control)
+    return len(names) > 1 and set(names) <= known
 
 
 def asked_by(validate: str | bool, screen: Screen, *, has_features: bool) -> Asked | None:
@@ -138,16 +138,17 @@ def folds(screen: Screen, effects: Effects, asked: Asked, *, seed: int = 0, most
     training = screen.with_split(np.where(screen.is_known, "train", "test"))
     if asked.question == "cells":
         return list(_halves(training, rng, most_groups))
-    parts = _left_out(effects, asked, screen.design.control, rng)
-    parts = [part for part in parts if 0 < len(part) < len(effects.context)]
-    return [_fold(training, effects, part, rng, max(1, most_groups // len(parts))) for part in parts]
+    left_out = _left_out(effects, asked, screen.design.control, rng)
+    left_out = [rows for rows in left_out if 0 < len(rows) < len(effects.context)]
+    return [_fold(training, effects, rows, rng, max(1, most_groups // len(left_out))) for rows in left_out]
 
 
 def _left_out(effects: Effects, asked: Asked, control: str, rng: np.random.Generator) -> list[np.ndarray]:
     """Rows of the effects that each fold leaves out."""
     if asked.question == "perturbations":
         by, names = effects.perturbation, effects.perturbations
-        wanted = [i for i, p in enumerate(names) if not asked.combined or _is_combined(p, names, control)]
+        known = set(names)
+        wanted = [i for i, p in enumerate(names) if not asked.combined or _is_combined(p, known, control)]
     else:
         by, names = effects.context, effects.contexts
         wanted = np.unique(by)
@@ -204,7 +205,7 @@ def _halves(training: Screen, rng: np.random.Generator, most: int) -> Iterator[F
     drawn = _some(several, most, rng)
     for k in (0, 1):
         screen = training.with_split(np.where(half == k, "test", training.split))
-        found = Effects.measure(screen, (half == k) | screen.is_control)
+        found = Effects.measure(screen, (half == k) | (training.is_control & training.is_known))
         at = found.rows()
         observed = {}
         for context, perturbation in drawn:
