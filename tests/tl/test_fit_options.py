@@ -54,6 +54,7 @@ def test_fit_state_has_few_parameters():
         ({"network": {"head": "hidden"}}, r"^head='hidden' is unknown; valid are \['both', 'shift', 'level'"),
         ({"se": {"max_step": 5}}, r"^se option='max_step' is unknown\. Did you mean 'max_steps'"),
         ({"se": {"gene_embedding": None}}, r"^se option='gene_embedding' is unknown\. Did you mean 'gene_embeddings'"),
+        ({"validate": "context"}, r"^validate='context' is unknown\. Did you mean 'contexts'"),
         ({"size": "huge"}, r"^size='huge' is unknown\. Known: 'auto', 'small', 'medium', 'large'"),
         ({"perturbation_key": "target"}, r"^perturbation_key='target' is unknown\. Did you mean 'target_gene'"),
         ({"gene_key": "symbol"}, r"^gene_key='symbol' is unknown"),
@@ -188,7 +189,7 @@ def test_models_that_were_not_trained(screen, design, refused):
 @pytest.fixture(scope="module")
 def on_x_state(session_screen, fit) -> ST:
     network = {"use_rep": "X_state"}
-    return fit(session_screen.copy(), se={"max_steps": 1}, network=network, training={"max_steps": 1}, validate=False)
+    return fit(session_screen.copy(), se={"max_steps": 1}, network=network, training={"max_steps": 1})
 
 
 def test_an_st_on_an_embedding_wants_the_se_that_made_it(on_x_state, refused, monkeypatch):

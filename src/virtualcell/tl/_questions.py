@@ -44,8 +44,9 @@ def asked_by_split(screen: Screen, *, has_features: bool) -> Asked:
     """Read off a split what is asked: what most of the pairs are that it keeps from training.
 
     Labels are read, of test cells too, and no expression. Where nothing is kept from training but some cells of pairs
-    that are learned from, the question is about new contexts if there are several, and otherwise about new
-    perturbations if there are features, else about the measured pairs.
+    that are learned from, or new perturbations that neither features nor their parts tell of, the question is about new
+    contexts if there are several, and otherwise about new perturbations if there are features, else about the measured
+    pairs.
 
     Parameters
     ----------
@@ -63,8 +64,9 @@ def asked_by_split(screen: Screen, *, has_features: bool) -> Asked:
         learned = [c for c, _ in training if c in asked_in]
         return Asked("contexts", len(new_contexts) / (len(new_contexts) + len(learned)))
     if held_out:
-        combined = sum(_is_combined(p, known, screen.design.control) for _, p in held_out)
-        return Asked("perturbations", combined=combined * 2 >= len(held_out))
+        combined = sum(_is_combined(p, known, screen.design.control) for _, p in held_out) * 2 >= len(held_out)
+        if combined or has_features:
+            return Asked("perturbations", combined=combined)
     if len({c for c, _ in training}) > 1:
         return Asked("contexts")
     return Asked("perturbations" if has_features else "cells")
