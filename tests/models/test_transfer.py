@@ -142,11 +142,11 @@ def test_smooth_effects_where_few_axes_hold_the_signal():
     assert ((model.effects(names).to_numpy() - truth) ** 2).sum() < 0.8 * plain
 
 
-def test_a_single_experiment_is_copied_with_a_warning(caplog):
+def test_a_single_experiment_is_scaled_as_usual_with_a_warning(caplog):
     with caplog.at_level(logging.WARNING):
         model = Transfer.fit([table(signal(3, 5))])
-    assert "slope=0.2" in caplog.text
-    assert float(model.arrays["slope_of_effect"]) == 1
+    assert "multiplied by 0.2, which is usual" in caplog.text
+    assert float(model.arrays["slope_of_effect"]) == 0.2
 
 
 def test_other_units_change_nothing():

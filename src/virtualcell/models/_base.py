@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Self
 
@@ -254,6 +255,22 @@ class PerturbationModel(BaseModelClass):
         # a small request still shows the model a full set of control cells
         n_run = max(n, min(len(start.names), self.n_seen_together))
         return rng.choice(len(start.names), n_run, replace=n_run > len(start.names)), n
+
+    def trust(self, start: Start, perturbation: str) -> dict[str, float]:
+        """Return what is known of how far a prediction can be trusted, by name; nothing by default.
+
+        Parameters
+        ----------
+        start
+            The control cells that it starts from.
+        perturbation
+            What is predicted.
+        """
+        return {}
+
+    def on_genes(self, genes: Sequence[str]) -> Self:
+        """Return the model for other genes, where it can be had for any; by default it is the same."""
+        return self
 
     def effect_error(self, perturbation: str, *, context: str, base: np.ndarray) -> np.ndarray | float:
         """Error of the predicted effect on each gene's mean, (n_genes,) or one for all, log(1 + counts per 10,000).

@@ -16,11 +16,11 @@ from virtualcell.modules import STNetwork
 TRANSFERRED = "same perturbation in other contexts"
 
 # What can be asked: about a pair of context and perturbation that was measured, about a perturbation in a context where
-# it was not, about a perturbation that was measured nowhere.
-Question = Literal["cells", "contexts", "perturbations"]
+# it was not, about a perturbation that was measured nowhere, or only in other experiments.
+Question = Literal["cells", "contexts", "perturbations", "elsewhere"]
 # Weight of the networks beside the transferred effect, where cells that were left out did not choose it. A measured
 # pair has its own measurement, which networks can only blur.
-NETWORKS: dict[str, float] = {"cells": 0.0, "contexts": 1 / 3, "perturbations": 1 / 3}
+NETWORKS: dict[str, float] = {"cells": 0.0, "contexts": 1 / 3, "perturbations": 1 / 3, "elsewhere": 0.0}
 _LEAST_ERROR = 1e-12  # squared error that a head counts as having at least
 _MOST_RAISE = 2.0  # factor by which expressed genes are raised before anything is added to silent ones
 

@@ -15,6 +15,7 @@ from mudata import MuData
 
 from virtualcell._errors import unknown_name
 from virtualcell.data._cell_sets import CellGroups, SetSampler
+from virtualcell.data._labels import known_parts
 from virtualcell.data._packed import DenseRows, PackedRows
 from virtualcell.data._screen import Screen
 from virtualcell.models._base import PerturbationModel
@@ -29,11 +30,12 @@ from virtualcell.models._st_fit import check_embedding, check_validation, comple
 from virtualcell.models._st_options import PRESETS, STTrainOptions, network_options
 from virtualcell.models._st_predict import (
     apart,
+    effect_error,
     error_from,
-    extrapolation,
     predict_cells,
     predict_embedding,
     predict_parts,
+    trust,
 )
 from virtualcell.models._transferred import Transferred
 from virtualcell.modules import Ensemble, STConfig, STNetwork, networks, st_loss
@@ -151,6 +153,7 @@ class ST(PerturbationModel):
                 "modality_of_perturbation is about genes, and this model works on embeddings: leave it out."
             )
         self.modality_of_perturbation, self.gene_positions = modality_of_perturbation, gene_positions
+        self.elsewhere: PerturbationModel | None = None  # effects of other experiments, where fit_state was given some
         self.crispri: CRISPRi | None = None  # comes with training, where it was asked for
         self.se: PerturbationModel | None = None  # what made the embeddings, where fit_state did
         self.validation: pd.DataFrame | None = None  # scores beside the baselines, where fit_state validated
@@ -292,7 +295,17 @@ class ST(PerturbationModel):
 
     def check_perturbation(self, perturbation: str) -> None:
         """Raise a KeyError that says why if this model has no vector for a perturbation, or never learned it."""
-        self.table.check(perturbation)
+        if not self.measured_elsewhere(perturbation):
+            self.table.check(perturbation)
+
+    def measured_elsewhere(self, perturbation: str) -> bool:
+        """Whether other experiments measured a perturbation that one's own cells lack."""
+        if self.elsewhere is None or self.transferred is None or perturbation == self.control:
+            return False
+        own = self.transferred.perturbations
+        if all(name in own for name in known_parts(perturbation, self.control, own)):
+            return False
+        return self.elsewhere.measured(perturbation)
 
     def perturbation_name(self, *, drug: str, dose: float | None = None) -> str:
         """Find the perturbation of a drug at a dose in names such as "[('Dabrafenib', 0.5, 'uM')]" of Tahoe-100M.
@@ -324,13 +337,14 @@ class ST(PerturbationModel):
     predict_parts = predict_parts
     apart = apart
     error_from = error_from
-    extrapolation = extrapolation
+    trust = trust
+    effect_error = effect_error
 
     # -- files --------------------------------------------------------------------------------------------------------
 
     def parts(self) -> dict[str, PerturbationModel]:
-        """Return the SE and the baseline that this model carries."""
-        return {name: part for name, part in (("se", self.se), ("fallback", self.fallback)) if part is not None}
+        """Return the models that this one carries: SE, fallback, effects of other experiments."""
+        return {name: part for name in ("se", "fallback", "elsewhere") if (part := getattr(self, name)) is not None}
 
     state = state_of
     from_state = classmethod(from_state)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from virtualcell._keys import ALL
+from virtualcell._keys import AGREEMENT, ALL, EXTRAPOLATION
 from virtualcell.data._expression import MOST_EXPRESSION
 from virtualcell.models._base import PerturbationModel
 from virtualcell.models._common import require_finite
@@ -26,6 +26,13 @@ def _asked(model: ST, perturbation: str, context: str, base: np.ndarray | None) 
     """Return the transferred change of the mean, where there is one, the question, and how far from home it is."""
     if model.transferred is None or base is None:
         return {}
+    if model.measured_elsewhere(perturbation):
+        profile = model.elsewhere.predict_cells(base[None], perturbation, context=context, base=base)[0]
+        return {
+            "change": torch.from_numpy(profile - base).to(model.device),
+            "question": "elsewhere",
+            "extrapolation": model.transferred.extrapolation(base, context),
+        }
     change = model.transferred(perturbation, control=model.control, context=context, base=base, features=model.features)
     return {
         "change": None if change is None else torch.from_numpy(change).to(model.device),
@@ -49,7 +56,7 @@ def _run(
     """
     model.check_width(cells.shape[1])
     model.module.eval()
-    vector = model.table.encode([perturbation]).to(model.device)
+    vector = model.table.encode([perturbation] if with_networks else []).to(model.device)
     codes = None if batch is None or not model.batches else model.batch_codes(batch)
     s, starts = min(model.set_size, len(cells)), _set_starts(model, len(cells))
     for at in range(0, len(starts), _SETS_AT_ONCE):
@@ -154,6 +161,16 @@ def error_from(model: ST, start: Start, perturbation: str, *, n_samples: int = 2
     return np.hypot(error, model.transferred.error_of(perturbation, start.context, control=model.control))
 
 
-def extrapolation(model: ST, start: Start) -> float:
-    """Return how far control cells lie from the contexts that were learned from; NaN where that is not known."""
-    return np.nan if model.transferred is None else model.transferred.extrapolation(start.base, start.context)
+def trust(model: ST, start: Start, perturbation: str) -> dict[str, float]:
+    """Return how far control cells lie from the training contexts, and how far other experiments agree."""
+    out = {}
+    if model.transferred is not None:
+        out[EXTRAPOLATION] = model.transferred.extrapolation(start.base, start.context)
+    if model.elsewhere is not None:
+        out[AGREEMENT] = model.elsewhere.agreement(perturbation)
+    return out
+
+
+def effect_error(model: ST, perturbation: str, *, context: str, base: np.ndarray) -> np.ndarray | float:
+    """Return the error of what was measured, after shrinkage, below which an effect is emitted as none."""
+    return 0.0 if model.transferred is None else model.transferred.error

@@ -15,6 +15,7 @@ from anndata import AnnData
 from mudata import MuData
 
 from virtualcell._errors import unknown_name
+from virtualcell._keys import AGREEMENT
 from virtualcell.data._design import Design, Scale
 from virtualcell.data._labels import expression_modality, known_parts
 from virtualcell.data._screen import Screen, scvi_registry
@@ -22,6 +23,7 @@ from virtualcell.io._save import State
 from virtualcell.models._baselines import Baseline
 from virtualcell.models._common import training_screen
 from virtualcell.models._effects import Effects
+from virtualcell.models._start import Start
 from virtualcell.models._transfer_fit import (
     agreements,
     checked_features,
@@ -52,7 +54,8 @@ class Transfer(Baseline):
     effect of the perturbations with the most similar features, and the mean effect over the other perturbations. The
     slopes lie in [0, 1] and are fitted by least squares on experiments left out: one's
     own training cells, or each source in turn, or the contexts of a single source. Where nothing can be left out, they
-    are a = d = 1 and b = c = 0; a warning says so, because such predictions are far too large.
+    are a = .2, d = 1 and b = c = 0, and a warning says so: between experiments .1 to .5 is usual, and copies of effects
+    as they are would be far too large.
 
     A perturbation that no source has is predicted from its neighbours, with a slope of its own; one without features
     has no effect, with a warning.
@@ -295,6 +298,11 @@ class Transfer(Baseline):
     def _of_neighbours(self, name: str) -> np.ndarray:
         return neighbours_mean(self.arrays["effects"], [self._neighbours(name)])[0]
 
+    def measured(self, perturbation: str) -> bool:
+        """Whether a source has a perturbation, or all parts of a combination."""
+        names = self._names(perturbation)
+        return bool(names) and all(name in self._code for name in names)
+
     def agreement(self, perturbation: str) -> float:
         """Tell how well the sources agree on a perturbation: the mean cosine between their centred effects.
 
@@ -321,6 +329,10 @@ class Transfer(Baseline):
         if code is None:
             return mean_cosine(np.nan_to_num(effects[self._neighbours(name)]))
         return mean_cosine(np.stack([effects[code], self._of_neighbours(name)]))
+
+    def trust(self, start: Start, perturbation: str) -> dict[str, float]:
+        """Return how far the sources agree, see :meth:`agreement`."""
+        return {AGREEMENT: self.agreement(perturbation)}
 
     def on_genes(self, genes: Sequence[str]) -> Self:
         """Return the same model for other genes, by name; those that no source has stay as they are in the controls.

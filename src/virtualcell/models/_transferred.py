@@ -64,8 +64,9 @@ class Transferred:
         Mean control cell of each context, (n_contexts, n_genes).
     error, error_elsewhere, error_unseen
         Error of a predicted change of the mean, typical of each gene, (n_genes,): of what was measured in the very
-        context (standard error), of what other contexts predicted for one that was left out (root mean square, without
-        the noise of what they were compared with), and of what features predicted for perturbations left out.
+        context (posterior standard deviation), of what other contexts predicted for one that was left out (root mean
+        square, without the noise of what they were compared with), and of what features predicted for perturbations
+        left out.
     """
 
     contexts: list[str]
@@ -108,9 +109,9 @@ class Transferred:
         # what a context does to all perturbations alike, such as the noise of its control cells, is kept as it is
         own = dataclasses.replace(on_scale, effects=on_scale.effects - fit.context[effects.context])
         measured = shrunken(own)
-        axes = leading_axes(measured.effects, measured.noise())
+        axes = leading_axes(measured.effects, own.noise())
         scores = measured.effects @ axes.T
-        start, gene, effect = single_genes(measured, scores, axes)
+        start, gene, effect = single_genes(dataclasses.replace(measured, variance=own.variance), scores, axes)
         told = FeatureFit.none()
         if features is not None:
             vectors = features.encode(effects.perturbations).numpy()
@@ -123,7 +124,8 @@ class Transferred:
             intercept=told.intercept, neighbours=told.features, neighbour_scores=told.effects,
             n_neighbours=told.k, axes=axes,
             single_start=start, single_gene=gene, single_effect=effect, controls=effects.controls,
-            error=np.sqrt(np.median(effects.variance, axis=0)), error_elsewhere=error_elsewhere,
+            error=np.sqrt(measured.variance.mean(axis=0)) * slope_of_mean(effects.controls.mean(axis=0)),
+            error_elsewhere=error_elsewhere,
             error_unseen=told.error * slope_of_mean(effects.controls.mean(axis=0)) if len(told.error) else told.error,
         )  # fmt: skip
 
@@ -266,20 +268,22 @@ def shrunken(effects: Effects) -> Effects:
 
     How far follows from the errors, see :func:`virtualcell.models._shrinkage.shrink`. An effect that was measured well
     and differs from that in other contexts stays as it is; one of few cells becomes the mean of the others, and the
-    mean of noise becomes nothing.
+    mean of noise becomes nothing. The variance of what is returned is the posterior one.
     """
     n = len(effects.perturbations)
     sizes = np.sqrt(effects.n_cells).astype(np.float32)
     weights = sizes / np.bincount(effects.perturbation, sizes, n).astype(np.float32)[effects.perturbation]
     means = group_sums(weights[:, None] * effects.effects, effects.perturbation, n)
     errors = group_sums(weights[:, None] ** 2 * effects.variance, effects.perturbation, n)
-    out = shrink(means, errors).mean[effects.perturbation]
+    out, uncertain = (part[effects.perturbation] for part in shrink(means, errors))
     several = np.flatnonzero(np.bincount(effects.perturbation, minlength=n)[effects.perturbation] > 1)
     deviation = effects.effects[several] - means[effects.perturbation[several]]
     # the mean has a part of this effect's own error
     variance = effects.variance[several] * (1 - 2 * weights[several, None]) + errors[effects.perturbation[several]]
-    out[several] += shrink(deviation, np.maximum(variance, 0)).mean
-    return dataclasses.replace(effects, effects=out)
+    of_deviation = shrink(deviation, np.maximum(variance, 0))
+    out[several] += of_deviation.mean
+    uncertain[several] += of_deviation.variance
+    return dataclasses.replace(effects, effects=out, variance=uncertain)
 
 
 def _weights(near: np.ndarray, n_cells: np.ndarray) -> np.ndarray:

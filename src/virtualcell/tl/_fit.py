@@ -19,10 +19,11 @@ from virtualcell.data._design import Design, Scale, check_library_sizes
 from virtualcell.data._labels import expression_modality
 from virtualcell.data._screen import Screen
 from virtualcell.io._save import pack
-from virtualcell.models import SE, ST
+from virtualcell.models import SE, ST, Transfer
 from virtualcell.models._effects import Effects
 from virtualcell.models._finetune import continue_st, genes_to_model
 from virtualcell.models._partly import partly_trained
+from virtualcell.models._transfer_sources import Sources
 from virtualcell.tl._fit_options import (
     FitOptions,
     NetworkOptions,
@@ -60,6 +61,7 @@ def fit_state(
     perturbation_features: pd.DataFrame | None = None,
     se: SE | pd.DataFrame | Mapping[str, object] | Literal[False] | None = None,
     init_from: ST | SE | None = None,
+    transfer_from: Sources | None = None,
     size: Size = "auto",
     network: Mapping[str, object] | None = None,
     training: FitOptions | Mapping[str, object] | None = None,
@@ -112,6 +114,9 @@ def fit_state(
         transferred effect is computed anew from `adata`); what is new in `adata` is added; its SE embeds, unless
         another is given. An SE: it goes on with its own gene table, on the training cells, and ST is trained from the
         start. A lower rate than the default, say `training={"lr": 1e-4}`, keeps more of what the model knew.
+    transfer_from
+        Other experiments, as in :class:`virtualcell.models.Transfer`: perturbations that your own cells lack are
+        predicted from what they did there, by the transferred effect alone.
     size
         Size of the networks: "small", "medium", "large" (the paper's), or "auto": "medium" with a GPU and 20,000 cells
         or more, else "small".
@@ -213,6 +218,8 @@ def fit_state(
         partly=isinstance(init_from, ST),
     )
     st.se = fitted_se
+    if transfer_from is not None:
+        st.elsewhere = _elsewhere(on_genes, transfer_from, perturbation_features)
     _write(adata, st, design, vectors)
     return st
 
@@ -319,6 +326,14 @@ def _ask(
         logger.warning('%s `predict_perturbation(..., fallback="best")` uses the baseline.', found.sentence)
     else:
         logger.info(found.sentence)
+
+
+def _elsewhere(screen: Screen, sources: Sources, features: pd.DataFrame | None) -> Transfer:
+    """Learn what other experiments tell, scaled by what of it is true of one's own training cells."""
+    model = Transfer(screen, sources, features)
+    model.train(Effects.measure(screen, screen.is_known))
+    model.forget_data()
+    return model
 
 
 def _in_embedding(screen: Screen, design: Design, vectors: np.ndarray) -> Screen:

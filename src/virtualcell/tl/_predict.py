@@ -93,7 +93,7 @@ def predict_perturbation(
         "cells" predicts single cells with whole counts, "mean" one mean profile per perturbation and context. Cells
         need control cells with counts: raw ones, or log(1 + counts per 10,000) that whole counts can be read off.
     fallback
-        "best" uses the baseline that was better than ST on the validation cells of `fit_state`, where one was;
+        "best" uses the best baseline where the verdict of `fit_state` was that ST is worse;
         `uns["virtualcell"]["predicted_by"]` of the result tells which model it was.
     layer, scale, library_size_key
         Where and how expression is stored in `adata`; as at fitting where left out. Models of
@@ -118,6 +118,10 @@ def predict_perturbation(
     `emit="mean"` there is a row per perturbation and context, and neither counts nor control cells to name;
     `layers["control"]` is the mean of the control cells.
 
+    Where the model can tell, `obs["extrapolation"]` says how far the control cells lie from the contexts that it
+    learned from (0 is one of them, above 1 is further out than any of them lies from the others), and
+    `obs["agreement"]` how far other experiments agree on the perturbation (a cosine, 1 at most).
+
     With `n_samples`, `layers["standard_error"]` has the standard error of the predicted mean of each gene (the same for
     all cells of a perturbation and context), and `obs["expected_error"]` the mean absolute error of the mean that
     follows from them.
@@ -140,6 +144,7 @@ def predict_perturbation(
         model.check_perturbation(name)
     if fallback is not None:
         model = _better_one(model, fallback, names)
+    model = model.on_genes(expression.var_names)
     design = design_of_data(model, expression, stated)
     controls = _controls(Screen.from_anndata(adata, design, modality=modality), context)
     coverage = min_gene_coverage if design.use_rep is None else None  # where genes are no input, they may lack
@@ -152,6 +157,8 @@ def predict_perturbation(
         for name in names:
             effect = predicted_effect(model, start, in_genes, name, columns=columns, n_cells=n_cells, seed=seed)
             one = make(effect, in_genes, controls.design, genes, seed)
+            for column, value in model.trust(start, name).items():
+                one.obs[column] = value
             if n_samples is not None:
                 _add_errors(one, model.error_from(start, name, n_samples=n_samples, seed=seed)[columns])
             predicted[name].append(one)
@@ -193,13 +200,13 @@ def _stored_model(adata: AnnData) -> ST:
 
 
 def _better_one(model: PerturbationModel, fallback: str, names: Sequence[str]) -> PerturbationModel:
-    """Return the model that did better on the validation cells of `fit_state`."""
+    """Return the model that did better on the cells that `fit_state` left out."""
     if fallback != "best":
         raise ValueError(f"fallback={fallback!r} is unknown; valid are 'best' and None.")
     if getattr(model, "validation", None) is None:
         raise ValueError(
-            "fallback='best' needs an ST that was validated: fit it with `vc.tl.fit_state(..., validate=True)` and "
-            "validation cells, or leave fallback out."
+            "fallback='best' needs an ST with a verdict: fit it with `vc.tl.fit_state(..., validate=True)`, or leave "
+            "fallback out."
         )
     if model.fallback is None:
         return model
@@ -211,7 +218,7 @@ def _better_one(model: PerturbationModel, fallback: str, names: Sequence[str]) -
                 f"fallback='best': the better model, {type(model.fallback).__name__}, cannot predict {name!r}. Leave "
                 f"fallback out to have ST predict it. {reason}"
             ) from reason
-    logger.warning("%s predicts: on the validation cells it was better than ST.", type(model.fallback).__name__)
+    logger.warning("%s predicts: on cells that were left out it was better than ST.", type(model.fallback).__name__)
     return model.fallback
 
 
