@@ -190,16 +190,20 @@ def pool(jobs: int) -> Iterator[Callable]:
 
 
 def collect(results: Iterable[tuple], name: str, n: int) -> tuple[pd.DataFrame, dict[str, list[float]]]:
-    """All scores, and seconds of training by label; prints a line for each task that ends."""
-    frames, seconds, start = [], {}, time.perf_counter()
+    """All scores, with the verdicts in `attrs`, and seconds of training by label; prints a line for each task."""
+    frames, seconds, verdicts, start = [], {}, [], time.perf_counter()
     for i, (task, (scores, trained)) in enumerate(results):
         frames.append(scores)
+        verdicts += scores.attrs["verdicts"]
         if trained is not None:
             seconds.setdefault(scores["model"].iloc[0], []).append(trained)
         what = " ".join(str(x) for x in task if isinstance(x, str | int) and x != name)
         print(f"   {name} {i + 1}/{n}: {what} ({time.perf_counter() - start:.0f} s)", flush=True)
+        scores.attrs = {}  # or pandas compares them all
     scores = pd.concat(frames, ignore_index=True)
-    return scores.sort_values(["split", "model", "seed", "context", "perturbation"], ignore_index=True), seconds
+    scores = scores.sort_values(["split", "model", "seed", "context", "perturbation"], ignore_index=True)
+    scores.attrs["verdicts"] = verdicts
+    return scores, seconds
 
 
 # -- tables -----------------------------------------------------------------------------------------------------------

@@ -61,6 +61,9 @@ from _splits import (
     write,
 )
 
+from virtualcell.tl._verdict import outcome_of
+
+OF_MERIT = ("pearson_delta", "mae", "energy_distance", "top50_overlap", "discrimination_cosine")
 BASELINES = ["NoChange", "ContextMean", "PerturbationMean", "Additive", "NearestContext"]
 FORMS = {"ST": {}, "ST as published": PUBLISHED}
 SCREEN_SEED = 2026
@@ -135,14 +138,30 @@ def synthetic_case(folder: Path, split: str) -> dict:
 
 SETS = {
     "kang": DataSet(
-        metrics=("pearson_delta", "mae", "energy_distance", "top50_overlap"),
+        metrics=(
+            "pearson_delta",
+            "mae",
+            "energy_distance",
+            "top50_overlap",
+            "de_overlap",
+            "de_precision",
+            "variance_ratio",
+        ),
         by="context",
         splits=lambda folder: sorted(kang(folder).obs["cell_type_coarse"].unique()),
         case=kang_case,
         parts=lambda scores: {f"mean over {scores['context'].nunique()} cell types": scores["split"].notna()},
     ),
     "papalexi": DataSet(
-        metrics=("pearson_delta", "mae", "energy_distance", "discrimination_cosine"),
+        metrics=(
+            "pearson_delta",
+            "mae",
+            "energy_distance",
+            "discrimination_cosine",
+            "de_overlap",
+            "de_precision",
+            "variance_ratio",
+        ),
         by="perturbation",
         splits=lambda folder: ["replicate 3"],
         case=papalexi_case,
@@ -217,6 +236,37 @@ def verdict(mean: pd.DataFrame, spread: pd.DataFrame, metrics: list[str], lead: 
     return out
 
 
+def agreement(scores: pd.DataFrame) -> dict:
+    """Compare what each fit said of itself with what the test cells say, by the spread that it stated.
+
+    On the test cells the best baseline of each metric is taken; better, level and worse are defined as in the verdict.
+    """
+    said = []
+    means = scores.groupby(["model", "split", "seed", "metric"])["value"].mean()
+    for verdict in scores.attrs["verdicts"]:
+        if verdict["model"] != "ST":
+            continue
+        gains = {}
+        for metric, (_, spread) in verdict["gains"].items():
+            sign = -1 if metric in SMALLER_IS_BETTER else 1
+            baselines = [m for m in means.index.unique("model") if m not in CEILINGS and not m.startswith("ST")]
+            best = max(sign * means.get((m, verdict["split"], 0, metric), -np.inf * sign) for m in baselines)
+            gains[metric] = sign * means["ST", verdict["split"], verdict["seed"], metric] - best, spread
+        said.append({**verdict, "test_gains": gains, "test_outcome": outcome_of(list(gains.values()))})
+    worst = [v for v in said if v["outcome"] == "better" and v["test_outcome"] == "worse"]
+    agree = float(np.mean([v["outcome"] == v["test_outcome"] for v in said])) if said else float("nan")
+    print(f"  verdicts that agree with the test cells: {agree:.2f} of {len(said)}; better for worse: {len(worst)}")
+    print("  weights of the networks:", pd.Series([v["weight"] for v in said]).value_counts().to_dict())
+    return {"share": agree, "n": len(said), "better_for_worse": len(worst), "verdicts": said}
+
+
+def merit(mean: pd.DataFrame, metrics: list[str]) -> dict[str, float]:
+    """Error of ST divided by that of the best baseline; the error of what is best at 1 is what lacks from 1."""
+    baselines = [m for m in mean.index if m not in CEILINGS and not m.startswith("ST")]
+    error = {m: mean[m] if m in SMALLER_IS_BETTER else 1 - mean[m] for m in metrics}
+    return {m: float(e["ST"] / e[baselines].min()) for m, e in error.items()}
+
+
 def say(found: dict[str, dict]) -> None:
     for metric, v in found.items():
         how = "better than" if v["ST_is_better"] else "NOT better than"
@@ -237,18 +287,22 @@ def report(name: str, scores: pd.DataFrame, seconds: dict[str, list[float]], arg
         show(mean, spread, list(order))
         found = verdict(mean, spread, metrics)
         say(found)
-        part = {"mean": mean, "spread": spread, "verdict": found}
+        ratios = merit(mean, [m for m in metrics if m in OF_MERIT])
+        print("  error of ST / that of the best baseline:", {m: round(r, 3) for m, r in ratios.items()})
+        part = {"mean": mean, "spread": spread, "verdict": found, "merit": ratios}
         if name == "synthetic":
             share = mean["pearson_delta"] / mean.loc[CEILING, "pearson_delta"]
             print(f"  share of the ceiling's Pearson delta: {share.round(3).to_dict()}")
             part["share_of_ceiling"] = share.to_dict()
         out[title] = part
+    agree = agreement(scores)
     by = scores.pivot_table(index=this.by, columns=["metric", "model"], values="value")
     print(f"\nPearson delta by {this.by}\n{by['pearson_delta'].round(3).to_string()}")
     for form, times in seconds.items():
         print(f"fit and scores of {form}: {np.mean(times):.0f} s, at most {max(times):.0f} s")
     result = {
         "tables": out,
+        "agreement": agree,
         f"by_{this.by}": {m: by[m] for m in metrics},
         "seconds_per_fit": {form: {"mean": np.mean(t), "max": max(t)} for form, t in seconds.items()},
         "settings": {

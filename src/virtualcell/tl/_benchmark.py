@@ -131,7 +131,8 @@ def benchmark(
     One row per `split`, `seed`, `source` ("model", "floor", "ceiling" or "corrected ceiling"), `model`, `context`,
     `perturbation` and `metric`, with its `value`. A model that cannot predict a test perturbation of a split, as
     Additive one that was never measured, is left out of that split, with a warning. `.attrs` has what was asked for,
-    and the number of genes of each split. Drawn by :func:`virtualcell.pl.benchmark`.
+    the verdict of every ST on cells that it left out itself ("verdicts"), and the number of genes of each split. Drawn
+    by :func:`virtualcell.pl.benchmark`.
 
     Raises
     ------
@@ -160,15 +161,17 @@ def benchmark(
         library_size_key=library_size_key,
     )
     settings = _Settings(design, suite, seeds, ceiling, perturbation_features, n_top_genes, min_cells, n_cells, n_jobs)
-    frames, n_genes = [], {}
+    frames, n_genes, verdicts = [], {}, []
     for name, screen in _splits(adata, design, split_key, splits, modality):
         case = _Case.of(name, screen, settings)
         n_genes[name] = len(case.screen.genes)
         frames += case.scores(specs)
+        verdicts += case.verdicts
     if not frames:
         raise ValueError("none of the models can predict the test cells of any split; the log says why for each.")
     out = pd.concat(frames, ignore_index=True)[COLUMNS]
     out.attrs = {
+        "verdicts": verdicts,
         "suite": suite if isinstance(suite, str) else list(suite),
         "perturbation_key": perturbation_key,
         "control": control,
@@ -227,6 +230,7 @@ class _Case:
     real: AnnData
     pairs: list[tuple[str, str]]
     settings: _Settings
+    verdicts: list[dict]  # of every ST that was fitted
 
     @classmethod
     def of(cls, name: str, screen: Screen, settings: _Settings) -> _Case:
@@ -255,6 +259,7 @@ class _Case:
             real=AnnData(_observed(scored, unit), obs=scored.labels(), var=pd.DataFrame(index=genes)),
             pairs=sorted((p, c) for c, p in screen.pairs(is_test)),
             settings=settings,
+            verdicts=[],
         )
 
     def scores(self, specs: dict[str, tuple[type, dict, str]]) -> list[pd.DataFrame]:
@@ -268,7 +273,7 @@ class _Case:
                 if deterministic and not first and seed not in missing:
                     continue
                 if not deterministic or first:
-                    model = self._fit(kind, kwargs, seed)
+                    model = self._fit(label, kind, kwargs, seed)
                     if (reason := reason_not_to_predict(model, sorted({p for p, _ in self.pairs}))) is not None:
                         logger.warning("%s is left out of split %r: %s", label, self.name, reason)
                         break
@@ -284,10 +289,14 @@ class _Case:
             logger.info("Split %r: %s is done.", self.name, label)
         return frames
 
-    def _fit(self, kind: type, kwargs: dict, seed: int) -> PerturbationModel:
+    def _fit(self, label: str, kind: type, kwargs: dict, seed: int) -> PerturbationModel:
         """Fit a model on the cells that are not test."""
         if issubclass(kind, ST):
-            return fit_st(self.screen, self.effects, kwargs, seed, self.asked)
+            st, verdict = fit_st(self.screen, self.effects, kwargs, seed, self.asked)
+            if verdict is not None:
+                said = {"outcome": verdict.outcome, "gains": verdict.gains, "weight": verdict.weight}
+                self.verdicts.append({"split": self.name, "seed": seed, "model": label, **said})
+            return st
         model = kind(self.screen, **kwargs)
         model.train(self.of_baselines)
         model.forget_data()

@@ -18,6 +18,7 @@ from virtualcell.models._feature_baselines import FeatureBaseline
 from virtualcell.tl._fit import build_st, train_st
 from virtualcell.tl._fit_options import FitOptions, NetworkOptions, SEOptions, check_call, choose_size
 from virtualcell.tl._questions import Asked
+from virtualcell.tl._verdict import Verdict
 
 Spec = str | type[PerturbationModel] | tuple[str | type[PerturbationModel], dict]
 
@@ -87,15 +88,20 @@ def _st_options(kwargs: Mapping[str, object], seed: int = 0) -> tuple[FitOptions
     return options, network
 
 
-def fit_st(screen: Screen, effects: Effects, kwargs: Mapping[str, object], seed: int, asked: Asked) -> _models.ST:
-    """Fit an ST with arguments of `fit_state` on a screen whose genes are chosen, for what the test cells ask."""
+def fit_st(
+    screen: Screen, effects: Effects, kwargs: Mapping[str, object], seed: int, asked: Asked
+) -> tuple[_models.ST, Verdict | None]:
+    """Fit an ST with arguments of `fit_state` on a screen whose genes are chosen, for what the test cells ask.
+
+    A form without a transferred effect has no weights to be chosen, and is spared the short fits and the verdict.
+    """
     options, network = _st_options(kwargs, seed)
     features, init_from = kwargs.get("perturbation_features"), kwargs.get("init_from")
     size = choose_size(kwargs.get("size", "auto"), screen.n_cells)
     how = {"features": features, "init_from": init_from, "size": size, "network": network, "options": options}
     build = partial(build_st, **how)
     st = build(screen)
-    train_st(
+    verdict = train_st(
         st,
         build=build,
         options=options,
@@ -104,7 +110,7 @@ def fit_st(screen: Screen, effects: Effects, kwargs: Mapping[str, object], seed:
         asked=asked if st.transfer else None,
         partly=isinstance(init_from, _models.ST),
     )
-    return st
+    return st, verdict
 
 
 def reason_not_to_predict(model: PerturbationModel, perturbations: Sequence[str]) -> UnknownNameError | None:

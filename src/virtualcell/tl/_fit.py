@@ -36,7 +36,7 @@ from virtualcell.tl._fit_options import (
 from virtualcell.tl._fit_se import fit_se
 from virtualcell.tl._prepare import choose_genes, prepared
 from virtualcell.tl._questions import Asked, Fold, asked_by, folds
-from virtualcell.tl._verdict import judge, trained_baseline
+from virtualcell.tl._verdict import Verdict, judge, trained_baseline
 from virtualcell.train._quiet import quiet
 
 logger = logging.getLogger(__name__)
@@ -250,7 +250,7 @@ def train_st(
     effects: Effects | None = None,
     asked: Asked | None = None,
     partly: bool = False,
-) -> None:
+) -> Verdict | None:
     """Train an ST on its screen, find out how well it answers what is asked, and let go of the data.
 
     Parameters
@@ -265,14 +265,19 @@ def train_st(
         What predictions will be wanted for; `None` to leave the question out.
     partly
         Whether the options say which parts of the model to train.
+
+    Returns
+    -------
+    The verdict, where it was asked for and could be given.
     """
-    screen = st.screen
+    screen, verdict = st.screen, None
     if effects is None and (st.transfer or asked is not None):
         effects = Effects.measure(screen, screen.is_known)
     _train(st, options, effects, partly=partly)
     if asked is not None:
-        _ask(st, build, options, features, effects, asked, partly=partly)
+        verdict = _ask(st, build, options, features, effects, asked, partly=partly)
     st.forget_data()
+    return verdict
 
 
 def _train(st: ST, options: FitOptions, effects: Effects | None, *, partly: bool) -> None:
@@ -290,7 +295,7 @@ def _ask(
     asked: Asked,
     *,
     partly: bool,
-) -> None:
+) -> Verdict | None:
     """Give an ST the weights, the verdict and the fallback that leaving training cells out comes to."""
     left_out = folds(st.screen, effects, asked, seed=options.seed)
     if not left_out:
@@ -299,7 +304,7 @@ def _ask(
             'defaults, and there is no verdict. Ask another question, such as validate="cells".',
             asked.question,
         )
-        return
+        return None
     # five folds together cost twice the fit: a shorter one shows less of what a network can do
     n_steps = max(_FEWEST_STEPS, round(_SHARE_OF_STEPS * st.n_steps))
     short = dataclasses.replace(
@@ -326,6 +331,7 @@ def _ask(
         logger.warning('%s `predict_perturbation(..., fallback="best")` uses the baseline.', found.sentence)
     else:
         logger.info(found.sentence)
+    return found
 
 
 def _elsewhere(screen: Screen, sources: Sources, features: pd.DataFrame | None) -> Transfer:

@@ -57,6 +57,9 @@ class Verdict:
         Weight of the networks that the folds chose; `None` for a model without a transferred effect.
     best
         The baseline with the least absolute error.
+    gains
+        For each metric how much better ST is than the best baseline in it, and the standard deviation of that over
+        folds.
     """
 
     scores: pd.DataFrame
@@ -64,6 +67,7 @@ class Verdict:
     outcome: str
     weight: float | None
     best: str
+    gains: dict[str, tuple[float, float]]
 
 
 def judge(train: Trained, folds: list[Fold], asked: Asked, features: pd.DataFrame | None, *, seed: int = 0) -> Verdict:
@@ -235,13 +239,13 @@ def outcome_of(gains: list[tuple[float, float]]) -> str:
 
 def _verdict(scores: pd.DataFrame, rows: list[_Row], weight: float | None, asked: Asked) -> Verdict:
     of_fold = scores.attrs.pop("of_fold")
-    gains, parts = [], []
+    gains, parts = {}, []
     for metric, sign in _METRICS.items():
         best, gain, spread = compared(of_fold, metric, sign)
-        gains.append((gain, spread))
+        gains[metric] = gain, spread
         ours, theirs = scores.loc["ST", metric], scores.loc[best, metric]
         parts.append(f"{_NAMES[metric]} {ours:.4g} against {theirs:.4g} of {best} (+-{spread:.2g} over folds)")
-    outcome = outcome_of(gains)
+    outcome = outcome_of(list(gains.values()))
     how = {"better": "better than", "level": "level with", "worse": "worse than"}[outcome]
     n_folds = int(scores["n_folds"].iloc[0])
     sentence = (
@@ -249,4 +253,4 @@ def _verdict(scores: pd.DataFrame, rows: list[_Row], weight: float | None, asked
         f"and perturbation that were left out, in {n_folds} {'fold' if n_folds == 1 else 'folds'}."
     )
     best = next(name for name in scores.index if name != "ST")
-    return Verdict(scores, sentence, outcome, weight, best)
+    return Verdict(scores, sentence, outcome, weight, best, gains)
