@@ -36,7 +36,7 @@ def refused(screen, design, trains_nothing):
 
 
 def test_fit_state_has_few_parameters():
-    assert len(inspect.signature(vc.tl.fit_state).parameters) <= 20
+    assert len(inspect.signature(vc.tl.fit_state).parameters) <= 21
 
 
 @pytest.mark.parametrize(

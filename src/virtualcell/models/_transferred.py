@@ -94,7 +94,7 @@ class Transferred:
 
     @classmethod
     def fit(cls, effects: Effects, features: PerturbationTable | None = None) -> Self:
-        """Choose scale, bandwidth and amplitude, shrink what was measured, and fit what features tell.
+        """Find out what effects are worth in other contexts, shrink what was measured, and fit what features tell.
 
         Parameters
         ----------

@@ -74,7 +74,7 @@ def judge(train: Trained, folds: list[Fold], asked: Asked, features: pd.DataFram
     """Train ST and the baselines on what every fold leaves, predict what it leaves out, and compare.
 
     The weight of the networks is chosen from all folds for the model, and for the scores of each fold from the other
-    folds, so that no prediction is scored with a weight that it took part in choosing.
+    folds, so that no prediction is scored with a weight that it took part in choosing, unless there is a single fold.
 
     Parameters
     ----------
@@ -93,9 +93,12 @@ def judge(train: Trained, folds: list[Fold], asked: Asked, features: pd.DataFram
     weight = None
     if rows and rows[0].errors is not None:
         weight = _choose(rows)
-        for row in rows:
-            others = [r for r in rows if r.fold != row.fold] or rows
-            row.score_st(_choose(others))
+        for k in {row.fold for row in rows}:
+            others = [row for row in rows if row.fold != k] or rows
+            of_others = _choose(others)
+            for row in rows:
+                if row.fold == k:
+                    row.score_st(of_others)
     scores = _table(rows, len(folds))
     return _verdict(scores, rows, weight, asked)
 
@@ -203,7 +206,7 @@ def _table(rows: list[_Row], n_folds: int) -> pd.DataFrame:
     for metric in _METRICS:
         scores[f"{metric}_spread"] = spread[metric]
     scores["n_groups"], scores["n_folds"] = len(rows), n_folds
-    scores = scores.sort_values("mae")
+    scores = scores.sort_values("mae", kind="stable")
     scores.attrs["of_fold"] = of_fold
     return scores
 
