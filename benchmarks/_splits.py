@@ -73,6 +73,14 @@ def norman(folder: Path) -> ad.AnnData:
 
 
 @cache
+def glioblastoma(folder: Path) -> ad.AnnData:
+    """Three lines, CRISPRi, and the targets that all of them have."""
+    adata = ad.read_h5ad(folder / "norman_mcfaline_4contexts.h5ad")
+    adata = adata[(adata.obs["cell_type"] != "K562").to_numpy()]
+    return adata.copy()
+
+
+@cache
 def synthetic(n_contexts: int, n_perturbations: int, seed: int) -> ad.AnnData:
     """Draw a screen with the generator's default signal: effects of 0.3 (natural log), gated fully by the context."""
     return vc.datasets.synthetic(n_contexts=n_contexts, n_perturbations=n_perturbations, n_genes=500, seed=seed)

@@ -11,6 +11,8 @@
   expression side by side, which ST gets. A target that a table lacks has zeros there. Training has at most 100 cells of
   a target in a replicate, test cells are all scored. Five targets compete for discrimination: chance is 0.6.
 * norman: K562, pairs A+B of which both singles are seen, one pair held out at a time.
+* glioblastoma: three lines (CRISPRi, McFaline-Figueroa 2024), nine targets, one line held out at a time. Effects are
+  weak and do not agree between lines: what can be said is that nothing is known.
 * synthetic: four contexts, 100 perturbations, type_4 zero-shot; the signal is the generator's default (effects of 0.3
   on the natural-log scale, context specificity 1, 50 cells a group, 200 controls, 2,000 counts a cell), screen 2026.
   Scored against the observed cells, and ("truth") against 400 cells of each perturbation drawn from the true effects.
@@ -46,6 +48,7 @@ from _splits import (
     fit_and_score,
     fold_targets,
     gene_features,
+    glioblastoma,
     kang,
     norman,
     papalexi,
@@ -130,6 +133,17 @@ def norman_case(folder: Path, split: str) -> dict:
     }
 
 
+def glioblastoma_case(folder: Path, split: str) -> dict:
+    return {
+        "adata": glioblastoma(folder),
+        **SCREEN,
+        "context_key": "cell_type",
+        "library_size_key": "total_counts",
+        "splits": {split: {"contexts": [split]}},
+        "baselines": BASELINES,
+    }
+
+
 def synthetic_case(folder: Path, split: str) -> dict:
     adata = synthetic(4, 100, SCREEN_SEED)
     adata = adata if split == "observed" else with_known_truth(adata, "type_4")
@@ -181,6 +195,14 @@ SETS = {
         splits=norman_splits,
         case=norman_case,
         parts=lambda scores: {f"mean over {scores['perturbation'].nunique()} pairs": scores["split"].notna()},
+        forms=("ST",),
+    ),
+    "glioblastoma": DataSet(
+        metrics=("pearson_delta", "mae", "energy_distance"),
+        by="context",
+        splits=lambda folder: sorted(glioblastoma(folder).obs["cell_type"].unique()),
+        case=glioblastoma_case,
+        parts=lambda scores: {"mean over 3 lines": scores["split"].notna()},
         forms=("ST",),
     ),
     "synthetic": DataSet(
