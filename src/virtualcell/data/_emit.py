@@ -221,7 +221,7 @@ def _thinned(x: np.ndarray, scale: np.ndarray, need: float, rng: np.random.Gener
     y, log, share = x.copy(), np.log1p(x * scale), _AT_ONCE
     if need >= log.sum():
         return np.zeros_like(y)
-    while need > 0:
+    while need > 0 and y.any():  # the last counts may fall short of what is needed by a rounding error
         total = y.sum()
         each = y @ (log - np.log1p(np.maximum(y - 1, 0) * scale)) / total
         n = need / each
