@@ -257,15 +257,7 @@ class PerturbationModel(BaseModelClass):
         return rng.choice(len(start.names), n_run, replace=n_run > len(start.names)), n
 
     def trust(self, start: Start, perturbation: str) -> dict[str, float]:
-        """Return what is known of how far a prediction can be trusted, by name; nothing by default.
-
-        Parameters
-        ----------
-        start
-            The control cells that it starts from.
-        perturbation
-            What is predicted.
-        """
+        """Return what is known of how far a prediction from `start` can be trusted, by name; nothing by default."""
         return {}
 
     def on_genes(self, genes: Sequence[str]) -> Self:
@@ -360,7 +352,8 @@ class PerturbationModel(BaseModelClass):
 
         Control cells are drawn with replacement `n_samples` times, and each part of the model (heads and networks of
         an ST, and its transferred effect) predicts from each draw; see
-        :func:`virtualcell.models._mixture.standard_error`. What all parts have wrong together it does not see.
+        :func:`virtualcell.models._mixture.standard_error`. An ST adds the error, common to all parts, that such
+        predictions had where training cells were left out.
 
         Parameters
         ----------

@@ -56,11 +56,14 @@ class CRISPRi:
             positions = pd.DataFrame({"chromosome": [], "start": []}, index=pd.Index([], dtype=str))
         return cls(Neighbours(np.asarray(genes), positions), knockdown, control)
 
-    def put_on(self, predicted: np.ndarray, base: np.ndarray, perturbation: str) -> np.ndarray:
-        """Lower predicted cells (n_cells, n_genes) of a perturbation where CRISPRi does; `base` is the control mean."""
+    def put_on(self, predicted: np.ndarray, base: np.ndarray, perturbation: str, *, measured: bool) -> np.ndarray:
+        """Lower predicted cells (n_cells, n_genes) of a perturbation where CRISPRi does; `base` is the control mean.
+
+        The target of a pair that was `measured` stays as it was measured.
+        """
         mean = predicted.mean(axis=0, dtype=np.float64)
         capped = base + self.neighbours.capped(
-            mean - base, base, perturbation, knockdown=self.knockdown, control=self.control
+            mean - base, base, perturbation, knockdown=None if measured else self.knockdown, control=self.control
         )
         moved = np.abs(capped - mean) > 1e-6 * np.maximum(mean, 1)
         if not moved.any():

@@ -113,7 +113,8 @@ def predict_cells(
         vectors = torch.from_numpy(predicted).to(model.device)
         predicted = torch.stack([n.decode(vectors) for n in model.networks]).mean(dim=0).float().cpu().numpy()
     if model.crispri is not None and base is not None:
-        predicted = model.crispri.put_on(predicted, base, perturbation)
+        asked = _asked(model, perturbation, context, base).get("question")
+        predicted = model.crispri.put_on(predicted, base, perturbation, measured=asked == "cells")
     return np.minimum(predicted, MOST_EXPRESSION)
 
 

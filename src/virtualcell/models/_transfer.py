@@ -255,10 +255,7 @@ class Transfer(Baseline):
     def effects(self, perturbations: Sequence[str]) -> pd.DataFrame:
         """Return the effects that are added to control cells, perturbations x genes.
 
-        Parameters
-        ----------
-        perturbations
-            Any perturbations; the effect of the control is 0.
+        Any perturbations can be asked for; the effect of the control is 0.
         """
         self._check_if_trained(warn=False)
         zero = np.zeros(len(self.genes))
@@ -309,11 +306,6 @@ class Transfer(Baseline):
         Where one source alone has it, its contexts are compared if it is the only source, and otherwise its effect with
         the mean of its neighbours; for a perturbation that was never measured, its neighbours with each other. Of a
         combination that was not measured it is the mean over the parts. NaN where there is nothing to compare.
-
-        Parameters
-        ----------
-        perturbation
-            Any perturbation.
         """
         self._check_if_trained(warn=False)
         values = [self._agreement_on(name) for name in self._names(perturbation)]

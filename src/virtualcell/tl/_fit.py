@@ -30,6 +30,7 @@ from virtualcell.tl._fit_options import (
     SEOptions,
     Size,
     check_call,
+    check_transfer,
     choose_size,
     require_validation,
 )
@@ -71,8 +72,9 @@ def fit_state(
     """Fit SE and ST: embed every cell, and learn what each perturbation does to the control cells of each context.
 
     `X` and the layers stay as they are. Written are `obsm["X_state"]` (unless `se=False`) and `uns["virtualcell"]`: the
-    design, the verdict on validation cells, and the fitted ST, so that :func:`virtualcell.tl.predict_perturbation`
-    needs no more than the data, also after it was saved as h5ad. Nothing is written before all is fitted.
+    design, the verdict on cells that were left out, and the fitted ST, so that
+    :func:`virtualcell.tl.predict_perturbation` needs no more than the data, also after it was saved as h5ad. Nothing is
+    written before all is fitted.
 
     Training cells are learned from and choose everything: the genes, the embedding, the weights, and the verdict.
     Validation cells (those that `split_key` says, or else a tenth of each group) tell when to stop, where that is asked
@@ -158,6 +160,7 @@ def fit_state(
     options, networks = FitOptions.from_(training, seed=seed), NetworkOptions.of(network)
     of_se = SEOptions.of(se, init_from, networks.use_rep, options)
     check_call(options, training, split_key, size, init_from, of_se)
+    check_transfer(transfer_from, networks)
     data, adata = adata, expression_modality(adata, modality)
     size = choose_size(size, adata.n_obs)
     design = Design(
@@ -178,26 +181,15 @@ def fit_state(
         data, dataclasses.replace(design, use_rep=None) if waits else design, modality=modality
     )
     of_se.check_cells(adata, screen)
-    asked = asked_by(validate, screen, has_features=perturbation_features is not None)
-    screen = prepared(
-        screen,
-        min_cells=options.min_cells,
-        has_features=perturbation_features is not None,
-        val_fraction=options.val_fraction,
-        seed=options.seed,
-    )
+    has_features, goes_on = perturbation_features is not None, isinstance(init_from, ST)
+    asked = asked_by(validate, screen, has_features=has_features)
+    to_learn = {"min_cells": options.min_cells, "val_fraction": options.val_fraction, "seed": options.seed}
+    screen = prepared(screen, has_features=has_features, **to_learn)
     require_validation(options, screen)
     genes = choose_genes(screen, n_top_genes, targets=screen.targets())
-    genes = genes_to_model(genes, init_from, adata.var_names) if isinstance(init_from, ST) else genes
-    build = partial(
-        build_st,
-        features=perturbation_features,
-        init_from=init_from,
-        size=size,
-        network=networks,
-        options=options,
-    )
-    on_genes = screen.select(genes)
+    on_genes = screen.select(genes_to_model(genes, init_from, adata.var_names) if goes_on else genes)
+    how = {"features": perturbation_features, "options": options}
+    build = partial(build_st, init_from=init_from, size=size, network=networks, **how)
     if not waits:
         st = build(on_genes)
     elif of_se.is_trained_here:  # options that do not fit raise now, and not after the training of SE
@@ -209,14 +201,7 @@ def fit_state(
         vectors = fitted_se.get_latent_representation(adata, **where)
     if waits:
         st = build(_in_embedding(on_genes, design, vectors[adata.obs_names.get_indexer(screen.names)]))
-    train_st(
-        st,
-        build=build,
-        options=options,
-        features=perturbation_features,
-        asked=asked,
-        partly=isinstance(init_from, ST),
-    )
+    train_st(st, build=build, asked=asked, partly=goes_on, **how)
     st.se = fitted_se
     if transfer_from is not None:
         st.elsewhere = _elsewhere(on_genes, transfer_from, perturbation_features)

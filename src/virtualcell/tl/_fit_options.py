@@ -20,7 +20,7 @@ from virtualcell.data._screen import Screen
 from virtualcell.models import SE, ST
 from virtualcell.models._partly import check_adapters, check_partly
 from virtualcell.models._se_options import SETrainOptions
-from virtualcell.models._st_options import STTrainOptions, network_options
+from virtualcell.models._st_options import PRESETS, STTrainOptions, network_options
 from virtualcell.modules import STConfig
 from virtualcell.pp._genes import match_genes
 from virtualcell.train import TrainOptions
@@ -92,6 +92,13 @@ class NetworkOptions:
     use_rep: str | None
     options: dict[str, object]
 
+    @property
+    def transfers(self) -> bool:
+        """Whether ST has a transferred effect with these options, on genes."""
+        head = self.options.get("head") or PRESETS[self.options.get("preset", "default")]["head"]
+        stated = self.options.get("transfer")
+        return head == "both" if stated is None else bool(stated)
+
     @classmethod
     def of(cls, given: Mapping[str, object] | None) -> NetworkOptions:
         """Check names and values of the options."""
@@ -111,6 +118,15 @@ class NetworkOptions:
         preset = options.get("preset", "default")
         network_options("small", preset, {k: v for k, v in options.items() if k not in _OF_ST or k == "head"})
         return cls(use_rep, options)
+
+
+def check_transfer(transfer_from: object, networks: NetworkOptions) -> None:
+    """Raise for other experiments that a model without a transferred effect could not use."""
+    if transfer_from is not None and (networks.use_rep is not None or not networks.transfers):
+        raise ValueError(
+            "transfer_from= needs a transferred effect, which ST has on genes with head='both' or transfer=True: leave "
+            "use_rep, preset='published', head= and transfer=False out of network=, or transfer_from."
+        )
 
 
 @dataclass(frozen=True)
