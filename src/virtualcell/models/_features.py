@@ -68,6 +68,10 @@ class PerturbationTable:
         self.seen, self.has_features = list(seen), has_features
         self._row = {name: i for i, name in enumerate(self.names)}
 
+    def frame(self) -> pd.DataFrame:
+        """Return the features as a table, perturbations x dims, without the column that counts."""
+        return pd.DataFrame(self.vectors[:, :-1].numpy(), index=self.names)
+
     @classmethod
     def one_hot(cls, labels: Iterable[str], control: str) -> PerturbationTable:
         """Give every single perturbation that occurs in `labels` a vector of its own."""

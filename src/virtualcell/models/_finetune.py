@@ -37,6 +37,9 @@ def continue_st(
     """Build an ST on the cells of a screen, of the sizes of `old`, and carry the weights over."""
     theirs = {**dataclasses.asdict(old.config), "n_networks": old.n_networks, "transfer": old.transfer}
     theirs["preset"] = old.preset
+    if old.crispri is not None and "modality_of_perturbation" not in network:
+        positions = network.get("gene_positions", old.gene_positions)
+        network = {**network, "modality_of_perturbation": old.modality_of_perturbation, "gene_positions": positions}
     network = {k: tuple(v) if isinstance(v, list) else v for k, v in network.items()}
     wrong = [k for k in network if k in theirs and k not in _FREE and network[k] != theirs[k]]
     if wrong:
@@ -66,6 +69,7 @@ def continue_st(
             batches=(old.batches, new.batches),
             perturbations=(old.table, table),
         )
+    new.elsewhere = old.elsewhere
     return new
 
 

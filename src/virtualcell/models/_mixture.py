@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +23,21 @@ Question = Literal["cells", "contexts", "perturbations", "elsewhere"]
 NETWORKS: dict[str, float] = {"cells": 0.0, "contexts": 1 / 3, "perturbations": 1 / 3, "elsewhere": 0.0}
 _LEAST_ERROR = 1e-12  # squared error that a head counts as having at least
 _MOST_RAISE = 2.0  # factor by which expressed genes are raised before anything is added to silent ones
+
+
+class Change(NamedTuple):
+    """A transferred change of the mean of all control cells of a context, (G,), and that mean."""
+
+    change: Tensor
+    base: Tensor
+
+    def of(self, mean: Tensor, *, nonnegative: bool = True) -> Tensor:
+        """Return the changed mean of some of the cells, (..., G); expression falls by a factor, and rises by a sum."""
+        if not nonnegative:
+            return mean + self.change
+        falls = (self.change < 0) & (self.base > 0)
+        factor = torch.where(falls, (self.base + self.change) / self.base.clamp_min(1e-12), 1).clamp_min(0)
+        return (mean * factor + torch.where(falls, 0, self.change)).clamp_min(0)
 
 
 @dataclass(frozen=True)
@@ -104,7 +119,8 @@ class Mixture:
         extrapolation
             How far the control cells lie outside of the training contexts, see
             :meth:`virtualcell.models._transferred.Transferred.extrapolation`. A level cannot leave the range of what
-            was seen: beyond 1 the weight of that head falls with the square of the distance.
+            was seen: beyond 1 the weight of that head falls with the square of the distance. NaN, unknown, is taken for
+            inside.
         """
         heads = dict(zip(self.heads, self.head_weights, strict=True))
         if "level" in heads and len(heads) > 1 and extrapolation > 1:
@@ -126,7 +142,7 @@ class Mixture:
         self,
         outputs: Sequence[tuple[Tensor, ...]],
         control: Tensor,
-        change: Tensor | None = None,
+        change: Change | None = None,
         *,
         question: Question = "contexts",
         extrapolation: float = 0.0,
@@ -140,7 +156,7 @@ class Mixture:
         control
             The control cells, (B, S, G).
         change
-            Transferred change of the mean, (G,).
+            Transferred change of the mean.
         question, extrapolation
             As in :meth:`weights`.
         """
@@ -158,7 +174,7 @@ class Mixture:
         self,
         outputs: Sequence[tuple[Tensor, ...]],
         control: Tensor,
-        change: Tensor | None = None,
+        change: Change | None = None,
         *,
         question: Question = "contexts",
         extrapolation: float = 0.0,
@@ -175,10 +191,9 @@ class Mixture:
             weights = np.append(weights, weight[TRANSFERRED])
         return torch.stack([p.mean(dim=1) for p in parts]), weights
 
-    def _moved(self, control: Tensor, change: Tensor) -> Tensor:
+    def _moved(self, control: Tensor, change: Change) -> Tensor:
         """Control cells whose means have changed."""
-        wanted = control.mean(dim=1, keepdim=True) + change
-        wanted = wanted.clamp_min(0) if self.nonnegative else wanted
+        wanted = change.of(control.mean(dim=1, keepdim=True), nonnegative=self.nonnegative)
         return put_on_cells(control, wanted, nonnegative=self.nonnegative)
 
 

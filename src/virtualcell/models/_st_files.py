@@ -77,6 +77,7 @@ def from_state(cls: type[ST], state: State) -> ST:
     model.verdict = meta["verdict"]
     if meta["crispri"] is not None:
         model.modality_of_perturbation, model.crispri = "CRISPRi", CRISPRi.from_plain(meta["crispri"])
+        model.gene_positions = model.crispri.neighbours.positions
     for name, part in state.parts.items():
         setattr(model, name, model_of(part))
     return model

@@ -13,7 +13,7 @@ from virtualcell._keys import AGREEMENT, ALL, EXTRAPOLATION
 from virtualcell.data._expression import MOST_EXPRESSION
 from virtualcell.models._base import PerturbationModel
 from virtualcell.models._common import require_finite
-from virtualcell.models._mixture import Question
+from virtualcell.models._mixture import Change, Question
 from virtualcell.models._start import Start
 
 if TYPE_CHECKING:
@@ -29,19 +29,23 @@ def _asked(model: ST, perturbation: str, context: str, base: np.ndarray | None) 
     if model.measured_elsewhere(perturbation):
         profile = model.elsewhere.predict_cells(base[None], perturbation, context=context, base=base)[0]
         return {
-            "change": torch.from_numpy(profile - base).to(model.device),
+            "change": _change(model, profile - base, base),
             "question": "elsewhere",
             "extrapolation": model.transferred.extrapolation(base, context),
         }
     change = model.transferred(perturbation, control=model.control, context=context, base=base, features=model.features)
     return {
-        "change": None if change is None else torch.from_numpy(change).to(model.device),
+        "change": None if change is None else _change(model, change, base),
         "question": model.transferred.question(perturbation, context, control=model.control),
         "extrapolation": model.transferred.extrapolation(base, context),
     }
 
 
-def _counts(model: ST, change: Tensor | None = None, question: Question = "contexts", **_: object) -> bool:
+def _change(model: ST, change: np.ndarray, base: np.ndarray) -> Change:
+    return Change(*(torch.from_numpy(np.asarray(x, np.float32)).to(model.device) for x in (change, base)))
+
+
+def _counts(model: ST, change: Change | None = None, question: Question = "contexts", **_: object) -> bool:
     """Whether the networks have any weight."""
     return change is None or model.mixture.of_networks(question, True) > 0
 
@@ -57,7 +61,7 @@ def _run(
     model.check_width(cells.shape[1])
     model.module.eval()
     vector = model.table.encode([perturbation] if with_networks else []).to(model.device)
-    codes = None if batch is None or not model.batches else model.batch_codes(batch)
+    codes = model.batch_codes(batch) if batch is not None and model.batches and with_networks else None
     s, starts = min(model.set_size, len(cells)), _set_starts(model, len(cells))
     for at in range(0, len(starts), _SETS_AT_ONCE):
         rows = np.stack([np.arange(i, i + s) for i in starts[at : at + _SETS_AT_ONCE]])
@@ -144,8 +148,8 @@ def apart(
     for control, heads in _run(model, start.dense(rows), perturbation, start.batch_of(rows)):
         means, weights = model.mixture.means(heads, control, **asked)
         by_heads.append(np.einsum("p,pbg->bg", weights, means.float().cpu().numpy()))
-        moved = control.mean(dim=1) + (0 if change is None else change)
-        by_change.append(moved.clamp_min(0).cpu().numpy())
+        moved = control.mean(dim=1) if change is None else change.of(control.mean(dim=1))
+        by_change.append(moved.cpu().numpy())
     networks, transferred = np.concatenate(by_heads).mean(axis=0), np.concatenate(by_change).mean(axis=0)
     return networks, networks if change is None else transferred
 

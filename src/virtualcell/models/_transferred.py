@@ -21,6 +21,7 @@ from virtualcell.models._shrinkage import shrink
 
 logger = logging.getLogger(__name__)
 
+_SAME, _LEAST_DISTANCE = 1e-3, 0.01  # 1 - correlation: of the same cells, and that contexts lie apart at least
 _NEAREST = 1e-4  # distance that contexts count as having at least
 _MOST_TRIED = 400  # perturbations that the amplitude is estimated from
 
@@ -53,7 +54,10 @@ class Transferred:
     scores
         Measured effects without that of the context, shrunken, (n_rows, n_axes).
     context_effects
-        Context effects of the additive fit, (n_contexts, n_genes).
+        Context effects of the additive fit, shrunken, (n_contexts, n_genes).
+    context_noise
+        What was left of them by that: above all the noise of the control cells, which all effects of a context have in
+        common, and predictions from the same control cells too.
     coefficients, intercept, neighbours, neighbour_scores
         Of :class:`virtualcell.models._regression.FeatureFit`, the effects as scores; empty where there are no features.
     axes
@@ -79,6 +83,7 @@ class Transferred:
     n_cells: np.ndarray
     scores: np.ndarray
     context_effects: np.ndarray
+    context_noise: np.ndarray
     coefficients: np.ndarray
     intercept: np.ndarray
     neighbours: np.ndarray
@@ -106,7 +111,7 @@ class Transferred:
         on_scale = as_ratios(effects)
         amplitude, error_elsewhere = worth_elsewhere(effects, on_scale)
         fit = additive(on_scale)
-        # what a context does to all perturbations alike, such as the noise of its control cells, is kept as it is
+        of_context, noise = _effects_of_contexts(fit.context, on_scale)
         own = dataclasses.replace(on_scale, effects=on_scale.effects - fit.context[effects.context])
         measured = shrunken(own)
         axes = leading_axes(measured.effects, own.noise())
@@ -120,7 +125,7 @@ class Transferred:
             contexts=effects.contexts, perturbations=effects.perturbations, amplitude=amplitude,
             amplitude_unseen=told.amplitude,
             row_context=effects.context, row_perturbation=effects.perturbation, n_cells=effects.n_cells,
-            scores=scores, context_effects=fit.context, coefficients=told.coefficients,
+            scores=scores, context_effects=of_context, context_noise=noise, coefficients=told.coefficients,
             intercept=told.intercept, neighbours=told.features, neighbour_scores=told.effects,
             n_neighbours=told.k, axes=axes,
             single_start=start, single_gene=gene, single_effect=effect, controls=effects.controls,
@@ -165,8 +170,6 @@ class Transferred:
     @cached_property
     def _furthest(self) -> float:
         """How far the most outlying training context lies from the one that is most similar to it."""
-        if self._with_effects.sum() < 2:
-            return 0.0
         there = self._with_effects
         near = similarity(self.controls[there], self.controls[there])
         np.fill_diagonal(near, -1)
@@ -189,13 +192,15 @@ class Transferred:
         """Return how far control cells lie from the most similar training context, 1 - correlation of means.
 
         In units of the largest such distance that a training context has from the others: above 1 is outside of what
-        was seen. One in which perturbations were measured has 0, any other of a model that saw a single one infinity.
+        was seen. Cells of a context in which perturbations were measured are compared with those seen there; NaN for
+        other contexts of a model that saw a single one, which has no measure of distance.
         """
-        where = self._where(context)
-        if where >= 0 and self._with_effects[where]:
+        where, near = self._where(context), self._similar(base)
+        known = where >= 0 and self._with_effects[where]
+        off = max(1 - float(near[where] if known else near[self._with_effects].max()), 0.0)
+        if off < _SAME:
             return 0.0
-        off = max(1 - float(self._similar(base)[self._with_effects].max()), 0.0)
-        return off / self._furthest if self._furthest > 0 else np.inf
+        return off / max(self._furthest, _LEAST_DISTANCE) if self._with_effects.sum() > 1 else np.nan
 
     def __call__(
         self,
@@ -230,7 +235,7 @@ class Transferred:
         else:
             vectors = features.encode(parts(perturbation, control, features.names)).numpy()[:, :-1]
             scores = self._told.effect(vectors).sum(axis=0)
-            effect = self.amplitude_unseen * (scores @ self.axes) + self._of_context(where)
+            effect = self.amplitude_unseen * (scores @ self.axes) + self._of_context(where, base)
         return change_of_mean(base, effect).astype(np.float32)
 
     @cached_property
@@ -240,14 +245,17 @@ class Transferred:
     def _where(self, context: str) -> int:
         return self.contexts.index(context) if context in self.contexts else -1
 
-    def _of_context(self, where: int) -> np.ndarray | float:
-        known = where >= 0 and (self.row_context == where).any()
-        return self.context_effects[where] if known else 0.0
+    def _of_context(self, where: int, base: np.ndarray) -> np.ndarray | float:
+        """Return what the context does to any perturbation, and the noise of its control cells if it starts there."""
+        if where < 0 or not self._with_effects[where]:
+            return 0.0
+        same = np.allclose(base, self.controls[where], rtol=1e-3, atol=1e-4)
+        return self.context_effects[where] + same * self.context_noise[where]
 
     def _of_measured(self, codes: list[int], where: int, base: np.ndarray) -> np.ndarray:
         """Sum of the effects of perturbations."""
         near = self._similar(base)
-        effect = np.zeros_like(base) + self._of_context(where)
+        effect = np.zeros_like(base) + self._of_context(where, base)
         for code in codes:
             rows = np.flatnonzero(self.row_perturbation == code)
             if (where, code) in self._own:
@@ -261,6 +269,18 @@ class Transferred:
             of_this[self.single_gene[own]] += self.single_effect[own]
             effect = effect + amplitude * of_this
         return effect
+
+
+def _effects_of_contexts(found: np.ndarray, effects: Effects) -> tuple[np.ndarray, np.ndarray]:
+    """Shrink context effects, and return them and what was taken off.
+
+    Their error is above all that of the mean control cell, at most the least error of an effect in the context.
+    """
+    there = np.unique(effects.context)
+    error = np.stack([effects.variance[effects.context == c].min(axis=0) for c in there])
+    kept = np.zeros_like(found)
+    kept[there] = shrink(found[there], error).mean
+    return kept, found - kept
 
 
 def shrunken(effects: Effects) -> Effects:

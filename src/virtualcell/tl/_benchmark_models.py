@@ -108,7 +108,7 @@ def fit_st(
         features=features,
         effects=effects,
         asked=asked if st.transfer else None,
-        partly=isinstance(init_from, _models.ST),
+        init_from=init_from,
     )
     return st, verdict
 

@@ -36,7 +36,7 @@ from virtualcell.tl._fit_options import (
 )
 from virtualcell.tl._fit_se import fit_se
 from virtualcell.tl._prepare import choose_genes, prepared
-from virtualcell.tl._questions import Asked, Fold, asked_by, folds
+from virtualcell.tl._questions import Asked, Fold, asked_by, folds, measured_pairs
 from virtualcell.tl._verdict import Verdict, judge, trained_baseline
 from virtualcell.train._quiet import quiet
 
@@ -181,7 +181,8 @@ def fit_state(
         data, dataclasses.replace(design, use_rep=None) if waits else design, modality=modality
     )
     of_se.check_cells(adata, screen)
-    has_features, goes_on = perturbation_features is not None, isinstance(init_from, ST)
+    goes_on = isinstance(init_from, ST)
+    has_features = perturbation_features is not None or (goes_on and init_from.table.has_features)
     asked = asked_by(validate, screen, has_features=has_features)
     to_learn = {"min_cells": options.min_cells, "val_fraction": options.val_fraction, "seed": options.seed}
     screen = prepared(screen, has_features=has_features, **to_learn)
@@ -201,10 +202,10 @@ def fit_state(
         vectors = fitted_se.get_latent_representation(adata, **where)
     if waits:
         st = build(_in_embedding(on_genes, design, vectors[adata.obs_names.get_indexer(screen.names)]))
-    train_st(st, build=build, asked=asked, partly=goes_on, **how)
-    st.se = fitted_se
     if transfer_from is not None:
-        st.elsewhere = _elsewhere(on_genes, transfer_from, perturbation_features)
+        st.elsewhere = _elsewhere(st, transfer_from, perturbation_features)
+    train_st(st, build=build, asked=asked, init_from=init_from, **how)
+    st.se = fitted_se
     _write(adata, st, design, vectors)
     return st
 
@@ -234,7 +235,7 @@ def train_st(
     features: pd.DataFrame | None,
     effects: Effects | None = None,
     asked: Asked | None = None,
-    partly: bool = False,
+    init_from: ST | SE | None = None,
 ) -> Verdict | None:
     """Train an ST on its screen, find out how well it answers what is asked, and let go of the data.
 
@@ -248,8 +249,8 @@ def train_st(
         Measured effects of the training cells, where these are known already.
     asked
         What predictions will be wanted for; `None` to leave the question out.
-    partly
-        Whether the options say which parts of the model to train.
+    init_from
+        What the model goes on from: an ST that has learned from the same pairs could not be asked about them.
 
     Returns
     -------
@@ -258,11 +259,27 @@ def train_st(
     screen, verdict = st.screen, None
     if effects is None and (st.transfer or asked is not None):
         effects = Effects.measure(screen, screen.is_known)
+    partly = isinstance(init_from, ST)
     _train(st, options, effects, partly=partly)
-    if asked is not None:
+    if asked is not None and not _has_learned(init_from, effects):
         verdict = _ask(st, build, options, features, effects, asked, partly=partly)
     st.forget_data()
     return verdict
+
+
+def _has_learned(init_from: ST | SE | None, effects: Effects) -> bool:
+    """Whether a model was trained on pairs of context and perturbation that are to be left out."""
+    if not isinstance(init_from, ST) or init_from.transferred is None:
+        return False
+    both = measured_pairs(init_from.transferred) & measured_pairs(effects)
+    if not both:
+        return False
+    logger.warning(
+        "init_from has learned from %d of the pairs of context and perturbation of this data, so that leaving them out "
+        "would tell nothing: weights are the defaults, and there is no verdict.",
+        len(both),
+    )
+    return True
 
 
 def _train(st: ST, options: FitOptions, effects: Effects | None, *, partly: bool) -> None:
@@ -306,6 +323,7 @@ def _ask(
         return model
 
     with quiet("virtualcell.models", "virtualcell.train"):
+        features = st.table.frame() if st.table.has_features else None
         found = judge(train, left_out, asked, features, seed=options.seed)
     st.validation, st.verdict = found.scores, found.sentence
     if found.weight is not None:
@@ -319,8 +337,11 @@ def _ask(
     return found
 
 
-def _elsewhere(screen: Screen, sources: Sources, features: pd.DataFrame | None) -> Transfer:
+def _elsewhere(st: ST, sources: Sources, features: pd.DataFrame | None) -> Transfer:
     """Learn what other experiments tell, scaled by what of it is true of one's own training cells."""
+    if not st.transfer:
+        raise ValueError("transfer_from= needs a transferred effect, which the ST in init_from does not have.")
+    screen = st.screen
     model = Transfer(screen, sources, features)
     model.train(Effects.measure(screen, screen.is_known))
     model.forget_data()

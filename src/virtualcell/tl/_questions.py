@@ -13,6 +13,7 @@ from virtualcell.data._labels import parts
 from virtualcell.data._screen import Screen
 from virtualcell.models._effects import Effects
 from virtualcell.models._mixture import Question
+from virtualcell.models._transferred import Transferred
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +92,16 @@ def asked_by(validate: str | bool, screen: Screen, *, has_features: bool) -> Ask
         return by_split
     combined = validate == "perturbations" and not has_features
     return Asked(validate, combined=combined)
+
+
+def measured_pairs(measured: Effects | Transferred) -> set[tuple[str, str]]:
+    """Names of the contexts and perturbations that were measured."""
+    names = measured.contexts, measured.perturbations
+    if isinstance(measured, Transferred):
+        codes = measured.row_context, measured.row_perturbation
+    else:
+        codes = measured.context, measured.perturbation
+    return {(names[0][c], names[1][p]) for c, p in zip(*codes, strict=True)}
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,6 +23,7 @@ from virtualcell.models import (
     PerturbationMean,
     Ridge,
 )
+from virtualcell.models._base import PerturbationModel
 from virtualcell.models._baselines import Baseline
 from virtualcell.models._effects import Effects
 from virtualcell.models._stacking import choose_weight, errors_of_weights
@@ -57,7 +58,7 @@ class Verdict:
     weight
         Weight of the networks that the folds chose; `None` for a model without a transferred effect.
     best
-        The baseline with the least absolute error.
+        The best baseline, where ST is worse in the metric that it lost.
     gains
         For each metric how much better ST is than the best baseline in it, and the standard deviation of that over
         folds.
@@ -142,15 +143,21 @@ def _predicted(
     for start in starts(in_genes.take(is_start)):
         for_st = start if of_rep is None else next(of_rep)
         n_cells = min(len(start.names), _N_CELLS)
+        offs = {m: _off(m, start, n_cells, seed) for m in (st, *baselines.values())}
         for (context, perturbation), real in fold.observed.items():
             if context != start.context:
                 continue
             predicted = {
-                name: model.predict_from(start, perturbation, n_cells=n_cells, seed=seed)[1].mean(axis=0)
+                name: _mean(model, start, perturbation, n_cells, seed) + offs[model]
                 for name, model in baselines.items()
             }
             row = _Row(number, real, start.base, predicted)
-            _add_st(row, st, for_st, perturbation, asked, n_cells, seed)
+            if st.transferred is None:
+                row.predicted["ST"] = _mean(st, for_st, perturbation, n_cells, seed) + offs[st]
+            else:
+                apart = st.apart(for_st, perturbation, n_cells=n_cells, seed=seed)
+                row.networks, row.transferred = (mean + offs[st] for mean in apart)
+                row.errors = errors_of_weights(row.networks, row.transferred, row.real)
             rows.append(row)
     st.forget_data()
     return rows
@@ -181,13 +188,13 @@ def _trained_baselines(in_genes: Screen, fold: Fold, features: pd.DataFrame | No
     return out
 
 
-def _add_st(row: _Row, st: ST, start: Start, perturbation: str, asked: Asked, n_cells: int, seed: int) -> None:
-    """Add what ST predicts: its networks and its transferred effect apart, where it has both."""
-    if st.transferred is None:
-        row.predicted["ST"] = st.predict_from(start, perturbation, n_cells=n_cells, seed=seed)[1].mean(axis=0)
-        return
-    row.networks, row.transferred = st.apart(start, perturbation, n_cells=n_cells, seed=seed)
-    row.errors = errors_of_weights(row.networks, row.transferred, row.real)
+def _off(model: PerturbationModel, start: Start, n_cells: int, seed: int) -> np.ndarray:
+    """Return what makes up for the draw of control cells, whose noise is no error of a model."""
+    return start.base - start.dense(model.rows_from(start, n_cells=n_cells, seed=seed)).mean(axis=0)
+
+
+def _mean(model: PerturbationModel, start: Start, perturbation: str, n_cells: int, seed: int) -> np.ndarray:
+    return model.predict_from(start, perturbation, n_cells=n_cells, seed=seed)[1].mean(axis=0)
 
 
 def _table(rows: list[_Row], n_folds: int) -> pd.DataFrame:
@@ -213,6 +220,7 @@ def _table(rows: list[_Row], n_folds: int) -> pd.DataFrame:
 
 
 _METRICS = {"pearson_delta": 1, "mae": -1}
+_HOW = {"better": "better than", "level": "level with", "worse": "worse than"}
 _NAMES = {"pearson_delta": "Pearson delta", "mae": "MAE"}
 
 
@@ -246,18 +254,22 @@ def outcome_of(gains: list[tuple[float, float]]) -> str:
 
 def _verdict(scores: pd.DataFrame, rows: list[_Row], weight: float | None, asked: Asked) -> Verdict:
     of_fold = scores.attrs.pop("of_fold")
-    gains, parts = {}, []
+    gains, parts, best_in = {}, [], {}
     for metric, sign in _METRICS.items():
         best, gain, spread = compared(of_fold, metric, sign)
-        gains[metric] = gain, spread
+        gains[metric], best_in[metric] = (gain, spread), best
         ours, theirs = scores.loc["ST", metric], scores.loc[best, metric]
-        parts.append(f"{_NAMES[metric]} {ours:.4g} against {theirs:.4g} of {best} (+-{spread:.2g} over folds)")
+        how = outcome_of([gains[metric]])
+        parts.append(
+            f"{how} in {_NAMES[metric]}, {ours:.4g} against {theirs:.4g} of {best} (+-{spread:.2g} over folds)"
+        )
     outcome = outcome_of(list(gains.values()))
-    how = {"better": "better than", "level": "level with", "worse": "worse than"}[outcome]
     n_folds = int(scores["n_folds"].iloc[0])
     sentence = (
-        f"On {_MARKS[asked.question]} ST is {how} the best baseline: {', '.join(parts)}; {len(rows)} pairs of context "
-        f"and perturbation that were left out, in {n_folds} {'fold' if n_folds == 1 else 'folds'}."
+        f"On {_MARKS[asked.question]} ST is {_HOW[outcome]} the best baseline: {'; '.join(parts)}. {len(rows)} pairs "
+        f"of context and perturbation were left out, in {n_folds} {'fold' if n_folds == 1 else 'folds'}."
     )
-    best = next(name for name in scores.index if name != "ST")
+    # where ST is worse, what is better in that
+    lost = [m for m, (gain, spread) in gains.items() if gain < -spread]
+    best = best_in[lost[-1] if lost else "mae"]
     return Verdict(scores, sentence, outcome, weight, best, gains)
