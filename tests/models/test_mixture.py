@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from virtualcell.models._mixture import NETWORKS, TRANSFERRED, Mixture, put_on_cells, standard_error
+from virtualcell.models._mixture import NETWORKS, TRANSFERRED, Change, Mixture, put_on_cells, standard_error
 from virtualcell.modules import Ensemble, STConfig, STNetwork
 
 B, S, G, P = 3, 7, 10, 4
@@ -22,9 +22,9 @@ def sets() -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.fixture
-def change() -> Tensor:
+def change() -> Change:
     """A change of the mean, down for some genes and up for others."""
-    return torch.rand(G) - 0.3
+    return Change(torch.rand(G) - 0.3, torch.full((G,), 0.5))
 
 
 # -- weights ----------------------------------------------------------------------------------------------------------
@@ -171,13 +171,15 @@ def test_order_of_cells_and_genes_changes_nothing_but_the_order(sets: tuple) -> 
 # -- cells ------------------------------------------------------------------------------------------------------------
 
 
-def moved(control: Tensor, change: Tensor) -> Tensor:
-    """Mean of control cells that changes by so much, and not below zero."""
-    return (control.mean(dim=1) + change).clamp_min(0)
+def moved(control: Tensor, change: Change) -> Tensor:
+    """Mean of control cells that falls by a factor or rises by a sum."""
+    falls = change.change < 0
+    factor = torch.where(falls, (change.base + change.change) / change.base, 1).clamp_min(0)
+    return control.mean(dim=1) * factor + torch.where(falls, 0, change.change)
 
 
 @pytest.mark.parametrize("extrapolation", [0.0, 2.0])
-def test_cells_have_the_weighted_mean_of_all_parts(sets: tuple, change: Tensor, extrapolation: float) -> None:
+def test_cells_have_the_weighted_mean_of_all_parts(sets: tuple, change: Change, extrapolation: float) -> None:
     control, level, _ = sets
     mixture = Mixture(("shift", "level"), (0.2, 0.8), transferred=True)
     outputs = [(control, level)]
@@ -191,13 +193,13 @@ def test_cells_have_the_weighted_mean_of_all_parts(sets: tuple, change: Tensor, 
         assert (cells >= 0).all()
 
 
-def test_without_networks_control_cells_get_the_transferred_change(sets: tuple, change: Tensor) -> None:
+def test_without_networks_control_cells_get_the_transferred_change(sets: tuple, change: Change) -> None:
     control, _, _ = sets
     mixture = Mixture(("shift", "level"), (0.2, 0.8), transferred=True)
     cells = mixture.cells([], control, change, question="cells")
     torch.testing.assert_close(cells.mean(dim=1), moved(control, change))
-    torch.testing.assert_close(mixture.cells([], control, torch.zeros(G)), control)  # no change is no change
-    falls = change < 0
+    torch.testing.assert_close(mixture.cells([], control, Change(torch.zeros(G), change.base)), control)  # no change is no change
+    falls = change.change < 0
     assert (cells[..., falls][control[..., falls] == 0] == 0).all()  # and what is silent stays so
     parts, weights = mixture.means([], control, change, question="cells")
     torch.testing.assert_close(parts, moved(control, change)[None])
@@ -211,7 +213,7 @@ def test_one_part_is_returned_as_it_is(sets: tuple) -> None:
 
 def test_a_transferred_effect_makes_no_negative_expression_but_may_move_embeddings(sets: tuple) -> None:
     control, _, _ = sets
-    down = torch.full((G,), -5.0)
+    down = Change(torch.full((G,), -5.0), torch.ones(G))
     parts, weights = Mixture.equal(("shift",), transferred=True).means([(control,)], control, down)
     assert not parts[-1].any()
     free = Mixture.equal(("shift",), transferred=True, nonnegative=False)
@@ -220,7 +222,7 @@ def test_a_transferred_effect_makes_no_negative_expression_but_may_move_embeddin
 
 
 @torch.no_grad()
-def test_an_ensemble_averages_its_networks(sets: tuple, change: Tensor) -> None:
+def test_an_ensemble_averages_its_networks(sets: tuple, change: Change) -> None:
     control, _, vectors = sets
     ensemble = Ensemble(STConfig(**SIZES, head="both"), 2).eval()
     mixture = Mixture(("shift", "level"), (0.3, 0.7), transferred=True)
@@ -235,7 +237,7 @@ def test_an_ensemble_averages_its_networks(sets: tuple, change: Tensor) -> None:
 @pytest.mark.parametrize("given", [True, False])
 @pytest.mark.parametrize("extrapolation", [0.0, 4.0])
 def test_parts_and_weights_add_up_to_the_cells(
-    sets: tuple, change: Tensor, question: str, given: bool, extrapolation: float
+    sets: tuple, change: Change, question: str, given: bool, extrapolation: float
 ) -> None:
     control, _, vectors = sets
     ensemble = Ensemble(STConfig(**SIZES, head="both"), 2).eval()
@@ -286,3 +288,13 @@ def test_a_part_that_has_all_the_weight_leaves_the_scatter_of_draws() -> None:
     means = np.random.default_rng(0).normal(size=(5, 2, 30))
     found = standard_error(means, np.array([1.0, 0.0]))
     np.testing.assert_allclose(found, means[:, 0].std(axis=0, ddof=1))
+
+
+def test_a_rare_gene_falls_as_far_in_every_set_as_on_average() -> None:
+    """Of a gene in few cells most sets of cells have more or less than the mean, and some none."""
+    torch.manual_seed(0)
+    control = (torch.rand(200, 64, 1) < 0.02).float()
+    base = control.mean(dim=(0, 1))
+    wanted = Change(-0.8 * base, base)
+    cells = Mixture.equal(("shift",), transferred=True).cells([], control, wanted, question="cells")
+    torch.testing.assert_close(cells.mean(dim=(0, 1)), 0.2 * base)

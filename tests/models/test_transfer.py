@@ -374,3 +374,13 @@ def test_errors():
         Transfer.fit([table(signal(1, 3), control="P00")])
     with pytest.raises(KeyError, match="No gene of this source"):
         Transfer.fit([table(signal(3, 3))], genes=["other"])
+
+
+def test_an_error_that_is_not_stated_is_no_certainty():
+    source = table(np.random.default_rng(0).normal(size=(20, 40)), error_layer="se")
+    source.adata.layers["se"] = np.full(source.adata.shape, 0.5)
+    source.adata.layers["se"][:3] = np.nan
+    measured = source.measure(list(source.adata.var_names))
+    assert measured.variance.shape == (20, 40)
+    assert np.ptp(measured.variance) == 0  # that of the others
+    assert measured.variance[0, 0] > 0

@@ -62,9 +62,9 @@ def test_a_model_that_loses_is_told_so_in_one_line(screen, fit, caplog):
     assert line == f'{st.verdict} `predict_perturbation(..., fallback="best")` uses the baseline.'
     assert screen.uns["virtualcell"]["verdict"] == st.verdict
     best, ours = table.drop(index="ST").iloc[0], table.loc["ST"]
-    assert st.verdict.startswith("On new contexts ST is worse than the best baseline: Pearson delta ")
-    assert f"MAE {ours['mae']:.4g} against {best['mae']:.4g} of {best.name} (+-" in st.verdict
-    assert st.verdict.endswith("over folds); 10 pairs of context and perturbation that were left out, in 2 folds.")
+    assert st.verdict.startswith("On new contexts ST is worse than the best baseline: worse in Pearson delta, ")
+    assert f"in MAE, {ours['mae']:.4g} against {best['mae']:.4g} of {best.name} (+-" in st.verdict
+    assert st.verdict.endswith("over folds). 10 pairs of context and perturbation were left out, in 2 folds.")
     assert "\n" not in st.verdict
     assert type(st.fallback).__name__ == best.name
     assert set(table.index) == {"ST", *BASELINES}
@@ -142,7 +142,10 @@ def stub(parts):
         def apart(start, perturbation, **_):
             return parts(fold, start, perturbation)
 
-        return SimpleNamespace(transferred=object(), apart=apart, forget_data=lambda: None)
+        def rows_from(start, **_):
+            return np.arange(len(start.names))
+
+        return SimpleNamespace(transferred=object(), apart=apart, rows_from=rows_from, forget_data=lambda: None)
 
     return train
 
@@ -166,7 +169,8 @@ def test_networks_that_are_right_get_all_the_weight_and_win(by_context):
     assert (found.outcome, found.weight) == ("better", 1.0)
     assert found.scores.index[0] == "ST"
     assert found.scores.loc["ST", "mae"] == pytest.approx(0, abs=1e-6)
-    assert found.sentence.startswith("On new contexts ST is better than the best baseline: Pearson delta 1 against 0.")
+    start = "On new contexts ST is better than the best baseline: better in Pearson delta, 1 against 0."
+    assert found.sentence.startswith(start)
     assert found.best == found.scores.index[1]
 
 

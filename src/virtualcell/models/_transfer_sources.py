@@ -298,7 +298,11 @@ class SourceEffects:
             mean = group_means(np.where(here, values, 0), code, n) / share  # NaN where no row has the gene
         if variance is not None:
             times = np.bincount(code, minlength=n)[:, None]
-            variance = group_means(np.nan_to_num(variance), code, n) / np.maximum(share**2 * times, 1e-12)
+            unknown = np.isnan(variance)
+            if unknown.any():  # an error that is not stated is no certainty
+                typical = np.nanmedian(np.where(unknown.all(axis=0), np.nanmedian(variance), variance), axis=0)
+                variance = np.where(unknown, typical, variance)
+            variance = group_means(variance, code, n) / np.maximum(share**2 * times, 1e-12)
         context, perturbation = (names.get_level_values(i).to_numpy(dtype=str) for i in (0, 1))
         return cls(list(genes), context, perturbation, mean.astype(np.float32), variance, has_control)
 

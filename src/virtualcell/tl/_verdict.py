@@ -143,20 +143,21 @@ def _predicted(
     for start in starts(in_genes.take(is_start)):
         for_st = start if of_rep is None else next(of_rep)
         n_cells = min(len(start.names), _N_CELLS)
-        offs = {m: _off(m, start, n_cells, seed) for m in (st, *baselines.values())}
+        off = _off(st, start, n_cells, seed)
+        offs = {name: _off(model, start, n_cells, seed) for name, model in baselines.items()}
         for (context, perturbation), real in fold.observed.items():
             if context != start.context:
                 continue
             predicted = {
-                name: _mean(model, start, perturbation, n_cells, seed) + offs[model]
+                name: _mean(model, start, perturbation, n_cells, seed) + offs[name]
                 for name, model in baselines.items()
             }
             row = _Row(number, real, start.base, predicted)
             if st.transferred is None:
-                row.predicted["ST"] = _mean(st, for_st, perturbation, n_cells, seed) + offs[st]
+                row.predicted["ST"] = _mean(st, for_st, perturbation, n_cells, seed) + off
             else:
                 apart = st.apart(for_st, perturbation, n_cells=n_cells, seed=seed)
-                row.networks, row.transferred = (mean + offs[st] for mean in apart)
+                row.networks, row.transferred = (mean + off for mean in apart)
                 row.errors = errors_of_weights(row.networks, row.transferred, row.real)
             rows.append(row)
     st.forget_data()
