@@ -198,7 +198,7 @@ def test_without_networks_control_cells_get_the_transferred_change(sets: tuple, 
     mixture = Mixture(("shift", "level"), (0.2, 0.8), transferred=True)
     cells = mixture.cells([], control, change, question="cells")
     torch.testing.assert_close(cells.mean(dim=1), moved(control, change))
-    torch.testing.assert_close(mixture.cells([], control, Change(torch.zeros(G), change.base)), control)  # no change is no change
+    torch.testing.assert_close(mixture.cells([], control, Change(torch.zeros(G), change.base)), control)
     falls = change.change < 0
     assert (cells[..., falls][control[..., falls] == 0] == 0).all()  # and what is silent stays so
     parts, weights = mixture.means([], control, change, question="cells")
