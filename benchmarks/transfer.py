@@ -164,9 +164,9 @@ def across(source: TransferSource, effects: dict[str, pd.DataFrame], features: d
                 found = {"method": f"Transfer{title}", **common, "slopes": slopes_of(model)}
                 out.append(found | left.score(*predicted_by(model, names)))
                 continue
-            for slope in (None, 0.2) if not table else (0.2,):
+            for slope in (1.0, 0.2) if not table else (0.2,):
                 model = Transfer.fit([rest], slope=slope, **how)
-                label = "nothing to fit on" if slope is None else f"slope {slope}"
+                label = f"slope {slope:g}"
                 out.append({"method": f"Transfer, {label}{title}", **common} | left.score(*predicted_by(model, names)))
             known = in_folds(
                 names, lambda some, h=here, w=how, r=rest: Transfer.fit([r, only(source, [h], some)], **w), N_FOLDS
@@ -208,9 +208,9 @@ def cytokines(folder: Path) -> list[dict]:
     names = [n for n in frame.index if n in set(cd4.obs["perturbation"])]
     left, out = Left(frame.loc[names], has_control=False), []
     common = {"n": len(names), "genes": len(genes)}
-    for slope in (None, 0.2):
+    for slope in (1.0, 0.2):
         model = Transfer.fit([source], genes=genes, slope=slope)
-        label = "copy" if slope is None else f"slope {slope}"
+        label = "copy" if slope == 1 else f"slope {slope}"
         out.append({"method": f"Transfer, {label}", **common} | left.score(*predicted_by(model, names)[:2]))
     found = in_folds(names, lambda some: Transfer.fit([source, only(own, [], some)], genes=genes), len(names))
     model = Transfer.fit([source, own], genes=genes)
