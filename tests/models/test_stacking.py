@@ -9,16 +9,14 @@ from virtualcell.models._stacking import WEIGHTS, choose_weight, errors_of_weigh
 def chosen(*, n_folds=5, n_per_fold=6, networks=1.0, transferred=1.0, seed=0, of_fold=0.0) -> float:
     """Weight for parts that err by so much, each in its own way, in folds that differ by `of_fold`."""
     rng = np.random.default_rng(seed)
-    errors, sizes, fold = [], [], []
-    for k in range(n_folds):
+    errors = []
+    for _ in range(n_folds):
         harder = np.exp(of_fold * rng.normal())
         for _ in range(n_per_fold):
             observed = rng.normal(size=200)
             parts = (observed + size * harder * rng.normal(size=200) for size in (networks, transferred))
             errors.append(errors_of_weights(*parts, observed))
-            sizes.append(np.square(observed).sum())
-            fold.append(k)
-    return choose_weight(np.stack(errors), np.array(sizes), np.array(fold))
+    return choose_weight(np.stack(errors))
 
 
 def test_errors_of_every_weight_by_hand():
@@ -44,10 +42,9 @@ def test_two_that_err_alike_in_their_own_ways_share():
 
 def test_ties_go_to_the_smaller_weight():
     errors = np.ones((10, len(WEIGHTS)))
-    fold = np.repeat(np.arange(5), 2)
-    assert choose_weight(errors, np.ones(10), fold) == 0
+    assert choose_weight(errors) == 0
     errors[:, 0] = 2
-    assert choose_weight(errors, np.ones(10), fold) == WEIGHTS[1]
+    assert choose_weight(errors) == WEIGHTS[1]
 
 
 def test_better_by_less_than_a_standard_error_is_not_better():
@@ -55,36 +52,25 @@ def test_better_by_less_than_a_standard_error_is_not_better():
     gain = np.array([0.5, -0.35, 0.2, -0.3, 0.05])
     errors = 1 - np.outer(gain, np.array(WEIGHTS))
     assert gain.mean() > 0
-    assert choose_weight(errors, np.ones(5), np.arange(5)) == 0
-    assert choose_weight(1 - np.outer(gain + 0.4, WEIGHTS), np.ones(5), np.arange(5)) == 1
-
-
-def test_it_is_folds_that_count_and_not_predictions():
-    """Many predictions of one fold are no more than one sign; fewer than three folds are no measure of spread."""
-    gain = np.repeat([0.6, -0.25, -0.25], [50, 50, 50])
-    errors = 1 - np.outer(gain, np.array(WEIGHTS))
-    assert choose_weight(errors, np.ones(150), np.repeat([0, 1, 2], 50)) == 0
-    two = np.r_[np.full(50, 0.4), np.full(50, -0.1)]
-    errors = 1 - np.outer(two, np.array(WEIGHTS))
-    assert choose_weight(errors, np.ones(100), np.repeat([0, 1], 50)) == 1  # by predictions
+    assert choose_weight(errors) == 0
+    assert choose_weight(1 - np.outer(gain + 0.4, WEIGHTS)) == 1
 
 
 def test_a_single_prediction_goes_by_the_least_error():
     errors = np.array([[3.0, 2.0, 1.0, 2.0, 3.0]])
-    assert choose_weight(errors, np.ones(1), np.zeros(1, int)) == WEIGHTS[2]
+    assert choose_weight(errors) == WEIGHTS[2]
 
 
-def test_errors_are_measured_in_the_size_of_what_was_observed():
-    """A fold with large effects does not decide alone."""
-    gain = np.array([-0.3, 0.25, 0.25, 0.25, 0.25])
+def test_large_effects_count_for_more():
+    """What is chosen has the least squared error over all that was left out, as the score of a model has."""
+    gain = np.array([0.3, -0.25, -0.25, -0.25, -0.25])
     sizes = np.array([100.0, 1, 1, 1, 1])
-    errors = sizes[:, None] * (1 - np.outer(gain, np.array(WEIGHTS)))
-    assert choose_weight(errors, sizes, np.arange(5)) > 0
-    assert choose_weight(errors, np.ones(5), np.arange(5)) == 0
+    errors = np.repeat(sizes[:, None] * (1 - np.outer(gain, np.array(WEIGHTS))), 6, axis=0)
+    assert choose_weight(errors) > 0
+    assert choose_weight(np.repeat(1 - np.outer(gain, np.array(WEIGHTS)), 6, axis=0)) == 0
 
 
 def test_order_of_predictions_decides_nothing():
     rng = np.random.default_rng(1)
-    errors, sizes, fold = rng.gamma(2, size=(30, len(WEIGHTS))), rng.gamma(2, size=30), rng.integers(5, size=30)
-    order = rng.permutation(30)
-    assert choose_weight(errors, sizes, fold) == choose_weight(errors[order], sizes[order], fold[order])
+    errors, order = rng.gamma(2, size=(30, len(WEIGHTS))), rng.permutation(30)
+    assert choose_weight(errors) == choose_weight(errors[order])

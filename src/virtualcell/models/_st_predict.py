@@ -177,5 +177,11 @@ def trust(model: ST, start: Start, perturbation: str) -> dict[str, float]:
 
 
 def effect_error(model: ST, perturbation: str, *, context: str, base: np.ndarray) -> np.ndarray | float:
-    """Return the error of what was measured, after shrinkage, below which an effect is emitted as none."""
-    return 0.0 if model.transferred is None else model.transferred.error
+    """Return the error of what was measured, after shrinkage, below which an effect is emitted as none.
+
+    The transferred effect was shrunken by its own error before; it is the networks that see small effects everywhere.
+    """
+    if model.transferred is None:
+        return 0.0
+    question = model.transferred.question(perturbation, context, control=model.control)
+    return model.transferred.error if model.mixture.of_networks(question, True) > 0 else 0.0

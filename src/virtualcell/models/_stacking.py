@@ -13,28 +13,20 @@ def errors_of_weights(networks: np.ndarray, transferred: np.ndarray, observed: n
     return np.square(w * networks + (1 - w) * transferred - observed).sum(axis=1, dtype=np.float64)
 
 
-def choose_weight(errors: np.ndarray, sizes: np.ndarray, fold: np.ndarray) -> float:
+def choose_weight(errors: np.ndarray) -> float:
     """Choose the smallest weight of the networks that is as good as the best one, within one standard error.
 
     Networks have to earn their weight: few left-out contexts tell little, and the transferred effect, which has nothing
-    to learn, fails less badly. The standard error is that of the difference to the best weight, over folds, or over
-    predictions where there are fewer than three folds.
+    to learn, fails less badly. The standard error is that of the difference to the best weight, over predictions.
 
     Parameters
     ----------
     errors
         Squared error of every prediction with each of `WEIGHTS`, (n_predictions, n_weights).
-    sizes
-        Sum of the squared changes that were observed, (n_predictions,); errors are measured in it.
-    fold
-        Fold of each prediction, (n_predictions,).
     """
-    numbers = np.unique(fold)
-    units = [fold == k for k in numbers] if len(numbers) > 2 else [np.arange(len(fold)) == i for i in range(len(fold))]
-    of_unit = np.stack([errors[u].sum(axis=0) / max(sizes[u].sum(), 1e-30) for u in units])
-    best = int(np.argmin(of_unit.mean(axis=0)))
-    if len(of_unit) < 2:
+    best = int(np.argmin(errors.mean(axis=0)))
+    if len(errors) < 2:
         return WEIGHTS[best]
-    worse = of_unit - of_unit[:, [best]]
-    within = worse.mean(axis=0) <= worse.std(axis=0, ddof=1) / np.sqrt(len(of_unit))
+    worse = errors - errors[:, [best]]
+    within = worse.mean(axis=0) <= worse.std(axis=0, ddof=1) / np.sqrt(len(errors))
     return WEIGHTS[int(np.flatnonzero(within)[0])]

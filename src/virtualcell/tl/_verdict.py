@@ -126,8 +126,7 @@ class _Row:
 
 
 def _choose(rows: list[_Row]) -> float:
-    sizes = np.array([np.square(r.real - r.base).sum() for r in rows])
-    return choose_weight(np.stack([r.errors for r in rows]), sizes, np.array([r.fold for r in rows]))
+    return choose_weight(np.stack([row.errors for row in rows]))
 
 
 def _predicted(
