@@ -61,9 +61,12 @@ def test_a_model_that_loses_is_told_so_in_one_line(screen, fit, caplog):
     table = screen.uns["virtualcell"]["validation"]
     assert line == f'{st.verdict} `predict_perturbation(..., fallback="best")` uses the baseline.'
     assert screen.uns["virtualcell"]["verdict"] == st.verdict
-    best, ours = table.drop(index="ST").iloc[0], table.loc["ST"]
+    ours = table.loc["ST"]
     assert st.verdict.startswith("On new contexts ST is worse than the best baseline: worse in Pearson delta, ")
-    assert f"in MAE, {ours['mae']:.4g} against {best['mae']:.4g} of {best.name} (+-" in st.verdict
+    best = table.drop(index="ST").sort_values("pearson_delta").iloc[-1]  # in the metric that was lost
+    figures = f"{ours['pearson_delta']:.4g} against {best['pearson_delta']:.4g} of {best.name} (+-"
+    assert f"worse in Pearson delta, {figures}" in st.verdict
+    assert "level in MAE, " in st.verdict
     assert st.verdict.endswith("over folds). 10 pairs of context and perturbation were left out, in 2 folds.")
     assert "\n" not in st.verdict
     assert type(st.fallback).__name__ == best.name
