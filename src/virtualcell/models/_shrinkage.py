@@ -9,7 +9,7 @@ import numpy as np
 # Standard deviations of true effects, in standard errors of their measurement.
 _SCALES = np.array([0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0])
 # Genes without an effect that are added to those measured: where there is no sign of an effect, there is none.
-_NULL = 10.0
+_NULL = 1.0
 _STEPS = 200  # of the EM algorithm
 _BINS = np.concatenate([np.linspace(0, 8, 161), np.geomspace(8.2, 400, 80)])  # of |effect| / standard error
 _ROWS = 512  # worked on at a time
