@@ -224,7 +224,7 @@ def test_drugs_are_found_inside_their_names(run: Path) -> None:
     adata = some_cells(st.genes)
     predicted = vc.tl.predict_perturbation(adata, drug="dabrafenib", dose=0.5, model=st, **HERE)
     named = vc.tl.predict_perturbation(adata, "[('Dabrafenib', 0.5, 'uM')]", model=st, **HERE)
-    np.testing.assert_array_equal(predicted.X, named.X)
+    assert (predicted.X != named.X).nnz == 0
     with pytest.raises(ValueError, match="drug='Dabrafenib' were both given"):
         vc.tl.predict_perturbation(adata, "g2", drug="Dabrafenib", model=st, **HERE)
 
@@ -368,7 +368,7 @@ def test_predict_on_any_data_with_the_genes(golden: Path) -> None:
     one = vc.tl.predict_perturbation(adata, "g2", model=st, context="rpe1", **HERE)
     assert set(one.obs["line"]) == {"rpe1"}
     # the numbers are those of the network on log1p CP10k of these genes
-    control = one[np.argsort(one.obs["control_barcode"].astype(str))].layers["control"]
+    control = one[np.argsort(one.obs["control_barcode"].astype(str))].layers["control"].toarray()
     counts = adata.to_df()
     logged = np.log1p(1e4 * counts.div(counts.sum(axis=1), axis=0))[st.genes]
     np.testing.assert_allclose(control, logged.loc[sorted(one.obs["control_barcode"])], atol=1e-5)
@@ -377,7 +377,7 @@ def test_predict_on_any_data_with_the_genes(golden: Path) -> None:
     shuffled = adata[rng.permutation(adata.n_obs), rng.permutation(adata.n_vars)].copy()
     shuffled.X = sparse.csr_matrix(np.log1p(1e4 * shuffled.X.multiply(1 / shuffled.X.sum(axis=1))))
     again = vc.tl.predict_perturbation(shuffled, "g2", model=st, context="rpe1", **{**HERE, "scale": "log1p"})
-    np.testing.assert_allclose(again[one.obs_names, one.var_names].X, one.X, atol=1e-5)
+    np.testing.assert_allclose(again[one.obs_names, one.var_names].X.toarray(), one.X.toarray(), atol=1e-5)
 
 
 def test_gene_coverage(golden: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -405,7 +405,7 @@ def test_gene_coverage(golden: Path, caplog: pytest.LogCaptureFixture) -> None:
     silent.X = sparse.csr_matrix(silent.to_df().assign(**dict.fromkeys(st.genes[:100], 0.0)).to_numpy())
     assert np.allclose(silent.to_df().sum(axis=1), size)
     full = vc.tl.predict_perturbation(silent, "g2", model=st, **HERE)
-    np.testing.assert_allclose(full[out.obs_names, out.var_names].X, out.X, atol=1e-6)
+    np.testing.assert_allclose(full[out.obs_names, out.var_names].X.toarray(), out.X.toarray(), atol=1e-6)
 
 
 def test_scale_is_checked(golden: Path) -> None:
@@ -446,12 +446,12 @@ def test_columns_must_be_named_and_known(golden: Path) -> None:
 def test_model_with_batches_takes_them_from_the_data(golden: Path) -> None:
     st = bare(golden / "st_genes_batch")
     adata = some_cells(st.genes)
-    adata.obs["lane"] = ["0", "1", "2"] * 8
+    adata.obs["lane"] = "0"
     here = {"perturbation_key": "guide", "control": "NT", "batch_key": "lane", "scale": "counts"}
-    out = vc.tl.predict_perturbation(adata, "p1", model=st, **here)
-    adata.obs["lane"] = ["1", "2", "0"] * 8
-    other = vc.tl.predict_perturbation(adata, "p1", model=st, **here)
-    assert np.abs(out.X - other[out.obs_names].X).max() > 1e-3
+    out = vc.tl.predict_perturbation(adata, "p1", model=st, emit="mean", **here)
+    adata.obs["lane"] = "1"
+    other = vc.tl.predict_perturbation(adata, "p1", model=st, emit="mean", **here)
+    assert np.abs(out.X - other.X).max() > 1e-3
     adata.obs["lane"] = "3"
     with pytest.raises(KeyError, match=r"batch='3' is unknown.*knows only the batches it was trained on"):
         vc.tl.predict_perturbation(adata, "p1", model=st, **here)
@@ -465,14 +465,15 @@ def test_embedding_model_takes_embeddings_and_gives_genes(golden: Path) -> None:
     with pytest.raises(KeyError, match=r"works on obsm\['X_state'\], which this data does not have. Run `vc.tl.embed"):
         vc.tl.predict_perturbation(adata, "p1", model=st, **here)
     adata.obsm["X_state"] = np.random.default_rng(0).normal(size=(24, 20)).astype(np.float32)
+    assert vc.tl.predict_perturbation(adata, "p1", model=st, **here).X.min() >= 0
+    here["emit"] = "mean"  # cells have the library sizes of the genes at hand
     out = vc.tl.predict_perturbation(adata, "p1", model=st, **here)
     assert list(out.var_names) == st.genes
-    assert (out.X >= 0).all()
     # genes are no input of such a model: the data may lack some, which are then left out of the result
     fewer = adata[:, 12:].copy()
     part = vc.tl.predict_perturbation(fewer, "p1", model=st, **here)
     assert list(part.var_names) == st.genes[12:]
-    np.testing.assert_allclose(part.X, out.X[:, 12:], atol=1e-6)
+    np.testing.assert_allclose(part.X.toarray(), out.X[:, 12:].toarray(), atol=1e-5)
     adata.obsm["X_state"] += 1
     assert np.abs(out.X - vc.tl.predict_perturbation(adata, "p1", model=st, **here).X).max() > 1e-3
     adata.obsm["X_state"] = adata.obsm["X_state"][:, :19]

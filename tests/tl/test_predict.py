@@ -53,7 +53,7 @@ def test_output_contract(fitted, model, targets):
     sizes = cells.obs["library_size"].to_numpy()
     np.testing.assert_allclose(dense(cells.X), np.log1p(dense(counts) / sizes[:, None] * 1e4), atol=1e-5)
     assert list(cells.var_names) == [g for g in fitted.var_names if g in set(model.genes)]
-    assert list(cells.obs) == ["target_gene", "cell_type", "library_size", "control_barcode"]
+    assert list(cells.obs) == ["target_gene", "cell_type", "library_size", "control_barcode", "extrapolation"]
     assert list(cells.obs["target_gene"].cat.categories) == targets[:2]
     assert set(cells.obs["cell_type"]) == {"type_2"}
     assert cells.obs_names.is_unique
@@ -272,8 +272,10 @@ def test_batches_come_along(screen, fit, targets):
     screen.obs.loc[~here | (screen.obs["target_gene"] != CONTROL).to_numpy(), "batch"] = "batch_7"
     alone = vc.tl.predict_perturbation(screen, targets[0], context="type_1")
     assert_same(alone.X, cells[cells.obs["cell_type"] == "type_1"].X)
+    # nor does it where networks have no weight, as for a measured pair; of a new combination they have
+    vc.tl.predict_perturbation(screen, targets[0])
     with pytest.raises(KeyError, match=r"batch='batch_7' is unknown.*only the batches it was trained on"):
-        vc.tl.predict_perturbation(screen, targets[0])
+        vc.tl.predict_perturbation(screen, f"{targets[0]}+{targets[1]}")
 
 
 # -- cells that are cells ---------------------------------------------------------------------------------------------

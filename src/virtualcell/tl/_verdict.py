@@ -148,8 +148,7 @@ def _predicted(
             if context != start.context:
                 continue
             predicted = {
-                name: _mean(model, start, perturbation, n_cells, seed) + offs[name]
-                for name, model in baselines.items()
+                name: _mean(model, start, perturbation, n_cells, seed) + offs[name] for name, model in baselines.items()
             }
             row = _Row(number, real, start.base, predicted)
             if st.transferred is None:
