@@ -23,6 +23,8 @@ from _splits import SYNTHETIC, arguments, versions, write
 from scipy import sparse
 
 import virtualcell as vc
+from virtualcell.data._design import Design
+from virtualcell.data._screen import Screen
 from virtualcell.models._effects import Effects
 from virtualcell.models._transferred import Transferred
 
@@ -115,10 +117,10 @@ def few(seed: int, args) -> dict:
         errors = {"ST": [], "measurement": []}
         total = float(np.square(truth.effects).sum())
         for c, context in enumerate(truth.contexts):
-            here = fresh[(fresh.obs["cell_type"] == context).to_numpy() & (rank[(rank >= n) | is_control] >= 0)]
+            here = fresh[(fresh.obs["cell_type"] == context).to_numpy()]
             for i in np.flatnonzero(truth.context == c):
                 name = truth.perturbations[truth.perturbation[i]]
-                cells = st.predict(as_log(here, st.genes), name, context=context).to_numpy()
+                cells = st.predict(here, name, context=context).to_numpy()
                 errors["ST"].append(np.square(cells.mean(axis=0) - truth.controls[c] - truth.effects[i]).sum())
                 errors["measurement"].append(np.square(measured.effects[i] - truth.effects[i]).sum())
         out[f"{n} cells"] = {name: float(np.sum(e) / total) for name, e in errors.items()}
@@ -126,14 +128,7 @@ def few(seed: int, args) -> dict:
     return out
 
 
-def as_log(adata: ad.AnnData, genes: list[str]) -> ad.AnnData:
-    return adata[:, genes]
-
-
 def effects_of(adata: ad.AnnData, genes: list[str]) -> Effects:
-    from virtualcell.data._design import Design
-    from virtualcell.data._screen import Screen
-
     return Effects.measure(Screen.from_anndata(adata, Design(**SYNTHETIC)).select(genes))
 
 

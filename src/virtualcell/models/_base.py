@@ -15,6 +15,7 @@ from mudata import MuData
 from scvi.model.base import BaseModelClass
 
 from virtualcell.data._design import Scale
+from virtualcell.data._labels import expression_modality
 from virtualcell.data._screen import Screen
 from virtualcell.io._save import State, save
 from virtualcell.models._common import KINDS, forget_data, load_model, require_finite, summary
@@ -235,13 +236,14 @@ class PerturbationModel(BaseModelClass):
         """
         rows, n = self._rows_from(start, n_cells, seed)
         order = np.argsort(rows[:n], kind="stable")
+        sorted_rows = rows[:n][order]
         if perturbation == self.control and self.design.use_rep is None:
-            return rows[:n][order], start.dense(rows[:n][order])
+            return sorted_rows, start.dense(sorted_rows)
         predicted = self.predict_cells(
             start.dense(rows), perturbation, context=start.context, base=start.base, batch=start.batch_of(rows)
         )
         require_finite(self, predicted, perturbation, start.context)
-        return rows[:n][order], predicted[:n][order]
+        return sorted_rows, predicted[:n][order]
 
     def rows_from(self, start: Start, *, n_cells: int | None = None, seed: int = 0) -> np.ndarray:
         """Rows of `start`, sorted, that :meth:`predict_from` starts from."""
@@ -268,11 +270,7 @@ class PerturbationModel(BaseModelClass):
         """Error of the predicted effect on each gene's mean, (n_genes,) or one for all, log(1 + counts per 10,000).
 
         Where predicted cells are made, a smaller effect counts as none. A model that knows no error has none.
-
-        Parameters
-        ----------
-        perturbation, context, base
-            As in :meth:`predict_cells`.
+        Parameters as in :meth:`predict_cells`.
         """
         return 0.0
 
@@ -333,10 +331,11 @@ class PerturbationModel(BaseModelClass):
         if n_cells is not None and n_cells < 1:
             raise ValueError(f"n_cells={n_cells!r}: at least one cell is needed.")
         self._check_ready(perturbation)
+        model = self if adata is None else self.on_genes(expression_modality(adata, self.modality).var_names)
         frames = []
-        for start in starts(self._screen(adata), context):
-            rows, predicted = self.predict_from(start, perturbation, n_cells=n_cells, seed=seed)
-            frames.append(pd.DataFrame(predicted, index=start.names[rows], columns=self.genes))
+        for start in starts(model._screen(adata), context):
+            rows, predicted = model.predict_from(start, perturbation, n_cells=n_cells, seed=seed)
+            frames.append(pd.DataFrame(predicted, index=start.names[rows], columns=model.genes))
         return pd.concat(frames)
 
     def uncertainty(

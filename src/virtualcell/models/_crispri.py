@@ -49,7 +49,7 @@ class CRISPRi:
         control
             Label of control cells.
         """
-        labels = [effects.perturbations[i] for i in effects.perturbation]
+        labels = [perturbation for _, perturbation in effects.pairs()]
         bases = effects.controls[effects.context]
         knockdown = Knockdown.measure(effects.effects, bases, labels, genes, control=control)
         if positions is None:

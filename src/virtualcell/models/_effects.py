@@ -138,6 +138,10 @@ class Effects:
             controls=controls,
         )  # fmt: skip
 
+    def pairs(self) -> list[tuple[str, str]]:
+        """Names of the context and the perturbation of each row."""
+        return named_pairs(self.contexts, self.perturbations, self.context, self.perturbation)
+
     def rows(self) -> np.ndarray:
         """Row of every context and perturbation, (n_contexts, n_perturbations); -1 where it was not measured."""
         rows = np.full((len(self.contexts), len(self.perturbations)), -1)
@@ -212,6 +216,13 @@ class _Pools:
             where = np.flatnonzero(weights)
             out[i, where] = weights[where]
         return out.tocsr()
+
+
+def named_pairs(
+    contexts: Sequence[str], perturbations: Sequence[str], context: np.ndarray, perturbation: np.ndarray
+) -> list[tuple[str, str]]:
+    """Names of what the codes of contexts and perturbations stand for."""
+    return [(contexts[c], perturbations[p]) for c, p in zip(context, perturbation, strict=True)]
 
 
 def _codes(names: Sequence[str], known: Sequence[str]) -> np.ndarray:

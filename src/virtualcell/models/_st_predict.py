@@ -117,8 +117,9 @@ def predict_cells(
         vectors = torch.from_numpy(predicted).to(model.device)
         predicted = torch.stack([n.decode(vectors) for n in model.networks]).mean(dim=0).float().cpu().numpy()
     if model.crispri is not None and base is not None:
-        asked = _asked(model, perturbation, context, base).get("question")
-        predicted = model.crispri.put_on(predicted, base, perturbation, measured=asked == "cells")
+        known = model.transferred
+        measured = known is not None and known.question(perturbation, context, control=model.control) == "cells"
+        predicted = model.crispri.put_on(predicted, base, perturbation, measured=measured)
     return np.minimum(predicted, MOST_EXPRESSION)
 
 

@@ -17,7 +17,7 @@ from mudata import MuData
 from virtualcell._errors import unknown_name
 from virtualcell._keys import AGREEMENT
 from virtualcell.data._design import Design, Scale
-from virtualcell.data._labels import expression_modality, known_parts
+from virtualcell.data._labels import known_parts
 from virtualcell.data._screen import Screen, scvi_registry
 from virtualcell.io._save import State
 from virtualcell.models._baselines import Baseline
@@ -335,6 +335,8 @@ class Transfer(Baseline):
             Genes to predict, such as `adata.var_names` of one's own cells.
         """
         self._check_if_trained(warn=False)
+        if list(genes) == self.genes:
+            return self
         place = pd.Index(self.genes).get_indexer(pd.Index(genes))
         if (place < 0).all():
             raise unknown_name("genes", next(iter(genes)), self.genes, "None of these genes is in any source.")
@@ -349,28 +351,6 @@ class Transfer(Baseline):
         registry["field_registries"]["X"]["state_registry"]["column_names"] = [str(g) for g in genes]
         state.meta["registry"] = registry
         return type(self).from_state(state)
-
-    def predict(
-        self,
-        adata: AnnData | MuData | None = None,
-        perturbation: str | None = None,
-        *,
-        context: str | None = None,
-        n_cells: int | None = None,
-        seed: int = 0,
-    ) -> pd.DataFrame:
-        """Predict perturbed cells from any control cells, on all of their genes.
-
-        Parameters
-        ----------
-        adata, perturbation, context, n_cells, seed
-            As in :meth:`virtualcell.models.ST.predict`.
-        """
-        model = self
-        if adata is not None:
-            genes = expression_modality(adata, self.modality).var_names
-            model = self if list(genes) == self.genes else self.on_genes(genes)
-        return super(Transfer, model).predict(adata, perturbation, context=context, n_cells=n_cells, seed=seed)
 
     # -- files --------------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ import numpy as np
 from virtualcell.data._labels import known_parts, parts
 from virtualcell.models._axes import leading_axes, single_genes
 from virtualcell.models._closed_forms import SimilarContexts, additive, similarity
-from virtualcell.models._effects import Effects, group_sums
+from virtualcell.models._effects import Effects, group_sums, named_pairs
 from virtualcell.models._features import PerturbationTable
 from virtualcell.models._regression import FeatureFit, fit_features
 from virtualcell.models._scale import as_ratios, change_of_mean, slope_of_mean
@@ -174,6 +174,10 @@ class Transferred:
         near = similarity(self.controls[there], self.controls[there])
         np.fill_diagonal(near, -1)
         return float(1 - near.max(axis=1).min())
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """Names of the contexts and perturbations that were measured."""
+        return named_pairs(self.contexts, self.perturbations, self.row_context, self.row_perturbation)
 
     def question(self, perturbation: str, context: str, *, control: str) -> str:
         """Return what is asked: "cells" of a measured pair, new "contexts", or new "perturbations" and combinations."""

@@ -105,7 +105,6 @@ def fit_st(
         st,
         build=build,
         options=options,
-        features=features,
         effects=effects,
         asked=asked if st.transfer else None,
         init_from=init_from,

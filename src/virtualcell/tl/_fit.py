@@ -36,7 +36,7 @@ from virtualcell.tl._fit_options import (
 )
 from virtualcell.tl._fit_se import fit_se
 from virtualcell.tl._prepare import choose_genes, prepared
-from virtualcell.tl._questions import Asked, Fold, asked_by, folds, measured_pairs
+from virtualcell.tl._questions import Asked, Fold, asked_by, folds
 from virtualcell.tl._verdict import Verdict, judge, trained_baseline
 from virtualcell.train._quiet import quiet
 
@@ -189,8 +189,9 @@ def fit_state(
     require_validation(options, screen)
     genes = choose_genes(screen, n_top_genes, targets=screen.targets())
     on_genes = screen.select(genes_to_model(genes, init_from, adata.var_names) if goes_on else genes)
-    how = {"features": perturbation_features, "options": options}
-    build = partial(build_st, init_from=init_from, size=size, network=networks, **how)
+    build = partial(
+        build_st, features=perturbation_features, init_from=init_from, size=size, network=networks, options=options
+    )
     if not waits:
         st = build(on_genes)
     elif of_se.is_trained_here:  # options that do not fit raise now, and not after the training of SE
@@ -204,7 +205,7 @@ def fit_state(
         st = build(_in_embedding(on_genes, design, vectors[adata.obs_names.get_indexer(screen.names)]))
     if transfer_from is not None:
         st.elsewhere = _elsewhere(st, transfer_from, perturbation_features)
-    train_st(st, build=build, asked=asked, init_from=init_from, **how)
+    train_st(st, build=build, options=options, asked=asked, init_from=init_from)
     st.se = fitted_se
     _write(adata, st, design, vectors)
     return st
@@ -232,7 +233,6 @@ def train_st(
     *,
     build: Callable[[Screen], ST],
     options: FitOptions,
-    features: pd.DataFrame | None,
     effects: Effects | None = None,
     asked: Asked | None = None,
     init_from: ST | SE | None = None,
@@ -243,8 +243,8 @@ def train_st(
     ----------
     st, build
         The model, and what builds another like it on other cells.
-    options, features
-        Options of its training, and features of perturbations.
+    options
+        Options of its training.
     effects
         Measured effects of the training cells, where these are known already.
     asked
@@ -262,7 +262,7 @@ def train_st(
     partly = isinstance(init_from, ST)
     _train(st, options, effects, partly=partly)
     if asked is not None and not _has_learned(init_from, effects):
-        verdict = _ask(st, build, options, features, effects, asked, partly=partly)
+        verdict = _ask(st, build, options, effects, asked, partly=partly)
     st.forget_data()
     return verdict
 
@@ -271,7 +271,7 @@ def _has_learned(init_from: ST | SE | None, effects: Effects) -> bool:
     """Whether a model was trained on pairs of context and perturbation that are to be left out."""
     if not isinstance(init_from, ST) or init_from.transferred is None:
         return False
-    both = measured_pairs(init_from.transferred) & measured_pairs(effects)
+    both = set(init_from.transferred.pairs()) & set(effects.pairs())
     if not both:
         return False
     logger.warning(
@@ -292,7 +292,6 @@ def _ask(
     st: ST,
     build: Callable[[Screen], ST],
     options: FitOptions,
-    features: pd.DataFrame | None,
     effects: Effects,
     asked: Asked,
     *,

@@ -13,7 +13,6 @@ from virtualcell.data._labels import parts
 from virtualcell.data._screen import Screen
 from virtualcell.models._effects import Effects
 from virtualcell.models._mixture import Question
-from virtualcell.models._transferred import Transferred
 
 logger = logging.getLogger(__name__)
 
@@ -92,16 +91,6 @@ def asked_by(validate: str | bool, screen: Screen, *, has_features: bool) -> Ask
         return by_split
     combined = validate == "perturbations" and not has_features
     return Asked(validate, combined=combined)
-
-
-def measured_pairs(measured: Effects | Transferred) -> set[tuple[str, str]]:
-    """Names of the contexts and perturbations that were measured."""
-    names = measured.contexts, measured.perturbations
-    if isinstance(measured, Transferred):
-        codes = measured.row_context, measured.row_perturbation
-    else:
-        codes = measured.context, measured.perturbation
-    return {(names[0][c], names[1][p]) for c, p in zip(*codes, strict=True)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,7 +184,8 @@ def _with_donors(effects: Effects, rows: np.ndarray) -> np.ndarray:
 
 
 def _fold(training: Screen, effects: Effects, rows: np.ndarray, rng: np.random.Generator, most: int) -> Fold:
-    pairs = {(effects.contexts[effects.context[i]], effects.perturbations[effects.perturbation[i]]): i for i in rows}
+    names = effects.pairs()
+    pairs = {names[i]: i for i in rows}
     is_out = np.zeros(training.n_cells, bool)
     for pair, cells in training.pairs(training.is_train & ~training.is_control).items():
         is_out[cells] = pair in pairs
@@ -216,15 +206,12 @@ def _halves(training: Screen, rng: np.random.Generator, most: int) -> Iterator[F
     if not several:
         return
     drawn = _some(several, most, rng)
-    for k in (0, 1):
-        screen = training.with_split(np.where(half == k, "test", training.split))
-        found = Effects.measure(screen, (half == k) | (training.is_control & training.is_known))
-        at = found.rows()
-        observed = {}
-        for context, perturbation in drawn:
-            c, p = found.contexts.index(context), found.perturbations.index(perturbation)
-            observed[context, perturbation] = found.controls[c] + found.effects[at[c, p]]
-        yield Fold(screen, Effects.measure(screen, screen.is_known), observed)
+    known_controls = training.is_control & training.is_known
+    measured = [Effects.measure(training, (half == k) | known_controls) for k in (0, 1)]
+    for k, found in enumerate(measured):
+        at = {pair: i for i, pair in enumerate(found.pairs())}
+        observed = {pair: found.controls[found.context[at[pair]]] + found.effects[at[pair]] for pair in drawn}
+        yield Fold(training.with_split(np.where(half == k, "test", training.split)), measured[1 - k], observed)
 
 
 def _some(pairs: list[tuple[str, str]], most: int, rng: np.random.Generator) -> list[tuple[str, str]]:

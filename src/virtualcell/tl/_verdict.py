@@ -101,8 +101,8 @@ def judge(train: Trained, folds: list[Fold], asked: Asked, features: pd.DataFram
             for row in rows:
                 if row.fold == k:
                     row.score_st(of_others)
-    scores = _table(rows, len(folds))
-    return _verdict(scores, rows, weight, asked)
+    scores, of_fold = _table(rows, len(folds))
+    return _verdict(scores, of_fold, weight, asked)
 
 
 @dataclass
@@ -133,9 +133,8 @@ def _predicted(
     train: Trained, fold: Fold, number: int, asked: Asked, features: pd.DataFrame | None, seed: int
 ) -> list[_Row]:
     st = train(fold)
-    in_genes = dataclasses.replace(fold.screen, rep=None, design=dataclasses.replace(fold.screen.design, use_rep=None))
-    baselines = _trained_baselines(in_genes, fold, features)
-    screen = fold.screen
+    baselines = _trained_baselines(fold, features)
+    screen, in_genes = fold.screen, _in_genes(fold.screen)
     is_start = screen.is_control & (screen.split != "test") & screen.context.isin({c for c, _ in fold.observed})
     of_rep = None if screen.rep is None else starts(screen.take(is_start))
     rows = []
@@ -143,12 +142,13 @@ def _predicted(
         for_st = start if of_rep is None else next(of_rep)
         n_cells = min(len(start.names), _N_CELLS)
         off = _off(st, start, n_cells, seed)
-        offs = {name: _off(model, start, n_cells, seed) for name, model in baselines.items()}
+        off_baselines = _off(baselines[NoChange.__name__], start, n_cells, seed)  # all start from the same draw
         for (context, perturbation), real in fold.observed.items():
             if context != start.context:
                 continue
             predicted = {
-                name: _mean(model, start, perturbation, n_cells, seed) + offs[name] for name, model in baselines.items()
+                name: _mean(model, start, perturbation, n_cells, seed) + off_baselines
+                for name, model in baselines.items()
             }
             row = _Row(number, real, start.base, predicted)
             if st.transferred is None:
@@ -164,19 +164,24 @@ def _predicted(
 
 def trained_baseline(name: str, screen: Screen, effects: Effects, features: pd.DataFrame | None) -> Baseline:
     """Return a baseline that has learned from measured effects."""
-    in_genes = dataclasses.replace(screen, rep=None, design=dataclasses.replace(screen.design, use_rep=None))
     kind = next(k for k in (*_BASELINES, *_OF_FEATURES) if k.__name__ == name)
+    in_genes = _in_genes(screen)
     model = kind(in_genes, features) if kind in _OF_FEATURES else kind(in_genes)
     model.train(effects)
     model.forget_data()
     return model
 
 
-def _trained_baselines(in_genes: Screen, fold: Fold, features: pd.DataFrame | None) -> dict[str, Baseline]:
+def _in_genes(screen: Screen) -> Screen:
+    """Return the cells as baselines take them, which know no embedding."""
+    return dataclasses.replace(screen, rep=None, design=dataclasses.replace(screen.design, use_rep=None))
+
+
+def _trained_baselines(fold: Fold, features: pd.DataFrame | None) -> dict[str, Baseline]:
     """Baselines that can predict all that the fold leaves out."""
     out = {}
     for kind in (*_BASELINES, *(_OF_FEATURES if features is not None else ())):
-        model = trained_baseline(kind.__name__, in_genes, fold.effects, features)
+        model = trained_baseline(kind.__name__, fold.screen, fold.effects, features)
         try:
             for _, perturbation in fold.observed:
                 model.check_perturbation(perturbation)
@@ -196,8 +201,8 @@ def _mean(model: PerturbationModel, start: Start, perturbation: str, n_cells: in
     return model.predict_from(start, perturbation, n_cells=n_cells, seed=seed)[1].mean(axis=0)
 
 
-def _table(rows: list[_Row], n_folds: int) -> pd.DataFrame:
-    """Scores of the models that could predict everything."""
+def _table(rows: list[_Row], n_folds: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Scores of the models that could predict everything, and their means in every fold."""
     names = [name for name in rows[0].predicted if all(name in r.predicted for r in rows)]
     found = pd.DataFrame(
         [
@@ -213,9 +218,7 @@ def _table(rows: list[_Row], n_folds: int) -> pd.DataFrame:
     for metric in _METRICS:
         scores[f"{metric}_spread"] = spread[metric]
     scores["n_groups"], scores["n_folds"] = len(rows), n_folds
-    scores = scores.sort_values("mae", kind="stable")
-    scores.attrs["of_fold"] = of_fold
-    return scores
+    return scores.sort_values("mae", kind="stable"), of_fold
 
 
 _METRICS = {"pearson_delta": 1, "mae": -1}
@@ -251,8 +254,7 @@ def outcome_of(gains: list[tuple[float, float]]) -> str:
     return "better" if better else "worse"
 
 
-def _verdict(scores: pd.DataFrame, rows: list[_Row], weight: float | None, asked: Asked) -> Verdict:
-    of_fold = scores.attrs.pop("of_fold")
+def _verdict(scores: pd.DataFrame, of_fold: pd.DataFrame, weight: float | None, asked: Asked) -> Verdict:
     gains, parts, best_in = {}, [], {}
     for metric, sign in _METRICS.items():
         best, gain, spread = compared(of_fold, metric, sign)
@@ -263,9 +265,9 @@ def _verdict(scores: pd.DataFrame, rows: list[_Row], weight: float | None, asked
             f"{how} in {_NAMES[metric]}, {ours:.4g} against {theirs:.4g} of {best} (+-{spread:.2g} over folds)"
         )
     outcome = outcome_of(list(gains.values()))
-    n_folds = int(scores["n_folds"].iloc[0])
+    n_groups, n_folds = (int(scores[name].iloc[0]) for name in ("n_groups", "n_folds"))
     sentence = (
-        f"On {_MARKS[asked.question]} ST is {_HOW[outcome]} the best baseline: {'; '.join(parts)}. {len(rows)} pairs "
+        f"On {_MARKS[asked.question]} ST is {_HOW[outcome]} the best baseline: {'; '.join(parts)}. {n_groups} pairs "
         f"of context and perturbation were left out, in {n_folds} {'fold' if n_folds == 1 else 'folds'}."
     )
     # where ST is worse, what is better in that
