@@ -311,7 +311,7 @@ def test_there_are_validation_losses_however_few_steps_there_are(screen, fit, n_
      ({"validate": "cells"}, 3), ({"network": {"transfer": False}}, 0)],
 )  # fmt: skip
 def test_effects_are_measured_once(screen, fit, monkeypatch, options, n):
-    """Folds take theirs from what was measured, but for halves of cells: each is learned from and compared with once."""
+    """Folds take theirs from what was measured, but for halves of cells, each of which is measured once."""
     calls, measure = [], Effects.measure
     monkeypatch.setattr(Effects, "measure", lambda *args: calls.append(args) or measure(*args))
     fit(screen, **options)
