@@ -70,7 +70,7 @@ ARROWS = [
 ]
 # from the ground up; what stands on one floor does not import each other
 FLOORS = [
-    [("data", "reads"), ("metrics", "scores"), ("modules", "torch alone"), ("train", "runs")],
+    [("data", "reads"), ("datasets", "examples"), ("metrics", "scores"), ("modules", "torch alone"), ("train", "runs")],
     [("pp", "prepares"), ("io", "files")],
     [("models", "learn and predict from Screens")],
     [("tl", "what people call"), ("pl", "figures")],

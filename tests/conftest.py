@@ -71,5 +71,11 @@ def positions_file() -> Path:
 
 
 @pytest.fixture(scope="session")
+def originals() -> Path:
+    """The files that `vc.datasets` downloads, byte for byte."""
+    return shared_file("data", "originals")
+
+
+@pytest.fixture(scope="session")
 def golden() -> Path:
     return shared_file("golden")

@@ -1,10 +1,6 @@
 from __future__ import annotations
 
-import hashlib
-import threading
 import time
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import anndata as ad
 import numpy as np
@@ -177,41 +173,8 @@ def test_impossible_numbers_are_refused(arguments, message):
         vc.datasets.synthetic(**arguments)
 
 
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    """A web server on this machine, with a folder to serve and the list of paths that were asked for."""
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    folder, asked = tmp_path / "served", []
-    folder.mkdir()
-
-    class Handler(SimpleHTTPRequestHandler):
-        def log_message(self, *_: object) -> None:
-            asked.append(self.path)
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=folder)) as running:
-        thread = threading.Thread(target=running.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{running.server_port}", folder, asked
-        running.shutdown()
-        thread.join()
-
-
-def test_fetch_downloads_once_and_checks_the_file(server, tmp_path):
-    url, folder, asked = server
-    small = vc.datasets.synthetic(n_genes=20, n_perturbations=2, n_cells_per_group=2, n_control_cells=2)
-    small.write_h5ad(folder / "small.h5ad")
-    digest = "sha256:" + hashlib.sha256((folder / "small.h5ad").read_bytes()).hexdigest()
-    for _ in range(2):
-        found = vc.datasets.fetch(f"{url}/small.h5ad", known_hash=digest, folder=tmp_path / "cache")
-        assert (found.X != small.X).nnz == 0
-        assert found.obs_names.equals(small.obs_names)
-    assert asked == ["/small.h5ad"]
-    with pytest.raises(ValueError, match="does not match the known hash"):
-        vc.datasets.fetch(f"{url}/small.h5ad", known_hash="sha256:" + "0" * 64, folder=tmp_path / "other")
-
-
-def test_fetch_refuses_other_formats_before_it_asks(server, tmp_path):
-    url, _, asked = server
-    with pytest.raises(ValueError, match=r"must end in \.h5ad or \.h5mu; 'cells\.csv' does not"):
-        vc.datasets.fetch(f"{url}/cells.csv", known_hash=None, folder=tmp_path)
-    assert asked == []
+def test_the_design_names_columns_that_are_there(screen):
+    design = screen.uns["design"]
+    assert (screen.obs[design["perturbation_key"]] == design["control"]).sum() == 800
+    assert screen.obs[design["context_key"]].nunique() == 4
+    assert screen.obs[design["batch_key"]].nunique() == 2

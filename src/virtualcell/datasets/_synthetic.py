@@ -1,23 +1,14 @@
-"""Data to try things on: a synthetic Perturb-seq screen with a known truth, and files from the internet."""
+"""A synthetic Perturb-seq screen with a known truth."""
 
 from __future__ import annotations
 
-from pathlib import Path, PurePosixPath
 from typing import NamedTuple
-from urllib.parse import urlsplit
 
-import anndata as ad
-import mudata as md
 import numpy as np
 import pandas as pd
-import pooch
 from anndata import AnnData
-from mudata import MuData
 from scipy import sparse
 
-__all__ = ["fetch", "synthetic"]
-
-_READERS = {".h5ad": ad.read_h5ad, ".h5mu": md.read_h5mu}
 # Standard deviations on the natural-log scale of a rate.
 _GENE_SPREAD = 1.3  # of genes within a profile
 _CONTEXT_SPREAD = 0.8  # of a gene between contexts, through the programmes
@@ -25,32 +16,6 @@ _CONTEXT_NOISE = 0.2  # of a gene between contexts, through nothing else
 _CELL_SPREAD = 0.3  # of a gene between cells of one group, through the programmes
 _BATCH_SPREAD = 0.1  # of a gene between batches
 _LIBRARY_SPREAD = 0.4  # of library sizes
-
-
-def fetch(url: str, *, known_hash: str | None, folder: str | Path | None = None) -> AnnData | MuData:
-    """Download an `.h5ad` or `.h5mu` file once, check it, and read it.
-
-    Parameters
-    ----------
-    url
-        Address of the file.
-    known_hash
-        Checksum such as "sha256:..."; a file that differs is refused. None accepts any file, and pooch logs the
-        checksum that it found.
-    folder
-        Where to keep the file; the user's cache folder by default.
-
-    Raises
-    ------
-    ValueError
-        The address ends in neither suffix, or the file differs from `known_hash`.
-    """
-    name = PurePosixPath(urlsplit(url).path).name
-    suffix = PurePosixPath(name).suffix
-    if suffix not in _READERS:
-        raise ValueError(f"url={url!r} must end in {' or '.join(_READERS)}; {name!r} does not.")
-    path = pooch.retrieve(url, known_hash=known_hash, path=folder or pooch.os_cache("virtualcell"))
-    return _READERS[suffix](path)
 
 
 def synthetic(
@@ -109,7 +74,8 @@ def synthetic(
     Cells x genes in random order, `X` raw counts (float32 CSR). `obs`: `target_gene`, `cell_type`, `batch`. The truth,
     free of noise and batch: `varm["truth_control"]` (genes x contexts), the share of each gene in the controls' RNA;
     `varm["truth_<cell type>"]` (genes x perturbations), the natural-log fold change of that share;
-    `varm["programmes"]` (W); `uns["truth"]` with `programme_activity` (a) and `programme_effect` (v).
+    `varm["programmes"]` (W); `uns["truth"]` with `programme_activity` (a) and `programme_effect` (v). `uns["design"]`
+    holds the names of the columns and the control label: `vc.tl.fit_state(adata, **adata.uns["design"])`.
 
     Raises
     ------
@@ -160,6 +126,12 @@ def synthetic(
         var=pd.DataFrame(index=pd.Index(genes)),
     )
     _note_truth(adata, truth, contexts, names[:-1])
+    adata.uns["design"] = {
+        "perturbation_key": "target_gene",
+        "control": control,
+        "context_key": "cell_type",
+        "batch_key": "batch",
+    }
     return adata
 
 

@@ -1,0 +1,9 @@
+"""Data to try things on: real screens from the internet, and a synthetic one with a known truth."""
+
+from __future__ import annotations
+
+from virtualcell.datasets._fetch import fetch
+from virtualcell.datasets._published import kang2018, norman2019_mcfaline2024
+from virtualcell.datasets._synthetic import synthetic
+
+__all__ = ["fetch", "kang2018", "norman2019_mcfaline2024", "synthetic"]

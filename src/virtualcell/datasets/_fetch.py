@@ -1,0 +1,67 @@
+"""Files from the internet, fetched once into the user's cache folder."""
+
+from __future__ import annotations
+
+from pathlib import Path, PurePosixPath
+from urllib.parse import urlsplit
+
+import anndata as ad
+import mudata as md
+import pooch
+from anndata import AnnData
+from mudata import MuData
+from pooch.utils import unique_file_name
+from requests.exceptions import RequestException
+
+_READERS = {".h5ad": ad.read_h5ad, ".h5mu": md.read_h5mu}
+
+
+def cache_folder() -> Path:
+    """Return the folder that downloads are kept in."""
+    return Path(pooch.os_cache("virtualcell"))
+
+
+def fetch(url: str, *, known_hash: str | None, folder: str | Path | None = None) -> AnnData | MuData:
+    """Download an `.h5ad` or `.h5mu` file once, check it, and read it.
+
+    Parameters
+    ----------
+    url
+        Address of the file.
+    known_hash
+        Checksum such as "sha256:..."; a file that differs is refused. None accepts any file, and pooch logs the
+        checksum that it found.
+    folder
+        Where to keep the file; the user's cache folder by default.
+
+    Raises
+    ------
+    ValueError
+        The address ends in neither suffix, or the file differs from `known_hash`.
+    ConnectionError
+        The file cannot be downloaded. The message says where to put it by hand.
+    """
+    name = PurePosixPath(urlsplit(url).path).name
+    suffix = PurePosixPath(name).suffix
+    if suffix not in _READERS:
+        raise ValueError(f"url={url!r} must end in {' or '.join(_READERS)}; {name!r} does not.")
+    return read(retrieve(url, name=unique_file_name(url), known_hash=known_hash, folder=folder))
+
+
+def read(path: Path) -> AnnData | MuData:
+    """Read a file by its suffix."""
+    return _READERS[path.suffix](path)
+
+
+def retrieve(url: str, *, name: str, known_hash: str | None, folder: str | Path | None = None) -> Path:
+    """Return the path of a file under `name` in `folder`, downloaded unless one with that checksum is there."""
+    folder = cache_folder() if folder is None else Path(folder)
+    there = (folder / name).exists()
+    try:
+        return Path(pooch.retrieve(url, known_hash=known_hash, fname=name, path=folder, progressbar=True))
+    except RequestException as error:
+        other = " The file of that name that is there now has another checksum." if there else ""
+        raise ConnectionError(
+            f"{url} could not be downloaded ({type(error).__name__}).{other} To go on without internet here, download "
+            f"that address elsewhere and save it as {name!r} in the folder {str(folder)!r}; then repeat the call."
+        ) from error
