@@ -9,6 +9,11 @@ from __future__ import annotations
 
 import importlib
 from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from virtualcell import datasets, io, metrics, models, pl, pp, tl
 
 try:
     __version__ = version("virtualcell")
@@ -18,8 +23,8 @@ except PackageNotFoundError:  # a checkout on the path of a machine that has tor
 __all__ = ["datasets", "io", "metrics", "models", "pl", "pp", "tl"]
 
 
-def __getattr__(name: str):
-    # scvi-tools and lightning take seconds to import: a submodule is loaded when it is first touched.
+def __getattr__(name: str) -> ModuleType:
+    # torch, scvi-tools and Lightning take seconds to import: everything is loaded when it is first touched
     if name in __all__:
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -19,7 +19,7 @@ def refuse(*_, **__):
     raise RuntimeError("unpickling")
 import anndata, numpy as np, torch
 import virtualcell as vc
-vc.models
+vc.models.ST, vc.models.Additive  # imported before nothing may be unpickled
 pickle.load = pickle.loads = pickle.Unpickler = torch.load = refuse
 folder, perturbation = sys.argv[1:]
 controls = anndata.read_h5ad(f"{folder}/controls.h5ad")

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-from virtualcell.datasets._fetch import fetch
-from virtualcell.datasets._published import kang2018, norman2019_mcfaline2024
-from virtualcell.datasets._synthetic import synthetic
+from typing import TYPE_CHECKING
+
+from virtualcell._lazy import attach
+
+if TYPE_CHECKING:
+    from virtualcell.datasets._fetch import fetch
+    from virtualcell.datasets._published import kang2018, norman2019_mcfaline2024
+    from virtualcell.datasets._synthetic import synthetic
 
 __all__ = ["fetch", "kang2018", "norman2019_mcfaline2024", "synthetic"]
+
+__getattr__, __dir__ = attach(__name__)

@@ -1,8 +1,17 @@
 """Reading and writing models."""
 
-from virtualcell.io._download import download
-from virtualcell.io._load import load
-from virtualcell.io._save import save
-from virtualcell.io._unpickle import UnsafePickleError
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from virtualcell._lazy import attach
+
+if TYPE_CHECKING:
+    from virtualcell.io._download import download
+    from virtualcell.io._load import load
+    from virtualcell.io._save import save
+    from virtualcell.io._unpickle import UnsafePickleError
 
 __all__ = ["UnsafePickleError", "download", "load", "save"]
+
+__getattr__, __dir__ = attach(__name__)

@@ -33,6 +33,5 @@ def load(folder: str | os.PathLike, *, accelerator: str = "auto", device: int | 
     ValueError
         If the file is damaged, or of a newer version.
     """
-    importlib.import_module("virtualcell.models")  # whose classes enter themselves by name, a floor above this one
-    common = importlib.import_module("virtualcell.models._common")
+    common = importlib.import_module("virtualcell.models._common")  # a floor above this one
     return common.put_on(common.model_of(read_state(folder)), accelerator, device)

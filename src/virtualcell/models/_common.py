@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 
 import numpy as np
@@ -22,6 +23,9 @@ NETWORK = "network."  # beginning of the names of a network's tensors in a file
 
 def model_of(state: State) -> BaseModelClass:
     """Build a saved model, of whatever class it is."""
+    models = importlib.import_module("virtualcell.models")  # which imports this file
+    for name in models.__all__:
+        getattr(models, name)  # a class enters itself when its file is imported
     if state.kind not in KINDS:
         raise ValueError(f"this file holds a model of the class {state.kind!r}; known are {sorted(KINDS)}.")
     return KINDS[state.kind].from_state(state)

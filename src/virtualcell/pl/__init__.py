@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from virtualcell.pl._agreement import de_agreement
-from virtualcell.pl._benchmark import benchmark
-from virtualcell.pl._history import training_history
-from virtualcell.pl._shift import perturbation_shift
-from virtualcell.pl._split import split
-from virtualcell.pl._target import target_expression
-from virtualcell.pl._volcano import de_volcano
+from typing import TYPE_CHECKING
+
+from virtualcell._lazy import attach
+
+if TYPE_CHECKING:
+    from virtualcell.pl._agreement import de_agreement
+    from virtualcell.pl._benchmark import benchmark
+    from virtualcell.pl._history import training_history
+    from virtualcell.pl._shift import perturbation_shift
+    from virtualcell.pl._split import split
+    from virtualcell.pl._target import target_expression
+    from virtualcell.pl._volcano import de_volcano
 
 __all__ = [
     "benchmark",
@@ -19,3 +24,5 @@ __all__ = [
     "target_expression",
     "training_history",
 ]
+
+__getattr__, __dir__ = attach(__name__)

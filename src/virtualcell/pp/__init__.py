@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from virtualcell.pp._coexpression import expression_gene_embeddings
-from virtualcell.pp._esm import gene_embeddings
-from virtualcell.pp._genes import read_gene_embeddings
-from virtualcell.pp._knockdown import knockdown_efficiency
-from virtualcell.pp._positions import gene_positions
-from virtualcell.pp._sentences import cell_sentences
-from virtualcell.pp._split import apply_split, save_split, split
+from typing import TYPE_CHECKING
+
+from virtualcell._lazy import attach
+
+if TYPE_CHECKING:
+    from virtualcell.pp._coexpression import expression_gene_embeddings
+    from virtualcell.pp._esm import gene_embeddings
+    from virtualcell.pp._genes import read_gene_embeddings
+    from virtualcell.pp._knockdown import knockdown_efficiency
+    from virtualcell.pp._positions import gene_positions
+    from virtualcell.pp._sentences import cell_sentences
+    from virtualcell.pp._split import apply_split, save_split, split
 
 __all__ = [
     "apply_split",
@@ -21,3 +26,5 @@ __all__ = [
     "save_split",
     "split",
 ]
+
+__getattr__, __dir__ = attach(__name__)

@@ -1,13 +1,20 @@
 """Fit models, embed cells, predict perturbations."""
 
-from virtualcell.tl._benchmark import benchmark
-from virtualcell.tl._embed import embed
-from virtualcell.tl._evaluate import evaluate
-from virtualcell.tl._fit import fit_state
-from virtualcell.tl._fit_options import FitOptions
-from virtualcell.tl._predict import predict_perturbation
-from virtualcell.tl._submission import prepare_submission
-from virtualcell.tl._summarize import summarize
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from virtualcell._lazy import attach
+
+if TYPE_CHECKING:
+    from virtualcell.tl._benchmark import benchmark
+    from virtualcell.tl._embed import embed
+    from virtualcell.tl._evaluate import evaluate
+    from virtualcell.tl._fit import fit_state
+    from virtualcell.tl._fit_options import FitOptions
+    from virtualcell.tl._predict import predict_perturbation
+    from virtualcell.tl._submission import prepare_submission
+    from virtualcell.tl._summarize import summarize
 
 __all__ = [
     "FitOptions",
@@ -19,3 +26,5 @@ __all__ = [
     "prepare_submission",
     "summarize",
 ]
+
+__getattr__, __dir__ = attach(__name__)
