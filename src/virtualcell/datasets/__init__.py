@@ -9,8 +9,9 @@ from virtualcell._lazy import attach
 if TYPE_CHECKING:
     from virtualcell.datasets._fetch import fetch
     from virtualcell.datasets._published import kang2018, norman2019_mcfaline2024
+    from virtualcell.datasets._scverse import available, load
     from virtualcell.datasets._synthetic import synthetic
 
-__all__ = ["fetch", "kang2018", "norman2019_mcfaline2024", "synthetic"]
+__all__ = ["available", "fetch", "kang2018", "load", "norman2019_mcfaline2024", "synthetic"]
 
 __getattr__, __dir__ = attach(__name__)

@@ -65,3 +65,23 @@ def retrieve(url: str, *, name: str, known_hash: str | None, folder: str | Path 
             f"{url} could not be downloaded ({type(error).__name__}).{other} To go on without internet here, download "
             f"that address elsewhere and save it as {name!r} in the folder {str(folder)!r}; then repeat the call."
         ) from error
+
+
+def retrieve_unpinned(url: str, *, name: str, folder: str | Path | None = None) -> Path:
+    """Return the path of a file whose checksum is not known beforehand: that of the first download is kept beside it.
+
+    A file that was damaged since is downloaded again; one that the server has replaced is refused.
+    """
+    folder = cache_folder() if folder is None else Path(folder)
+    note = folder / f"{name}.sha256"
+    if not note.exists():
+        path = retrieve(url, name=name, known_hash=None, folder=folder)
+        note.write_text(pooch.file_hash(path))
+        return path
+    try:
+        return retrieve(url, name=name, known_hash=f"sha256:{note.read_text().strip()}", folder=folder)
+    except ValueError as error:
+        raise ValueError(
+            f"{url} is no longer the file that was downloaded first, by the checksum in {str(note)!r}. Delete that "
+            "note to take the new file; results may change."
+        ) from error
