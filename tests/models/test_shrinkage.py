@@ -106,14 +106,14 @@ def test_the_order_of_rows_and_genes_changes_nothing(rng):
         np.testing.assert_allclose(b, a[rows][:, genes], atol=1e-6)
 
 
-def test_rows_are_independent_of_each_other(rng):
+def test_the_size_of_effects_in_other_rows_is_nothing_to_a_row(rng):
+    """Other rows tell which genes move, not how far all of them do."""
     _, measured, variance = simulated(rng, n_rows=4)
-    loud = measured.copy()
-    loud[1:] *= 50
-    np.testing.assert_allclose(shrink(loud, variance).mean[0], shrink(measured, variance).mean[0], atol=1e-6)
-    np.testing.assert_allclose(
-        shrink(measured[:1], variance[:1]).mean[0], shrink(measured, variance).mean[0], atol=1e-6
-    )
+    loud = np.concatenate([measured[:1], 50 * rng.permuted(measured[1:], axis=1)])
+    quiet = np.concatenate([measured[:1], rng.permuted(measured[1:], axis=1)])
+    one = shrink(measured[:1], variance[:1]).mean[0]
+    for others in (loud, quiet):
+        assert rms(shrink(others, variance).mean[0] - one) < 0.25 * rms(one)
 
 
 def test_effects_beyond_all_scales_and_no_effects_at_all():
@@ -123,3 +123,19 @@ def test_effects_beyond_all_scales_and_no_effects_at_all():
     nothing = shrink(np.zeros((2, 5)), np.ones((2, 5)))
     assert not nothing.mean.any()
     assert shrink(np.zeros((0, 5)), np.zeros((0, 5))).mean.shape == (0, 5)
+
+
+def test_a_gene_that_moves_in_other_rows_is_believed_more(rng):
+    truth = np.zeros((30, 800), np.float32)
+    truth[:, :40] = 2 * rng.normal(size=(30, 40))  # few genes, and the same ones in all rows
+    measured = truth + rng.normal(size=truth.shape)
+    variance = np.ones(truth.shape, np.float32)
+    together = shrink(measured, variance).mean
+    apart = np.concatenate(
+        [shrink(row, row_variance).mean for row, row_variance in zip(measured[:, None], variance[:, None], strict=True)]
+    )
+    assert np.square(together - truth).mean() < 0.8 * np.square(apart - truth).mean()
+    order = rng.permutation(800)
+    np.testing.assert_allclose(shrink(measured[:, order], variance[:, order]).mean, together[:, order], rtol=1e-5)
+    order = rng.permutation(30)
+    np.testing.assert_allclose(shrink(measured[order], variance[order]).mean, together[order], rtol=1e-5)

@@ -13,6 +13,11 @@ _NULL = 1.0
 _STEPS = 200  # of the EM algorithm
 _BINS = np.concatenate([np.linspace(0, 8, 161), np.geomspace(8.2, 400, 80)])  # of |effect| / standard error
 _ROWS = 512  # worked on at a time
+# By how much a gene moves more, or less, than others: factors of the standard deviations of its true effects.
+_FACTORS = np.array([0.25, 0.5, 1.0, 2.0, 4.0])
+_COMMON = int(np.flatnonzero(_FACTORS == 1)[0])
+_FURTHER_ROWS = 5.0  # that a gene counts as having beside the others, in which it moves as far as all genes do
+_LEAST_MOVED, _MOST_MOVED = 0.1, 16.0  # of a row, and of a gene in one row, in standard errors
 
 
 class Shrunken(NamedTuple):
@@ -23,12 +28,14 @@ class Shrunken(NamedTuple):
 
 
 def shrink(effects: np.ndarray, variance: np.ndarray) -> Shrunken:
-    """Shrink the effects of each row towards zero, as far as the row as a whole looks like noise.
+    """Shrink the effects of each row towards zero, as far as the row looks like noise, and the gene in other rows.
 
     The true effects of a row are taken to come from a mixture of normal distributions around zero, whose standard
     deviations are multiples, 0 to 64, of the standard error of the measurement; how many genes belong to which of them
     is estimated from the row (adaptive shrinkage, Stephens 2017, with a penalty that favours zero). So a row of noise
-    goes to zero, while a gene far beyond its error stays as it is.
+    goes to zero, while a gene far beyond its error stays as it is. Then it is done again with standard deviations that
+    differ between genes: a gene that moves far in the other rows is believed more, one that never moves less. With one
+    row, all genes are alike.
 
     Parameters
     ----------
@@ -38,52 +45,82 @@ def shrink(effects: np.ndarray, variance: np.ndarray) -> Shrunken:
         Their squared standard errors, (n_rows, n_genes). An effect with the error 0 is taken as it is.
     """
     mean, uncertain = np.empty_like(effects, dtype=np.float32), np.empty_like(effects, dtype=np.float32)
-    for start in range(0, len(effects), _ROWS):
-        rows = slice(start, start + _ROWS)
-        mean[rows], uncertain[rows] = _shrink_block(effects[rows], variance[rows])
+    blocks = [slice(start, start + _ROWS) for start in range(0, len(effects), _ROWS)]
+    common = np.full(effects.shape, _COMMON, np.int8)
+    for rows in blocks:
+        mean[rows], uncertain[rows] = _shrink_block(effects[rows], variance[rows], common[rows])
+    if len(effects) > 1:
+        factors = _factors_of_genes(mean, variance)
+        for rows in blocks:
+            mean[rows], uncertain[rows] = _shrink_block(effects[rows], variance[rows], factors[rows])
     return Shrunken(mean, uncertain)
 
 
-def _shrink_block(effects: np.ndarray, variance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _factors_of_genes(kept: np.ndarray, variance: np.ndarray) -> np.ndarray:
+    """Return, as codes of `_FACTORS`, how far each gene moves in the other rows, compared with all genes there."""
+    moved = np.square(np.minimum(np.abs(kept) / np.sqrt(np.where(variance > 0, variance, np.inf)), _MOST_MOVED))
+    of_row = np.maximum(moved.mean(axis=1, keepdims=True), _LEAST_MOVED)
+    further = _FURTHER_ROWS * np.median(of_row)
+    ratio = (moved.sum(axis=0) - moved + further) / (of_row.sum() - of_row + further)
+    between = np.sqrt(_FACTORS[:-1] * _FACTORS[1:])
+    return np.searchsorted(between, np.sqrt(ratio)).astype(np.int8)
+
+
+def _shrink_block(effects: np.ndarray, variance: np.ndarray, factors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     error = np.sqrt(variance, dtype=np.float32)
     known = error == 0
     z = np.abs(effects) / np.where(known, 1, error)
     bins = np.minimum(np.searchsorted(_BINS, z, side="right") - 1, len(_BINS) - 1)
-    counts = np.zeros((len(z), len(_BINS)))
-    np.add.at(counts, (np.repeat(np.arange(len(z)), (~known).sum(axis=1)), bins[~known]), 1)
+    counts = np.zeros((len(_FACTORS), len(z), len(_BINS)))
+    rows = np.repeat(np.arange(len(z)), (~known).sum(axis=1))
+    np.add.at(counts, (factors[~known], rows, bins[~known]), 1)
     keep, spread = _curves(_mixture(counts))
-    mean, uncertain = np.empty_like(z), np.empty_like(z)
-    for i in range(len(z)):
-        mean[i] = effects[i] * np.where(known[i], 1, np.interp(z[i], _BINS, keep[i]))
-        uncertain[i] = variance[i] * np.interp(z[i], _BINS, spread[i])
+    mean, uncertain = effects.astype(np.float32), np.zeros_like(z, dtype=np.float32)
+    for f in np.unique(factors):
+        for i in range(len(z)):
+            genes = np.flatnonzero((factors[i] == f) & ~known[i])
+            mean[i, genes] *= np.interp(z[i, genes], _BINS, keep[f, i])
+            uncertain[i, genes] = variance[i, genes] * np.interp(z[i, genes], _BINS, spread[f, i])
     return mean, uncertain
 
 
 def _mixture(counts: np.ndarray) -> np.ndarray:
-    """Share of the genes in each component, (n_rows, n_components), by the EM algorithm on binned |z|."""
+    """Share of the genes in each component, (n_rows, n_components), by the EM algorithm on binned |z|.
+
+    `counts` is of shape (n_factors, n_rows, n_bins).
+    """
     middle = np.append((_BINS[:-1] + _BINS[1:]) / 2, _BINS[-1])
-    likely = _likelihood(middle)
-    shares = np.full((len(counts), len(_SCALES)), 1 / len(_SCALES))
+    likely = {f: _likelihood(middle, _SCALES * _FACTORS[f]) for f in np.flatnonzero(counts.any(axis=(1, 2)))}
+    shares = np.full((counts.shape[1], len(_SCALES)), 1 / len(_SCALES))
     for _ in range(_STEPS):
-        total = np.maximum(shares @ likely.T, 1e-300)
-        shares = shares * ((counts / total) @ likely)
-        shares[:, 0] += _NULL
+        n_genes = np.zeros_like(shares)
+        for f, p in likely.items():
+            n_genes += shares * ((counts[f] / np.maximum(shares @ p.T, 1e-300)) @ p)
+        n_genes[:, 0] += _NULL
+        shares = n_genes
         shares /= shares.sum(axis=1, keepdims=True)
     return shares
 
 
-def _likelihood(z: np.ndarray) -> np.ndarray:
+def _likelihood(z: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """Density of |z| under each component, (n, n_components), up to what is common to all components of one z."""
-    variance = 1 + _SCALES**2
+    variance = 1 + scales**2
     log = -0.5 * (z[:, None] ** 2 / variance + np.log(variance))
     return np.exp(log - log.max(axis=1, keepdims=True))
 
 
 def _curves(shares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """How much of an effect is kept, and its posterior variance in squared standard errors, at each of `_BINS`."""
-    posterior = shares[:, None, :] * _likelihood(_BINS)
-    posterior /= np.maximum(posterior.sum(axis=2, keepdims=True), 1e-300)
-    of_component = _SCALES**2 / (1 + _SCALES**2)
-    keep = posterior @ of_component
-    between = posterior @ of_component**2 - keep**2
-    return keep, posterior @ of_component + np.maximum(between, 0) * _BINS**2
+    """How much of an effect is kept, and its posterior variance in squared standard errors.
+
+    For each of `_FACTORS`, at each of `_BINS`: (n_factors, n_rows, n_bins) each.
+    """
+    kept, spread = [], []
+    for scales in _SCALES * _FACTORS[:, None]:
+        posterior = shares[:, None, :] * _likelihood(_BINS, scales)
+        posterior /= np.maximum(posterior.sum(axis=2, keepdims=True), 1e-300)
+        of_component = scales**2 / (1 + scales**2)
+        keep = posterior @ of_component
+        between = posterior @ of_component**2 - keep**2
+        kept.append(keep)
+        spread.append(posterior @ of_component + np.maximum(between, 0) * _BINS**2)
+    return np.stack(kept), np.stack(spread)

@@ -26,19 +26,27 @@ def _asked(model: ST, perturbation: str, context: str, base: np.ndarray | None) 
     """Return the transferred change of the mean, where there is one, the question, and how far from home it is."""
     if model.transferred is None or base is None:
         return {}
-    if model.measured_elsewhere(perturbation):
+    question = _question(model, perturbation, context)
+    if question == "elsewhere":
         profile = model.elsewhere.predict_cells(base[None], perturbation, context=context, base=base)[0]
         return {
             "change": _change(model, profile - base, base),
-            "question": "elsewhere",
+            "question": question,
             "extrapolation": model.transferred.extrapolation(base, context),
         }
     change = model.transferred(perturbation, control=model.control, context=context, base=base, features=model.features)
     return {
         "change": None if change is None else _change(model, change, base),
-        "question": model.transferred.question(perturbation, context, control=model.control),
+        "question": question,
         "extrapolation": model.transferred.extrapolation(base, context),
     }
+
+
+def _question(model: ST, perturbation: str, context: str) -> Question:
+    """Return what is asked of a model with a transferred effect."""
+    if model.measured_elsewhere(perturbation):
+        return "elsewhere"
+    return model.transferred.question(perturbation, context, control=model.control)
 
 
 def _change(model: ST, change: np.ndarray, base: np.ndarray) -> Change:
@@ -184,5 +192,5 @@ def effect_error(model: ST, perturbation: str, *, context: str, base: np.ndarray
     """
     if model.transferred is None:
         return 0.0
-    question = model.transferred.question(perturbation, context, control=model.control)
+    question = _question(model, perturbation, context)
     return model.transferred.error if model.mixture.of_networks(question, True) > 0 else 0.0

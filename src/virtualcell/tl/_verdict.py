@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from virtualcell._errors import UnknownNameError
 from virtualcell.data._screen import Screen
@@ -36,6 +37,7 @@ _BASELINES = (NoChange, ContextMean, PerturbationMean, Additive, NearestContext)
 _OF_FEATURES = (Ridge, NearestPerturbations)
 _N_CELLS = 256  # predicted for each pair
 _LEAST_SPREAD = 0.01
+_ONE_SIDED = 0.84  # of a normal distribution lies below its mean plus one standard deviation
 _MARKS = {"contexts": "new contexts", "perturbations": "new perturbations", "cells": "measured pairs"}
 
 Trained = Callable[[Fold], ST]
@@ -60,8 +62,7 @@ class Verdict:
     best
         The best baseline, where ST is worse in the metric that it lost.
     gains
-        For each metric how much better ST is than the best baseline in it, and the standard deviation of that over
-        folds.
+        For each metric how much better ST is than the best baseline in it, and how far that goes from fold to fold.
     """
 
     scores: pd.DataFrame
@@ -227,9 +228,11 @@ _NAMES = {"pearson_delta": "Pearson delta", "mae": "MAE"}
 
 
 def compared(of_fold: pd.DataFrame, metric: str, sign: int) -> tuple[str, float, float]:
-    """Return the baseline that is best in a metric, how much better ST is, and the spread of that over folds.
+    """Return the baseline that is best in a metric, how much better ST is, and how far that goes from fold to fold.
 
-    The spread is at least a hundredth, of the baseline's error or of a correlation: less nobody would notice.
+    The spread is half of the interval in which a further fold would lie two times of three: the standard deviation over
+    folds, made larger as few folds tell it badly (Student's t). It is at least a hundredth, of the baseline's error or
+    of a correlation: less nobody would notice.
 
     Parameters
     ----------
@@ -242,7 +245,14 @@ def compared(of_fold: pd.DataFrame, metric: str, sign: int) -> tuple[str, float,
     best = wide.drop(index="ST").mean(axis=1).idxmax()
     gain = wide.loc["ST"] - wide.loc[best]
     least = _LEAST_SPREAD * (1.0 if sign > 0 else float(-wide.loc[best].mean()))
-    return best, float(gain.mean()), max(float(gain.std(ddof=1)) if len(gain) > 1 else 0.0, least)
+    return best, float(gain.mean()), max(_spread(gain.to_numpy()), least)
+
+
+def _spread(gains: np.ndarray) -> float:
+    n = len(gains)
+    if n == 1:
+        return 0.0
+    return float(gains.std(ddof=1) * np.sqrt(1 + 1 / n) * stats.t.ppf(_ONE_SIDED, n - 1))
 
 
 def outcome_of(gains: list[tuple[float, float]]) -> str:
