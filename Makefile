@@ -21,7 +21,7 @@ TESTS ?=
 help:
 	@echo "make demo    run the main job on simulated cells, or on DATA=file.h5ad PERTURBATION_KEY=... CONTROL=..."
 	@echo "make test    run the tests"
-	@echo "make lint    check style; make format puts it right"
+	@echo "make lint    check style and types; make format puts style right"
 	@echo "make docs    build the documentation into docs/_build/html"
 	@echo "make clean   remove the environment and everything that was built"
 
@@ -31,11 +31,12 @@ demo: $(STAMPS)/package
 test: $(STAMPS)/package
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile $(TESTS)
 
-lint: $(STAMPS)/ruff
+lint: $(STAMPS)/lint
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/mypy
 
-format: $(STAMPS)/ruff
+format: $(STAMPS)/lint
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
@@ -66,6 +67,6 @@ $(STAMPS)/doc: $(STAMPS)/package
 	$(BIN)/python -m pip install --quiet --editable '.[doc]'
 	touch $@
 
-$(STAMPS)/ruff: $(STAMPS)/venv
-	$(BIN)/python -m pip install --quiet ruff
+$(STAMPS)/lint: $(STAMPS)/venv
+	$(BIN)/python -m pip install --quiet mypy ruff
 	touch $@

@@ -35,6 +35,7 @@ myst_heading_anchors = 3
 
 html_theme = "sphinx_book_theme"
 html_title = "virtualcell"
+html_logo = "_static/logo.svg"
 html_static_path = ["_static"]
 html_theme_options = {
     "repository_url": "https://github.com/virtualcell/virtualcell",

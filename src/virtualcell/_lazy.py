@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -25,10 +26,10 @@ def attach(package: str) -> tuple[Callable[[str], object], Callable[[], list[str
     The two functions, to be bound to `__getattr__` and `__dir__` of the package.
     """
     module = sys.modules[package]
-    tree = ast.parse(module.__spec__.loader.get_source(package))
+    tree = ast.parse(inspect.getsource(module))
     blocks = [b for b in tree.body if isinstance(b, ast.If) and ast.unparse(b.test) == "TYPE_CHECKING"]
     imports = [line for block in blocks for line in block.body if isinstance(line, ast.ImportFrom)]
-    homes = {alias.name: line.module for line in imports for alias in line.names}
+    homes = {alias.name: str(line.module) for line in imports for alias in line.names}
 
     def __getattr__(name: str) -> object:
         if name not in homes:

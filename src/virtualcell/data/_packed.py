@@ -134,7 +134,7 @@ class PackedRows:
         if device.type == here.type and (here.type == "cpu" or device.index in (None, here.index)):
             return self
         genes = self.genes.to(getattr(torch, np.dtype(_gene_type(self.n_genes)).name))
-        return type(self)(*(t.to(device) for t in (self.indptr, genes, self.values)), self.n_genes)
+        return type(self)(self.indptr.to(device), genes.to(device), self.values.to(device), self.n_genes)
 
     def rows(self, index: np.ndarray) -> Tensor:
         """Return rows, (*shape of index, n_genes), float32, on the device of the store."""

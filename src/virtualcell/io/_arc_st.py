@@ -7,6 +7,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -73,8 +74,8 @@ def read_st(
     states = {
         "X": {"column_names": genes},
         "perturbation": {"categorical_mapping": names},
-        "context": {"categorical_mapping": contexts or [0]},
-        "batch": {"categorical_mapping": batches or [0], "original_key": data.get("batch_col", "batch")},
+        "context": {"categorical_mapping": contexts or [0]},  # type: ignore[list-item]
+        "batch": {"categorical_mapping": batches or [0], "original_key": data.get("batch_col", "batch")},  # type: ignore[list-item]
         "rep": {},
     }
     arguments = {
@@ -89,7 +90,7 @@ def read_st(
 def st_config(h: Mapping, state: Mapping[str, Tensor], *, source: str) -> STConfig:
     """Translate hyper-parameters; what could change the arithmetic without a trace in the parameters is an error."""
 
-    def value(key: str) -> object:
+    def value(key: str) -> Any:
         return config_value(h, key, source=source)
 
     backbone = value("transformer_backbone_kwargs")
@@ -187,7 +188,7 @@ def _gene_names(given: Sequence[str] | None, sources: Sequence[Mapping], config:
     return names
 
 
-def _perturbations(folder: Path | None, given: object, n_dims: int, control: str) -> tuple[list[str], Tensor, str]:
+def _perturbations(folder: Path | None, given: Any, n_dims: int, control: str) -> tuple[list[str], Tensor, str]:
     """Return names, vectors, and the control as it is called among the names."""
     if given is None and folder is not None and (folder / "pert_onehot_map.pt").exists():
         given, source = read_torch(folder / "pert_onehot_map.pt"), "pert_onehot_map.pt"

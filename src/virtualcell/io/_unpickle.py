@@ -16,6 +16,7 @@ import warnings
 import zipfile
 from collections import OrderedDict, defaultdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,9 +45,10 @@ class UnsafePickleError(pickle.UnpicklingError):
 class _Opaque:
     """A value that a pickle can hand on, and not look into or change."""
 
+    value: Any
     __slots__ = ("value",)
 
-    def __init__(self, value: object) -> None:
+    def __init__(self, value: Any) -> None:
         object.__setattr__(self, "value", value)
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -64,6 +66,8 @@ class _Call(_Opaque):
 
 class _StandIn:
     """An object of a class that is left out: it keeps what the pickle gave it and does nothing."""
+
+    arguments: tuple
 
     def __new__(cls, *args: object, **kwargs: object) -> _StandIn:
         self = object.__new__(cls)
@@ -130,7 +134,7 @@ def _dtype_of(dtype: object) -> np.dtype:
     return dtype.dtype
 
 
-def _numpy_scalar(dtype: object, data: object = b"") -> np.generic:
+def _numpy_scalar(dtype: Any, data: object = b"") -> np.generic:
     dtype = _dtype_of(dtype)
     if dtype.hasobject or type(data) is not bytes or len(data) != dtype.itemsize:
         raise UnsafePickleError(f"has a scalar of dtype {dtype} whose data does not fit")
@@ -286,13 +290,13 @@ class _Archive:
         return self.bytes[start : start + info.file_size]
 
 
-def read_pickle(path: str | Path) -> object:
+def read_pickle(path: str | Path) -> Any:
     """Read a plain pickle of containers, numbers, text, arrays and tensors; anything else is refused by its name."""
     path = Path(path)
     return _load(path, _Unpickler(io.BytesIO(path.read_bytes())))
 
 
-def read_torch(path: str | Path, *, stand_ins: bool = False) -> object:
+def read_torch(path: str | Path, *, stand_ins: bool = False) -> Any:
     """Read a file of `torch.save`.
 
     torch's own restricted reader comes first. Where it refuses, ours reads what :func:`read_pickle` reads and, with

@@ -89,7 +89,8 @@ def mean_distances(both: np.ndarray, n: int) -> tuple[float, float, float]:
         return mean_distance(x, x), mean_distance(y, y), mean_distance(x, y)
     distances = np.sqrt(_squared_distances(both, both))  # one product of a matrix with itself costs half
     parts = distances[:n, :n], distances[n:, n:], distances[:n, n:]
-    return tuple(float(d.mean(dtype=np.float64)) for d in parts)
+    first, second, between = (float(d.mean(dtype=np.float64)) for d in parts)
+    return first, second, between
 
 
 def mean_distance(x: np.ndarray, y: np.ndarray) -> float:

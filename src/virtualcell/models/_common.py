@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,7 +18,7 @@ from torch import Tensor
 from virtualcell.data._screen import Screen
 from virtualcell.io._save import State, read_state
 
-KINDS: dict[str, type] = {}  # classes that can be read from a file, by name; each enters itself
+KINDS: dict[str, Any] = {}  # classes that can be read from a file, by name; each enters itself
 NETWORK = "network."  # beginning of the names of a network's tensors in a file
 
 

@@ -7,7 +7,7 @@ model says of the rest. Expression is in shares of that of control cells, on the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 import numpy as np
@@ -113,6 +113,9 @@ class Neighbours:
 
     genes: np.ndarray
     positions: pd.DataFrame
+    _chromosome: np.ndarray = field(init=False, repr=False)
+    _start: np.ndarray = field(init=False, repr=False)
+    _column: dict[str, int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if missing := [c for c in ("chromosome", "start") if c not in self.positions]:

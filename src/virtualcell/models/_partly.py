@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,7 +21,7 @@ _BACKBONES = ("transformer_backbone", "transformer_encoder")  # of ST, of SE
 _LORA = {"r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "target_modules": "target_modules"}
 
 
-def check_adapters(lora: Mapping[str, object] | None) -> None:
+def check_adapters(lora: Mapping[str, Any] | None) -> None:
     """Raise for options of adapters that there are not, or with a wrong value, and where `peft` is missing."""
     if lora is None:
         return
@@ -47,7 +48,7 @@ def _check_adapter_option(name: str, value: object) -> None:
 
 
 def check_partly(
-    network: nn.Module, *, freeze: str | Sequence[str] = (), lora: Mapping[str, object] | None = None
+    network: nn.Module, *, freeze: str | Sequence[str] = (), lora: Mapping[str, Any] | None = None
 ) -> set[str]:
     """Raise where a network has no such parts, or would have nothing left to train; return what stays as it is."""
     if isinstance(network, Ensemble) and (freeze or lora is not None):
@@ -69,7 +70,7 @@ def check_partly(
 
 @contextmanager
 def partly_trained(
-    network: nn.Module, *, freeze: str | Sequence[str] = (), lora: Mapping[str, object] | None = None, seed: int = 0
+    network: nn.Module, *, freeze: str | Sequence[str] = (), lora: Mapping[str, Any] | None = None, seed: int = 0
 ) -> Iterator[None]:
     """Train only some parameters inside the block; with `lora`, adapters of the backbone, merged at its end."""
     frozen = check_partly(network, freeze=freeze, lora=lora)
@@ -112,7 +113,7 @@ def _frozen(network: nn.Module, parameters: Sequence[str], prefixes: Sequence[st
     return frozen
 
 
-def _add_adapters(backbone: nn.Module, lora: Mapping[str, object]) -> None:
+def _add_adapters(backbone: nn.Module, lora: Mapping[str, Any]) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
     options = {"target_modules": _linear_layers(backbone), **{_LORA[k]: v for k, v in lora.items()}}

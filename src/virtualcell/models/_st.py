@@ -285,7 +285,7 @@ class ST(PerturbationModel):
     # -- prediction ---------------------------------------------------------------------------------------------------
 
     @property
-    def n_seen_together(self) -> int:
+    def n_seen_together(self) -> int:  # type: ignore[override]
         """Number of control cells that the network looks at together."""
         return self.set_size
 

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import Any
 
 from virtualcell._errors import unknown_name
 from virtualcell.modules import STConfig
@@ -29,7 +30,7 @@ SIZES = {
 }
 
 # What a preset decides where the caller says nothing: heads, transferred effect, and weights of the loss.
-PRESETS = {
+PRESETS: dict[str, dict[str, Any]] = {
     "default": {"head": "both", "mean_weight": 1.0, "contrast_weight": 0.3},
     "published": {"head": "level", "mean_weight": 0.0, "contrast_weight": 0.0},
 }
@@ -88,7 +89,7 @@ def network_options(size: str, preset: str, network: Mapping[str, object]) -> di
     return options
 
 
-def _check_value(name: str, value: object) -> None:
+def _check_value(name: str, value: Any) -> None:
     """Raise for a value that a field of the configuration cannot have."""
     default = next(f.default for f in dataclasses.fields(STConfig) if f.name == name)
     kind, least = int if default is dataclasses.MISSING else type(default), int(name not in _MAY_BE_NONE)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _SETS_AT_ONCE = 16  # in a forward pass without gradients
 
 
-def _asked(model: ST, perturbation: str, context: str, base: np.ndarray | None) -> dict[str, object]:
+def _asked(model: ST, perturbation: str, context: str, base: np.ndarray | None) -> dict[str, Any]:
     """Return the transferred change of the mean, where there is one, the question, and how far from home it is."""
     if model.transferred is None or base is None:
         return {}

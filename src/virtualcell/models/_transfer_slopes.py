@@ -113,7 +113,8 @@ class Slopes:
                 cases.append((truth, own, near, axes, there))
         best = next(n for n in sorted(measured, key=lambda n: measured[n].least()) if _keeps_apart(cases, measured, n))
         effect, neighbours, smooth = [*measured[best].slopes(), 0.0][:3]
-        return cls(effect, smooth, neighbours, *unmeasured.slopes(), *means.slopes(), n_axes=best if smooth else 0)
+        (of_unmeasured,), (of_mean,) = unmeasured.slopes(), means.slopes()
+        return cls(effect, smooth, neighbours, of_unmeasured, of_mean, n_axes=best if smooth else 0)
 
     def report(self, k: int | None, left_out: str) -> None:
         """Say what the slopes are: of `k` neighbours where there are any, fitted on what was left out."""

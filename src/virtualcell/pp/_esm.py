@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -142,7 +143,7 @@ def _device(device: str) -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def _load(model: str | Path, progress_bar: bool) -> tuple[torch.nn.Module, object, str]:
+def _load(model: str | Path, progress_bar: bool) -> tuple[torch.nn.Module, Any, str]:
     """Return network, alphabet and what identifies the weights: the name, or the hash of a local file."""
     try:
         from esm.pretrained import load_model_and_alphabet_core
@@ -188,7 +189,7 @@ def _download(name: str, progress_bar: bool) -> dict:
 def _embed(
     windows: set[str],
     network: torch.nn.Module,
-    alphabet: object,
+    alphabet: Any,
     residues_per_batch: int,
     cache: _Cache | None,
     progress_bar: bool,
@@ -219,7 +220,7 @@ def _batches(windows: list[str], residues_per_batch: int) -> Iterator[list[str]]
 
 
 @torch.inference_mode()
-def _mean_residue_vectors(batch: list[str], network: torch.nn.Module, alphabet: object) -> np.ndarray:
+def _mean_residue_vectors(batch: list[str], network: torch.nn.Module, alphabet: Any) -> np.ndarray:
     """Return the mean over residues of the last layer (windows x dimensions, float32)."""
     width = max(map(len, batch))
     tokens = torch.full((len(batch), width + 2), alphabet.padding_idx)

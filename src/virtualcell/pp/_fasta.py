@@ -21,6 +21,7 @@ _NO_TOKEN = str.maketrans("*J", "XX")
 
 def isoforms_of_genes(sequences: str | Path | Mapping[str, str | Sequence[str]]) -> dict[str, list[str]]:
     """Return the distinct isoforms of each gene, checked and in upper case."""
+    records: Iterator[tuple[str, str]]
     if isinstance(sequences, Mapping):
         records = (
             (str(gene), sequence)

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -290,7 +291,7 @@ class _Case:
             logger.info("Split %r: %s is done.", self.name, label)
         return frames
 
-    def _fit(self, label: str, kind: type, kwargs: dict, seed: int) -> PerturbationModel:
+    def _fit(self, label: str, kind: Any, kwargs: dict, seed: int) -> PerturbationModel:
         """Fit a model on the cells that are not test."""
         if issubclass(kind, ST):
             st, verdict = fit_st(self.screen, self.effects, kwargs, seed, self.asked)

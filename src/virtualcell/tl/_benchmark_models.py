@@ -98,8 +98,7 @@ def fit_st(
     options, network = _st_options(kwargs, seed)
     features, init_from = kwargs.get("perturbation_features"), kwargs.get("init_from")
     size = choose_size(kwargs.get("size", "auto"), screen.n_cells)
-    how = {"features": features, "init_from": init_from, "size": size, "network": network, "options": options}
-    build = partial(build_st, **how)
+    build = partial(build_st, features=features, init_from=init_from, size=size, network=network, options=options)
     st = build(screen)
     verdict = train_st(
         st,

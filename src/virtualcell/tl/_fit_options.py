@@ -284,12 +284,12 @@ def require_validation(options: FitOptions, screen: Screen) -> None:
         )
 
 
-def choose_size(size: Size, n_cells: int) -> str:
+def choose_size(size: Size, n_cells: int) -> Size:
     """Return a size, where it is left to us by what there is."""
     if size not in ("auto", "small", "medium", "large"):
         raise unknown_name("size", size, ("auto", "small", "medium", "large"))
     if size != "auto":
         return size
-    chosen = "medium" if torch.cuda.is_available() and n_cells >= 20_000 else "small"
+    chosen: Size = "medium" if torch.cuda.is_available() and n_cells >= 20_000 else "small"
     logger.info("size='auto': %r for %d cells.", chosen, n_cells)
     return chosen

@@ -37,14 +37,14 @@ def with_enough_cells(screen: Screen, min_cells: int, *, has_features: bool) -> 
     if not has_features and min_cells > 0:
         new = set(screen.perturbation[screen.is_val]) - set(counts.index)
         few |= {name for name in new if not set(parts(name, control)) <= enough}
-    few = sorted(few - {control})
-    if few:
+    left_out = sorted(few - {control})
+    if left_out:
         logger.warning(
             "%d perturbations have fewer than min_cells=%d training cells and are left out: %s%s.",
-            *(len(few), min_cells, ", ".join(few[:10]), " ..." if len(few) > 10 else ""),
+            *(len(left_out), min_cells, ", ".join(left_out[:10]), " ..." if len(left_out) > 10 else ""),
         )
     split = screen.split.copy()
-    split[screen.perturbation.isin(few)] = "test"
+    split[screen.perturbation.isin(left_out)] = "test"
     return screen.with_split(split)
 
 

@@ -214,7 +214,7 @@ class Comparison:
             spread = [mean_distance(c, c) for c in controls]
 
         def measure(p: str) -> dict[str, object]:
-            out = {}
+            out: dict[str, object] = {}
             few = max(s.size[p] for s in sides) <= min(MAX_CELLS, MAX_CELLS_PCA)
             if full or few:
                 cells, n = self._dense(sides, p, MAX_CELLS)

@@ -72,12 +72,12 @@ def check_arguments(
 
 def gene_list(genes: Sequence[str], year: int) -> pd.Index:
     """Return the list as an index of distinct names; another length than the challenge's is only noted, as they do."""
-    genes = pd.Index(genes, dtype=str)
-    if not genes.is_unique:
-        raise ValueError(f"genes repeats {list(genes[genes.duplicated()][:3])}: a gene stands in the list once.")
-    if len(genes) != _N_GENES[year]:
-        logger.warning("genes has %d names; the list of %d had %d.", len(genes), year, _N_GENES[year])
-    return genes
+    names = pd.Index(genes, dtype=str)
+    if not names.is_unique:
+        raise ValueError(f"genes repeats {list(names[names.duplicated()][:3])}: a gene stands in the list once.")
+    if len(names) != _N_GENES[year]:
+        logger.warning("genes has %d names; the list of %d had %d.", len(names), year, _N_GENES[year])
+    return names
 
 
 def check_cells(name: str, adata: AnnData, layer: str | None) -> None:

@@ -54,7 +54,8 @@ def summarize(scores: pd.DataFrame) -> pd.DataFrame:
     # a metric without one row per perturbation holds for all of them
     out.insert(1, "n", by.count().unstack("source")["model"])
     out = out[out["value"].notna() | out["n"].notna()]
-    out["unclipped"] = [_score(m, *row, suite) for (_, m), row in zip(out.index, out[_ENDS].to_numpy(), strict=True)]
+    ends = out[_ENDS].to_numpy()
+    out["unclipped"] = [_score(m, x, b, r, suite) for (_, m), (x, b, r) in zip(out.index, ends, strict=True)]
     out["score"] = out["unclipped"] if suite == "vcc2026" else np.maximum(out["unclipped"], 0) + 0.0  # no -0
     out = out.reset_index()
     order = list(dict.fromkeys(scores["metric"]))

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Self
+from typing import Any, Self
 
 from virtualcell._errors import unknown_name
 
@@ -189,7 +189,7 @@ def _refuse_choice(name: str, value: object) -> None:
     raise ValueError(f"{name}={value!r} is unknown. Valid: {valid}. {_remedy(name)}")
 
 
-def _check_devices(devices: object) -> None:
+def _check_devices(devices: Any) -> None:
     def is_whole(value: object) -> bool:
         return isinstance(value, Integral) and not isinstance(value, bool)
 
