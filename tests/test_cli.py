@@ -31,6 +31,7 @@ CALLS = {
     "embed": vc.tl.embed,
     "evaluate": vc.tl.evaluate,
     "gene-embeddings": vc.pp.gene_embeddings,
+    "datasets": vc.datasets.load,
 }
 OWN = {"run", "debug", "overwrite", "output", "help"}
 
@@ -157,6 +158,19 @@ def test_gene_embeddings_do_as_the_function(tmp_path: Path) -> None:
     assert cli.main([*command, "--device", "cpu", "--output", str(tmp_path / "table.parquet")]) == 0
     expected = vc.pp.gene_embeddings(tmp_path / "proteins.fa", model=tmp_path / "esm2_tiny.pt", device="cpu")
     pd.testing.assert_frame_equal(vc.pp.read_gene_embeddings(tmp_path / "table.parquet"), expected, check_like=True)
+
+
+def test_datasets_are_listed_and_written(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(["datasets"]) == 0
+    listed = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert set(vc.datasets.available().index) | {"kang2018", "norman2019_mcfaline2024", "synthetic"} == set(listed)
+    assert listed["norman_2019"] == "CRISPRa of genes and pairs, K562"
+    assert cli.main(["datasets", "synthetic", "--output", str(tmp_path / "screen.h5ad")]) == 0
+    written, expected = ad.read_h5ad(tmp_path / "screen.h5ad"), vc.datasets.synthetic()
+    assert (written.X != expected.X).nnz == 0
+    assert written.obs["target_gene"].tolist() == expected.obs["target_gene"].tolist()
+    assert cli.main(["datasets", "norman_2091", "--output", str(tmp_path / "x.h5ad")]) == 2
+    assert "Did you mean 'norman_2019'" in one_sentence(capsys)
 
 
 def one_sentence(capsys: pytest.CaptureFixture) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import inspect
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 # What a wrong call, a wrong file or an optional package that is missing raises; anything else is a fault of ours, whose
 # traceback is shown.
 _EXPECTED = (KeyError, ValueError, TypeError, OSError, ImportError, FloatingPointError)
+_OWN_DATA = ("kang2018", "norman2019_mcfaline2024", "synthetic")  # beside those of `vc.datasets.load`
 _SCALES = ("counts", "log1p")
 
 
@@ -203,6 +205,16 @@ def _describe_gene_embeddings(one: argparse.ArgumentParser) -> None:
     _add_output(one, _files.TABLES, "genes x dimensions")
 
 
+def _describe_datasets(one: argparse.ArgumentParser) -> None:
+    one.add_argument("name", nargs="?", help="data set; without a name they are listed")
+    _add(one, *_DESIGN, *_BATCH)
+    one.add_argument("--layer", help="layer with raw counts, for a file that has them elsewhere")
+    one.add_argument("--folder", type=Path, help="where to keep the download; the user's cache folder by default")
+    one.add_argument(
+        "--output", "-o", type=Path, metavar="FILE", help="tidied cells: .h5ad; without it they are fetched"
+    )
+
+
 # -- commands ---------------------------------------------------------------------------------------------------------
 
 
@@ -271,10 +283,25 @@ def _gene_embeddings(given: dict[str, Any]) -> None:
     _files.write_table(vc.pp.gene_embeddings(given.pop("sequences"), **given).reset_index(), output)
 
 
+def _datasets(given: dict[str, Any]) -> None:
+    output, overwrite, name = given.pop("output", None), given.pop("overwrite"), given.pop("name", None)
+    if name is None:
+        own = {one: inspect.getdoc(getattr(vc.datasets, one)).partition("\n")[0] for one in _OWN_DATA}
+        listed = {**own, **vc.datasets.available()["what"]}
+        sys.stdout.writelines(f"{one:34}{what}\n" for one, what in listed.items())
+        return
+    if output is not None:
+        _files.require_free(output, overwrite=overwrite, suffixes=[".h5ad"])
+    adata = getattr(vc.datasets, name)(**given) if name in _OWN_DATA else vc.datasets.load(name, **given)
+    if output is not None:
+        _files.write_cells(adata, output)
+
+
 COMMANDS: dict[str, tuple[Callable, Callable, str]] = {
     "fit": (_fit, _describe_fit, "Fit SE and ST on a screen, and save the model."),
     "predict": (_predict, _describe_predict, "Predict the cells that perturbations would make of control cells."),
     "embed": (_embed, _describe_embed, "Embed cells with a trained SE."),
     "evaluate": (_evaluate, _describe_evaluate, "Score predicted cells against real ones."),
     "gene-embeddings": (_gene_embeddings, _describe_gene_embeddings, "Compute gene vectors of proteins by ESM-2."),
+    "datasets": (_datasets, _describe_datasets, "List public screens, or fetch one of them."),
 }
