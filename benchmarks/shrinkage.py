@@ -1,10 +1,11 @@
-"""What shrinkage makes of measured effects, by halves of cells: one half is shrunken, the other one says how near it is.
+"""What shrinkage makes of measured effects, by halves of cells: one is shrunken, the other one says how near it is.
 
     OMP_NUM_THREADS=1 python benchmarks/shrinkage.py --data ../shared/data --json benchmarks/results/shrinkage.json
 
 Training cells only: what the splits of `st.py` hold out has no part in it. Control cells are halved too. "raw": as
 measured; "each row alone": adaptive shrinkage of every effect by itself; "rows together": as the package does it, genes
-that move in other perturbations being believed more. Pearson delta, and squared and absolute error relative to no change.
+that move in other perturbations being believed more. Pearson delta, and squared and absolute error relative to no
+change.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from virtualcell.models._axes import leading_axes, single_genes
 from virtualcell.models._closed_forms import SimilarContexts, additive, similarity
 from virtualcell.models._effects import Effects, group_sums, named_pairs
 from virtualcell.models._features import PerturbationTable
+from virtualcell.models._mixture import Question
 from virtualcell.models._regression import FeatureFit, fit_features
 from virtualcell.models._scale import as_ratios, change_of_mean, slope_of_mean
 from virtualcell.models._shrinkage import shrink
@@ -179,7 +180,7 @@ class Transferred:
         """Names of the contexts and perturbations that were measured."""
         return named_pairs(self.contexts, self.perturbations, self.row_context, self.row_perturbation)
 
-    def question(self, perturbation: str, context: str, *, control: str) -> str:
+    def question(self, perturbation: str, context: str, *, control: str) -> Question:
         """Return what is asked: "cells" of a measured pair, new "contexts", or new "perturbations" and combinations."""
         names = known_parts(perturbation, control, self._code)  # B+A was measured where A+B was
         if len(names) != 1 or names[0] not in self._code:
