@@ -153,12 +153,12 @@ def test_replay_takes_a_part_of_the_cells_but_no_others(screen, tmp_path):
 
 
 def test_several_splits_live_side_by_side_and_spare_what_others_wrote(screen, tmp_path):
-    screen.uns["virtualcell"] = {"design": {"control": "non-targeting"}}
+    screen.uns["virtualcell"] = {"design": {"control": "NT", "layer": "counts"}}
     vc.pp.split(screen, **DESIGN, holdout={"contexts": ["K562"]}, key_added="zero")
     vc.pp.split(screen, **DESIGN, holdout={"fraction": 0.5}, key_added="cells")
     kinds = {k: m["kind"] for k, m in screen.uns["virtualcell"]["split_manifest"].items()}
     assert kinds == {"zero": "zero-shot", "cells": "random"}
-    assert screen.uns["virtualcell"]["design"] == {"control": "non-targeting"}
+    assert screen.uns["virtualcell"]["design"] == {**DESIGN, "layer": "counts"}  # noted for later calls
     with pytest.raises(UnknownNameError, match=r"split_key='zer' is unknown. Did you mean 'zero'\? Run `vc.pp.split`"):
         vc.pp.save_split(screen, tmp_path / "split.json", split_key="zer")
 

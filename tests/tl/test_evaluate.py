@@ -211,10 +211,10 @@ def test_counts_are_what_they_are_normalised_to(papalexi_halves, halves, full):
 
 
 def test_counts_of_both_sides_are_divided_by_the_same_totals(papalexi_halves, caplog):
-    observed = papalexi_halves[1]
-    predicted = perturbed(observed)
+    predicted, observed = perturbed(papalexi_halves[1]), papalexi_halves[1].copy()
     options = {**KEYS, "scale": "counts", "predicted_scale": "counts", "suite": ["mae"]}
     with_totals = vc.tl.evaluate(predicted, observed, **options, library_size_key="total_counts")
+    assert observed.uns.pop("virtualcell")["design"]["library_size_key"] == "total_counts"  # noted, see above
     np.testing.assert_allclose(with_totals["value"], 0, atol=1e-6)
     nameless = predicted.copy()
     del nameless.obs["total_counts"]
@@ -230,13 +230,49 @@ def test_counts_of_both_sides_are_divided_by_the_same_totals(papalexi_halves, ca
 
 def test_one_perturbation_cannot_be_told_apart(halves):
     predicted = halves[0][(halves[0].obs["target_gene"] == "STAT1").to_numpy()].copy()
-    scores = vc.tl.evaluate(predicted, halves[1], **KEYS, scale="log1p", baseline=predicted)
+    scores = vc.tl.evaluate(predicted, halves[1], **KEYS, scale="log1p", suite="vcc2025", baseline=predicted)
     told = scores["metric"].str.startswith("pdisc")
     assert told.any()
     assert scores.loc[told, "value"].isna().all()
     assert scores.loc[~told, "value"].notna().all()
     total = vc.tl.summarize(scores).set_index("metric").loc["challenge_score"]
     assert np.isnan(total["score"])
+
+
+def test_the_default_suite_begins_with_what_the_guide_recommends(halves):
+    scores = vc.tl.evaluate(*halves, **KEYS, scale="log1p")
+    metrics_of = list(dict.fromkeys(scores["metric"]))
+    assert metrics_of[:2] == ["pearson_delta", "mae"]
+    assert {"energy_distance", "variance_ratio", "discrimination_cosine"} <= set(metrics_of)
+    assert scores["value"].notna().all()
+
+
+def test_what_is_not_defined_has_no_ceiling_either(halves, no_effect):
+    options = {**KEYS, "scale": "log1p", "suite": ["de_spearman_n", "pearson_edistance", "mae"], "ceiling": True}
+    found = {}
+    for name, predicted in (("nothing", no_effect), ("half", halves[0])):
+        scores = vc.tl.evaluate(predicted, halves[1], **options)
+        scores = scores[scores["perturbation"] == "(all)"]
+        found[name] = scores.pivot(index="metric", columns="source", values="value").isna()
+    assert not found["half"].loc["pearson_edistance"].any()
+    assert found["nothing"].loc["de_spearman_n", "model"]
+    assert (found["nothing"]["model"] == found["nothing"]["ceiling"]).all()
+    assert not found["half"].loc["de_spearman_n", "ceiling"]
+
+
+def test_the_design_is_noted_for_later_calls(halves):
+    predicted, observed = (half.copy() for half in halves)
+    observed.uns.pop("virtualcell", None)
+    with pytest.raises(ValueError, match=r"perturbation_key and control must be given: no earlier call, such as"):
+        vc.tl.evaluate(predicted, observed, scale="log1p")
+    first = vc.tl.evaluate(predicted, observed, **KEYS, scale="log1p", suite=["mae"])
+    pd.testing.assert_frame_equal(vc.tl.evaluate(predicted, observed, suite=["mae"]), first)
+    part = observed[observed.obs["target_gene"].isin(["STAT1", CONTROL]).to_numpy()]
+    one = predicted[(predicted.obs["target_gene"] == "STAT1").to_numpy()]
+    part = ad.AnnData(part.X, obs=part.obs, var=part.var)[:]
+    vc.tl.evaluate(one, part, **KEYS, scale="log1p", suite=["mae"])
+    assert part.is_view  # it was not copied to be written to
+    assert not part.uns
 
 
 def test_a_baseline_must_have_been_scored_on_the_same_genes_and_cells(halves):
@@ -386,7 +422,8 @@ def test_calls_in_threads_leave_stderr_alone(halves, capfd):
 
 
 def test_errors_name_the_argument_and_the_remedy(halves, papalexi_log_halves, screen):
-    predicted, observed = halves
+    predicted, observed = (half.copy() for half in halves)
+    observed.uns.pop("virtualcell", None)
     stated = {**KEYS, "scale": "log1p"}
     with pytest.raises(ValueError, match="scale must be given"):
         vc.tl.evaluate(predicted, observed, **KEYS)

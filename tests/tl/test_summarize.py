@@ -101,18 +101,8 @@ def test_a_challenge_score_needs_all_its_metrics(two_contexts):
 def test_without_a_baseline_there_are_means_alone():
     table = vc.tl.summarize(scores({("model", "x", "mae"): [0.3, 0.5]}))
     assert list(table["metric"]) == ["mae"]
-    assert table["score"].isna().all()
-    assert list(table) == [
-        "context",
-        "metric",
-        "value",
-        "n",
-        "baseline",
-        "ceiling",
-        "ceiling_corrected",
-        "score",
-        "unclipped",
-    ]
+    assert list(table) == ["context", "metric", "value", "n"]  # no column that holds nothing
+    assert "note" not in table.attrs
 
 
 def test_what_is_not_defined_is_left_out_of_means_and_counts():
@@ -123,7 +113,40 @@ def test_what_is_not_defined_is_left_out_of_means_and_counts():
 
 def test_a_perfect_baseline_leaves_no_score():
     rows = {("model", "x", "mae"): [0.3], ("baseline", "x", "mae"): [0.0]}
-    assert np.isnan(vc.tl.summarize(scores(rows, "full"))["score"]).all()
+    assert list(vc.tl.summarize(scores(rows, "full"))) == ["context", "metric", "value", "n", "baseline"]
+
+
+def test_what_is_better_than_a_ceiling_is_explained():
+    rows = {}
+    for metric, (value, halves, corrected) in {
+        "mae": (0.2, 0.3, 0.15),  # an error between the two
+        "mse": (0.1, 0.3, 0.15),
+        "mae_delta": (0.4, 0.3, 0.15),
+        "pearson_delta": (0.8, 0.7, 0.9),
+        "discrimination_l1": (0.95, 0.7, 0.9),
+        "top50_overlap": (0.6, 0.7, np.nan),
+        "de_n_predicted": (9, 3, np.nan),  # neither more nor less is better
+        "discrimination_cosine": (np.nan, np.nan, np.nan),
+    }.items():
+        for source, x in (("model", value), ("ceiling", halves), ("corrected ceiling", corrected)):
+            rows[source, "x", metric] = [x]
+    table = vc.tl.summarize(scores(rows, "full"))
+    notes = table.set_index("metric")["note"]
+    halves, estimate = "better than halves, which are noisier", "better than the corrected ceiling, an estimate"
+    assert notes.to_dict() == {
+        "mae": halves,
+        "mse": estimate,
+        "mae_delta": "",
+        "pearson_delta": halves,
+        "discrimination_l1": estimate,
+        "top50_overlap": "",
+        "de_n_predicted": "",
+        "discrimination_cosine": "not defined",
+    }
+    for told in ("half of the real cells against the other", "corrected ceiling is an estimate", "not defined where"):
+        assert told in table.attrs["note"]
+    html = table._repr_html_()
+    assert all(note in html for note in set(notes))  # a notebook shows them in full
 
 
 def test_other_tables_are_refused():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Literal
 
@@ -83,22 +84,33 @@ class Design:
 
     @classmethod
     def from_data(cls, data: AnnData | MuData, *, modality: str = "rna", **stated: object) -> Design:
-        """Take what the caller stated, and the rest from what `fit_state` noted in `uns["virtualcell"]`."""
+        """Take what the caller stated, and the rest from what earlier calls noted in `uns["virtualcell"]`."""
         stated = {k: v for k, v in stated.items() if v is not None}
         noted = noted_design(data, modality)
         found = {f.name: noted[f.name] for f in fields(cls) if f.name in noted} | stated
         missing = [k for k in ("perturbation_key", "control") if k not in found]
         if missing:
             raise ValueError(
-                f"{' and '.join(missing)} must be given: this data holds no design of `vc.tl.fit_state` "
-                f"in uns[{_keys.UNS!r}] to take it from."
+                f"{' and '.join(missing)} must be given: no earlier call, such as `vc.pp.split` or `vc.tl.fit_state`, "
+                f"has noted a design in uns[{_keys.UNS!r}] of this data to take it from."
             )
         return cls(**found)
 
 
 def noted_design(data: AnnData | MuData, modality: str = "rna") -> dict:
-    """Return what `fit_state` noted in `uns["virtualcell"]`, empty where it did not run."""
+    """Return what earlier calls noted in `uns["virtualcell"]`, empty where there were none."""
     return expression_modality(data, modality).uns.get(_keys.UNS, {}).get("design", {})
+
+
+def note_design(data: AnnData | MuData, found: Mapping[str, object], modality: str = "rna") -> None:
+    """Note columns and scale in `uns["virtualcell"]`, so that nobody has to state them again; the latest counts.
+
+    What was noted before and is not found anew stays. A view is left as it is: writing to it would copy the data.
+    """
+    adata = expression_modality(data, modality)
+    if not adata.is_view:
+        found = {k: v for k, v in found.items() if v is not None}
+        adata.uns[_keys.UNS] = {**adata.uns.get(_keys.UNS, {}), "design": {**noted_design(adata), **found}}
 
 
 def check_scale(scale: str, argument: str = "scale") -> None:

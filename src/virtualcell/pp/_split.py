@@ -16,6 +16,7 @@ from mudata import MuData
 from virtualcell import _keys
 from virtualcell._errors import unknown_name
 from virtualcell._keys import SPLITS
+from virtualcell.data._design import note_design
 from virtualcell.data._labels import expression_modality, parts, read_labels
 
 logger = logging.getLogger(__name__)
@@ -87,7 +88,8 @@ def split(
     -------
     Nothing. Written are `obs[key_added]` (categorical: train, val, test) and
     `uns["virtualcell"]["split_manifest"][key_added]`: the kind, the arguments, the names held out, and the `groups`, a
-    table of `context`, `perturbation`, `split` and `n_cells`. Save it with :func:`save_split`.
+    table of `context`, `perturbation`, `split` and `n_cells`. Save it with :func:`save_split`. The columns are noted
+    for later calls in `uns["virtualcell"]["design"]`.
 
     Raises
     ------
@@ -293,6 +295,7 @@ def _write(
     ours = expression.uns.get(_keys.UNS, {})
     manifests = {**ours.get(_keys.SPLIT_MANIFEST, {}), key: manifest | {"groups": groups.reset_index(name="n_cells")}}
     expression.uns[_keys.UNS] = {**ours, _keys.SPLIT_MANIFEST: manifests}
+    note_design(adata, {k: manifest.get(k) for k in ("perturbation_key", "control", "context_key")}, modality)
 
 
 def _report(cells: pd.DataFrame, assigned: pd.Series, manifest: dict) -> None:

@@ -37,6 +37,8 @@ class Sizes:
 def ceilings(cells: Cells, context: str, kept: dict, *, own_control: bool, n_predicted: dict[str, int]) -> pd.DataFrame:
     """Score halves of real cells against each other, the mean over five splits, and correct that for the halves.
 
+    Splits in which a metric is not defined are left out of its mean.
+
     Parameters
     ----------
     cells
@@ -71,7 +73,8 @@ def ceilings(cells: Cells, context: str, kept: dict, *, own_control: bool, n_pre
             halves[0][p], halves[1][p] = shuffled[:middle], shuffled[middle : 2 * middle]
         comparison = Comparison(*(cells.take(h) for h in halves), **{**kept, "perturbations": split})
         runs.append(score_rows(comparison, CEILING, context))
-    raw = runs[0].assign(value=sum(run["value"].to_numpy() for run in runs) / _N_SPLITS)
+    values = np.ma.masked_invalid([run["value"].to_numpy() for run in runs])  # halves may have no significant gene
+    raw = runs[0].assign(value=values.mean(axis=0).filled(np.nan))
     whole = np.array([len(rows[p]) for p in split])
     sizes = Sizes(whole, whole // 2, np.array([n_predicted[p] for p in split]))
     return pd.concat([raw, _corrected(raw, sizes)], ignore_index=True)

@@ -14,8 +14,8 @@ from joblib import Parallel, delayed
 from mudata import MuData
 
 from virtualcell._threads import count_threads
-from virtualcell.data._design import Design, Scale, check_library_sizes, check_scale, noted_design
-from virtualcell.tl._ceiling import ceilings
+from virtualcell.data._design import Design, Scale, check_library_sizes, check_scale, note_design, noted_design
+from virtualcell.tl._ceiling import CEILING, CORRECTED_CEILING, ceilings
 from virtualcell.tl._evaluate_checks import (
     COLUMNS,
     Suite,
@@ -35,7 +35,7 @@ def evaluate(
     perturbation_key: str | None = None,
     control: str | None = None,
     context_key: str | None = None,
-    suite: Suite | Sequence[str] = "vcc2025",
+    suite: Suite | Sequence[str] = "standard",
     scale: Scale | None = None,
     predicted_scale: Scale = "log1p",
     layer: str | None = None,
@@ -66,12 +66,13 @@ def evaluate(
     control
         Label that control cells have.
     suite
-        "vcc2025", the three metrics of the Virtual Cell Challenge 2025 and discrimination by cosine; "vcc2026", that of
-        2026 by its official scorer (`pip install "virtualcell[eval]"`), on raw counts; "full"; or names of metrics.
+        "standard", the metrics that the page "Evaluation" recommends, Pearson delta and MAE first; "full", all of them;
+        "vcc2025", the three metrics of the Virtual Cell Challenge 2025 and discrimination by cosine; "vcc2026", those
+        of 2026 by its official scorer (`pip install "virtualcell[eval]"`), on raw counts; or names of metrics.
     scale
         Scale of `observed`: "counts" or "log1p" (of counts per 10,000); it is never guessed, and checked. It, the
-        columns, `control`, `layer` and `library_size_key` are by default as :func:`virtualcell.tl.fit_state` noted them
-        in `observed.uns`.
+        columns, `control`, `layer` and `library_size_key` are by default as earlier calls noted them in `observed.uns`,
+        and are noted there for later ones, such as plots.
     predicted_scale
         Scale of `predicted`, whose expression is in its `X`.
     layer, library_size_key
@@ -101,10 +102,10 @@ def evaluate(
     Returns
     -------
     One row per `source` ("model", "baseline", "ceiling", "corrected ceiling"), `context`, `perturbation` and `metric`,
-    with its `value`; raw values, NaN where a metric is not defined. Metrics without a correction have no row of the
-    corrected ceiling. Metrics that have one value for all perturbations have the perturbation
-    "(all)", as has the context without `context_key`. What was scored and how is in `.attrs`. For means and challenge
-    scores, see :func:`virtualcell.tl.summarize`.
+    with its `value`; raw values, NaN where a metric is not defined, of the model and of its ceilings alike. Metrics
+    without a correction have no row of the corrected ceiling. Metrics that have one value for all perturbations have
+    the perturbation "(all)", as has the context without `context_key`. What was scored and how is in `.attrs`. For means
+    and challenge scores, see :func:`virtualcell.tl.summarize`.
 
     Raises
     ------
@@ -136,8 +137,9 @@ def evaluate(
 
         parts = score(task, generic=isinstance(baseline, str))
     else:
-        parts = _score(task, names)
+        parts = [_defined_alike(pd.concat(_score(task, names), ignore_index=True))]
     counted = task.counted()
+    note_design(observed, design.to_uns(), modality)
     if isinstance(baseline, pd.DataFrame):
         parts.append(scored_before(baseline, parts, counted))
     scores = pd.concat(parts, ignore_index=True)[COLUMNS]
@@ -164,6 +166,14 @@ def _design(observed: AnnData | MuData, modality: str, stated: dict) -> Design:
     design = Design.from_data(observed, modality=modality, **stated)
     check_library_sizes(design.scale, stated["library_size_key"])
     return replace(design.plain(), gene_key=design.gene_key, target_sum=1e4)
+
+
+def _defined_alike(scores: pd.DataFrame) -> pd.DataFrame:
+    """Return scores without ceilings of what is not defined of the model: their means are then of the same cells."""
+    of = pd.MultiIndex.from_frame(scores[["context", "perturbation", "metric"]])
+    undefined = of[(scores["source"] == "model") & scores["value"].isna()]
+    is_ceiling = scores["source"].isin([CEILING, CORRECTED_CEILING])
+    return scores.assign(value=scores["value"].mask(is_ceiling & of.isin(undefined)))
 
 
 def _score(task: Task, metrics: Sequence[str]) -> list[pd.DataFrame]:

@@ -21,7 +21,7 @@ from virtualcell.tl._scores import METRICS, SUITES
 
 logger = logging.getLogger(__name__)
 
-Suite = Literal["vcc2025", "vcc2026", "full"]
+Suite = Literal["standard", "vcc2025", "vcc2026", "full"]
 
 COLUMNS = ["source", "context", "perturbation", "metric", "value"]
 SIDES = {"model": "predicted", "baseline": "baseline", "observed": "observed"}  # names of the arguments

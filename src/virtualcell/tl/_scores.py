@@ -361,6 +361,16 @@ METRICS: dict[str, Metric] = {
 }
 
 SUITES: dict[str, list[str]] = {
+    # direction, size, whole populations, their spread, telling perturbations apart, and genes that change
+    "standard": [
+        "pearson_delta",
+        "mae",
+        "energy_distance",
+        "variance_ratio",
+        "discrimination_cosine",
+        "top50_overlap",
+        "de_overlap",
+    ],
     "vcc2025": ["pdisc_norm_l1", "pdisc_norm_cosine", "de_overlap", "mae"],
     "full": list(METRICS),
 }

@@ -33,9 +33,11 @@ def summarize(scores: pd.DataFrame) -> pd.DataFrame:
     -------
     One row per `context` and `metric`: `value`, the mean over perturbations where the metric is defined, `n` how many
     these are, `baseline` and `ceiling` likewise, `ceiling_corrected` (the ceiling corrected for having half of the
-    cells, NaN where there is no correction), `score` and `unclipped`. Rows of the context "(all)" are means over
-    contexts, each of the same weight. The challenges add the metric "challenge_score", the mean of the scores of the
-    metrics that they average, where there is a baseline.
+    cells, NaN where there is no correction), `score` and `unclipped`, and `note`. Columns that would hold nothing are
+    left out. A note says where a metric is not defined, and where a value is better than a ceiling: halves of the cells
+    are noisier than a prediction of their mean, which may well have a lower error; `.attrs["note"]` says so at length.
+    Rows of the context "(all)" are means over contexts, each of the same weight. The challenges add the metric
+    "challenge_score", the mean of the scores of the metrics that they average, where there is a baseline.
 
     Raises
     ------
@@ -83,12 +85,38 @@ def summarize(scores: pd.DataFrame) -> pd.DataFrame:
     )
     out = out.sort_values(keys).astype(dict.fromkeys(keys, object)).reset_index(drop=True)
     out["n"] = out["n"].fillna(0).astype(int)
-    out = out[[*keys, "value", "n", "baseline", "ceiling", "ceiling_corrected", "score", "unclipped"]]
-    out.attrs = dict(scores.attrs)
+    out["note"] = [_note(*row, suite) for row in out[["metric", *_NOTED]].itertuples(index=False)]
+    out = out[[*keys, "value", "n", *_MAY_LACK]].replace({"note": {"": None}})
+    out = out.drop(columns=[name for name in _MAY_LACK if out[name].isna().all()])
+    if "note" in out:
+        out["note"] = out["note"].fillna("")
+    noted = [text for short, text in _NOTES.items() if short in set(out.get("note", []))]
+    out.columns.name = None
+    out.attrs = dict(scores.attrs) | ({"note": " ".join(noted)} if noted else {})
     return out
 
 
 _ENDS = ["value", "baseline", "ceiling"]
+_NOTED = ["value", "ceiling", "ceiling_corrected"]
+_MAY_LACK = ["baseline", "ceiling", "ceiling_corrected", "score", "unclipped", "note"]
+_UNDEFINED, _BEYOND, _FAR_BEYOND = (
+    "not defined",
+    "better than halves, which are noisier",
+    "better than the corrected ceiling, an estimate",
+)
+# What a row says, no longer than a notebook shows of a text, and what the table says of it.
+_NOTES = {
+    _UNDEFINED: "A metric is not defined where, for instance, there is one perturbation and nothing to tell it from.",
+    _BEYOND: (
+        "The ceiling is one half of the real cells against the other, both with the noise of half of the cells; a "
+        "prediction of the mean has less, and can be better than that. `ceiling_corrected`, where there is one, is "
+        "what the truth would score."
+    ),
+    _FAR_BEYOND: (
+        "The corrected ceiling is an estimate of what the truth would score, and the same cells tell whether it was "
+        "reached: a little beyond it is chance, far beyond it a sign that the prediction has seen these cells."
+    ),
+}
 _NUMBERS = [*_ENDS, "ceiling_corrected", "score", "unclipped"]
 
 
@@ -113,6 +141,17 @@ def _score(metric: str, x: float, b: float, r: float, suite: object) -> float:
     if best is None or b == best:  # nothing is better than this baseline
         return float("nan")
     return (x - b) / (best - b)
+
+
+def _note(metric: str, x: float, ceiling: float, corrected: float, suite: object) -> str:
+    """Say what a reader would wonder about; nothing about the official ceiling, which is part of a score."""
+    if np.isnan(x) and metric != CHALLENGE:
+        return _UNDEFINED
+    best = METRICS[metric].best if metric in METRICS and suite != "vcc2026" else None
+    if best is None:
+        return ""
+    is_better = [x > r if best == 1 else x < r for r in (ceiling, corrected)]  # False for NaN
+    return _FAR_BEYOND if is_better[1] else _BEYOND if is_better[0] else ""
 
 
 def _mean_of_all(values: pd.Series) -> float:
