@@ -104,8 +104,8 @@ def evaluate(
     One row per `source` ("model", "baseline", "ceiling", "corrected ceiling"), `context`, `perturbation` and `metric`,
     with its `value`; raw values, NaN where a metric is not defined, of the model and of its ceilings alike. Metrics
     without a correction have no row of the corrected ceiling. Metrics that have one value for all perturbations have
-    the perturbation "(all)", as has the context without `context_key`. What was scored and how is in `.attrs`. For means
-    and challenge scores, see :func:`virtualcell.tl.summarize`.
+    the perturbation "(all)", as has the context without `context_key`. What was scored and how is in `.attrs`. For
+    means and challenge scores, see :func:`virtualcell.tl.summarize`.
 
     Raises
     ------
