@@ -182,7 +182,7 @@ def _describe_evaluate(one: argparse.ArgumentParser) -> None:
     one.add_argument("predicted", type=Path, help="predicted cells: .h5ad, .h5mu or .zarr")
     one.add_argument("observed", type=Path, help="real cells, perturbed and control")
     _add(one, *_DESIGN)
-    one.add_argument("--suite", type=_suite, metavar="NAME[,NAME]", help="vcc2025, vcc2026, full, or metrics")
+    one.add_argument("--suite", type=_suite, metavar="NAME[,NAME]", help="standard, vcc2025, vcc2026, full, or metrics")
     _add(one, *_MATRIX, *_LIBRARY)
     one.add_argument("--predicted-scale", choices=_SCALES, help="scale of the predicted cells, log1p by default")
     one.add_argument("--genes", nargs="+", metavar="GENE", help="genes to score; by default both sides have the same")
@@ -274,7 +274,10 @@ def _evaluate(given: dict[str, Any]) -> None:
         given["baseline"] = _files.read_cells(Path(given["baseline"]))
     scores = vc.tl.evaluate(predicted, observed, **given)
     _files.write_table(scores, output)
-    sys.stdout.write(vc.tl.summarize(scores).to_string(index=False) + "\n")
+    summary = vc.tl.summarize(scores)
+    sys.stdout.write(summary.to_string(index=False) + "\n")
+    if note := summary.attrs.get("note"):
+        sys.stdout.write(f"\n{note}\n")
 
 
 def _gene_embeddings(given: dict[str, Any]) -> None:

@@ -85,7 +85,8 @@ def summarize(scores: pd.DataFrame) -> pd.DataFrame:
     )
     out = out.sort_values(keys).astype(dict.fromkeys(keys, object)).reset_index(drop=True)
     out["n"] = out["n"].fillna(0).astype(int)
-    out["note"] = [_note(*row, suite) for row in out[["metric", *_NOTED]].itertuples(index=False)]
+    rows = out[["metric", *_NOTED]].itertuples(index=False)
+    out["note"] = [_note(metric, x, ceiling, corrected, suite) for metric, x, ceiling, corrected in rows]
     out = out[[*keys, "value", "n", *_MAY_LACK]].replace({"note": {"": None}})
     out = out.drop(columns=[name for name in _MAY_LACK if out[name].isna().all()])
     if "note" in out:
