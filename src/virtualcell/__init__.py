@@ -9,24 +9,27 @@ from __future__ import annotations
 
 import importlib
 from importlib.metadata import PackageNotFoundError, version
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from virtualcell import datasets, io, metrics, models, pl, pp, tl
+    from virtualcell._settings import settings
 
 try:
     __version__ = version("virtualcell")
 except PackageNotFoundError:  # a checkout on the path of a machine that has torch alone
     __version__ = "unknown"
 
-__all__ = ["datasets", "io", "metrics", "models", "pl", "pp", "tl"]
+_MODULES = ["datasets", "io", "metrics", "models", "pl", "pp", "tl"]
+__all__ = [*_MODULES, "settings"]
 
 
-def __getattr__(name: str) -> ModuleType:
+def __getattr__(name: str) -> object:
     # torch, scvi-tools and Lightning take seconds to import: everything is loaded when it is first touched
-    if name in __all__:
+    if name in _MODULES:
         return importlib.import_module(f"{__name__}.{name}")
+    if name == "settings":
+        return importlib.import_module(f"{__name__}._settings").settings
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -281,7 +281,7 @@ def test_nothing_is_printed_or_written_but_two_lines(
 
 def test_progress_bar_shows_name_steps_and_loss(capfd: pytest.CaptureFixture) -> None:
     train(Network(), progress_bar=True, max_steps=40)
-    assert "ST: step 40 of 40, loss " in capfd.readouterr().err
+    assert "ST, step 40 of 40, loss " in capfd.readouterr().err
 
 
 def test_interrupted_training_ends_as_python_does() -> None:

@@ -1,4 +1,4 @@
-"""Files from the internet, fetched once into the user's cache folder."""
+"""Files from the internet, fetched once into the cache folder."""
 
 from __future__ import annotations
 
@@ -13,12 +13,9 @@ from mudata import MuData
 from pooch.utils import unique_file_name
 from requests.exceptions import RequestException
 
+from virtualcell._settings import settings
+
 _READERS = {".h5ad": ad.read_h5ad, ".h5mu": md.read_h5mu}
-
-
-def cache_folder() -> Path:
-    """Return the folder that downloads are kept in."""
-    return Path(pooch.os_cache("virtualcell"))
 
 
 def fetch(url: str, *, known_hash: str | None, folder: str | Path | None = None) -> AnnData | MuData:
@@ -32,7 +29,7 @@ def fetch(url: str, *, known_hash: str | None, folder: str | Path | None = None)
         Checksum such as "sha256:..."; a file that differs is refused. None accepts any file, and pooch logs the
         checksum that it found.
     folder
-        Where to keep the file; the user's cache folder by default.
+        Where to keep the file; `vc.settings.cache_dir` by default.
 
     Raises
     ------
@@ -55,10 +52,10 @@ def read(path: Path) -> AnnData | MuData:
 
 def retrieve(url: str, *, name: str, known_hash: str | None, folder: str | Path | None = None) -> Path:
     """Return the path of a file under `name` in `folder`, downloaded unless one with that checksum is there."""
-    folder = cache_folder() if folder is None else Path(folder)
+    folder = settings.cache_dir if folder is None else Path(folder)
     there = (folder / name).exists()
     try:
-        return Path(pooch.retrieve(url, known_hash=known_hash, fname=name, path=folder, progressbar=True))
+        return Path(pooch.retrieve(url, known_hash=known_hash, fname=name, path=folder, progressbar=settings.progress))
     except RequestException as error:
         other = " The file of that name that is there now has another checksum." if there else ""
         raise ConnectionError(
@@ -72,7 +69,7 @@ def retrieve_unpinned(url: str, *, name: str, folder: str | Path | None = None) 
 
     A file that was damaged since is downloaded again; one that the server has replaced is refused.
     """
-    folder = cache_folder() if folder is None else Path(folder)
+    folder = settings.cache_dir if folder is None else Path(folder)
     note = folder / f"{name}.sha256"
     if not note.exists():
         path = retrieve(url, name=name, known_hash=None, folder=folder)

@@ -9,6 +9,8 @@ import pandas as pd
 from anndata import AnnData
 from scipy import sparse
 
+from virtualcell._settings import seed_of
+
 # Standard deviations on the natural-log scale of a rate.
 _GENE_SPREAD = 1.3  # of genes within a profile
 _CONTEXT_SPREAD = 0.8  # of a gene between contexts, through the programmes
@@ -33,7 +35,7 @@ def synthetic(
     dispersion: float = 0.1,
     library_size: float = 2000,
     control: str = "non-targeting",
-    seed: int = 0,
+    seed: int | None = None,
 ) -> AnnData:
     r"""Draw a CRISPRi screen in several cell types, with raw counts and a known truth.
 
@@ -67,7 +69,7 @@ def synthetic(
     control
         Label of the control cells.
     seed
-        Seed of everything drawn.
+        Seed of everything drawn; by default `vc.settings.seed`.
 
     Returns
     -------
@@ -90,7 +92,7 @@ def synthetic(
     ):
         if value <= 0:
             raise ValueError(f"{argument}={value} must be more than 0.")
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed_of(seed))
     truth = _draw_truth(
         rng, (n_contexts, n_perturbations, n_genes, n_programmes), effect_size, context_specificity, residual_expression
     )

@@ -14,6 +14,7 @@ from anndata import AnnData
 from mudata import MuData
 from scvi.model.base import BaseModelClass
 
+from virtualcell._settings import seed_of
 from virtualcell.data._design import Scale
 from virtualcell.data._labels import expression_modality
 from virtualcell.data._screen import Screen
@@ -298,7 +299,7 @@ class PerturbationModel(BaseModelClass):
         *,
         context: str | None = None,
         n_cells: int | None = None,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> pd.DataFrame:
         """Predict perturbed cells from control cells.
 
@@ -316,7 +317,8 @@ class PerturbationModel(BaseModelClass):
             Number of predicted cells per context, drawn without replacement where there are enough controls; by
             default every control cell gives one.
         seed
-            Seed of the draw and of how control cells fall into sets. The order of cells in `adata` does not matter.
+            Seed of the draw and of how control cells fall into sets; by default `vc.settings.seed`. The order of cells
+            in `adata` does not matter.
 
         Returns
         -------
@@ -334,7 +336,7 @@ class PerturbationModel(BaseModelClass):
         model = self if adata is None else self.on_genes(expression_modality(adata, self.modality).var_names)
         frames = []
         for start in starts(model._screen(adata), context):
-            rows, predicted = model.predict_from(start, perturbation, n_cells=n_cells, seed=seed)
+            rows, predicted = model.predict_from(start, perturbation, n_cells=n_cells, seed=seed_of(seed))
             frames.append(pd.DataFrame(predicted, index=start.names[rows], columns=model.genes))
         return pd.concat(frames)
 
@@ -345,7 +347,7 @@ class PerturbationModel(BaseModelClass):
         *,
         context: str | None = None,
         n_samples: int = 20,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> pd.DataFrame:
         """Estimate the standard error of the predicted mean of each gene: from draws of cells and disagreement.
 
@@ -369,7 +371,7 @@ class PerturbationModel(BaseModelClass):
             raise ValueError(f"n_samples={n_samples!r}: at least 2 draws are needed for a standard error.")
         self._check_ready(perturbation)
         errors = {
-            start.context: self.error_from(start, perturbation, n_samples=n_samples, seed=seed)
+            start.context: self.error_from(start, perturbation, n_samples=n_samples, seed=seed_of(seed))
             for start in starts(self._screen(adata), context)
         }
         return pd.DataFrame.from_dict(errors, orient="index", columns=self.genes)

@@ -237,7 +237,9 @@ class SE(BaseModelClass):
         source = training_source(self)
         dataset = source.dataset_codes(self.setup["dataset_key"], self.datasets)
         training, validation = batches(read_cells(self, source), dataset, self.n_targets, options)
-        self.history_ = fit(self.module, se_loss, training, options, validation=validation, name="SE")
+        self.history_ = fit(
+            self.module, se_loss, training, options, validation=validation, name="SE", title="SE: cell embedding"
+        )
         self.is_trained_ = True
         put_on(self, options.accelerator)
 

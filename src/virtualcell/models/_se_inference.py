@@ -14,6 +14,7 @@ from mudata import MuData
 from torch import Tensor
 
 from virtualcell._errors import unknown_name
+from virtualcell._threads import own_threads
 from virtualcell.data._labels import expression_modality
 from virtualcell.models._se_data import Cells
 from virtualcell.modules import SENetwork
@@ -31,6 +32,7 @@ def check_precision(precision: str) -> None:
         raise unknown_name("precision", precision, ("auto", "float32", "bf16"))
 
 
+@own_threads()
 @torch.inference_mode()
 def embed(network: SENetwork, cells: Cells, *, batch_size: int, precision: Precision) -> np.ndarray:
     """Return cell and dataset embedding side by side, (n_cells, n_output + n_dataset)."""

@@ -236,7 +236,9 @@ class ST(PerturbationModel):
         loss = partial(
             st_loss, kind=options.loss, mean_weight=options.mean_weight, contrast_weight=options.contrast_weight
         )
-        self.history_ = fit(self.module, loss, training, options, validation=validation, name="ST")
+        self.history_ = fit(
+            self.module, loss, training, options, validation=validation, name="ST", title="ST: effects of perturbations"
+        )
         self.is_trained_, self.n_steps = True, options.max_steps
         put_on(self, options.accelerator)
         shown = range(0, options.max_steps, max(1, options.max_steps // _WEIGHING_STEPS))

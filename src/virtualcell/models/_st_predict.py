@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from virtualcell._keys import AGREEMENT, ALL, EXTRAPOLATION
+from virtualcell._threads import own_threads
 from virtualcell.data._expression import MOST_EXPRESSION
 from virtualcell.models._base import PerturbationModel
 from virtualcell.models._common import require_finite
@@ -112,6 +113,7 @@ def predict_embedding(
     return predicted
 
 
+@own_threads()
 @torch.inference_mode()
 def predict_cells(
     model: ST, cells: np.ndarray, perturbation: str, *, context: str, base: np.ndarray, batch: np.ndarray | None = None
@@ -131,6 +133,7 @@ def predict_cells(
     return np.minimum(predicted, MOST_EXPRESSION)
 
 
+@own_threads()
 @torch.inference_mode()
 def predict_parts(
     model: ST, cells: np.ndarray, perturbation: str, *, context: str, base: np.ndarray, batch: np.ndarray | None = None

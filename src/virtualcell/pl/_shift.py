@@ -10,6 +10,7 @@ from mudata import MuData
 from scipy import sparse
 from sklearn.decomposition import PCA
 
+from virtualcell._settings import seed_of
 from virtualcell.data._design import Scale
 from virtualcell.data._screen import Screen
 from virtualcell.pl._common import (
@@ -38,7 +39,7 @@ def perturbation_shift(
     layer: str | None = None,
     scale: Scale | None = None,
     library_size_key: str | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     ax: Axes | None = None,
 ) -> Axes:
     """Draw control, perturbed and predicted cells in the plane of two principal components.
@@ -66,7 +67,8 @@ def perturbation_shift(
     perturbation_key, control, context_key, layer, scale, library_size_key
         As in :func:`virtualcell.tl.fit_state`; as it noted them in `uns["virtualcell"]` unless stated.
     seed
-        Starts the decomposition and orders the points, so that no group covers the others.
+        Starts the decomposition and orders the points, so that no group covers the others; by default
+        `vc.settings.seed`.
     ax
         Axes to draw in; a new figure by default.
 
@@ -103,7 +105,7 @@ def perturbation_shift(
             "less one."
         )
     expression = observed.expression.rows()
-    pca = PCA(rank, svd_solver="arpack", random_state=seed).fit(expression)
+    pca = PCA(rank, svd_solver="arpack", random_state=seed_of(seed)).fit(expression)
     share = pca.explained_variance_ratio_
 
     def project(expression: np.ndarray | sparse.csr_matrix) -> np.ndarray:
@@ -120,7 +122,7 @@ def perturbation_shift(
         (f"predicted ({guess.n_cells:,})", PREDICTED, project(guess.expression.rows().toarray())),
     ]
     ax = axes_or_new(ax, figsize=(5.5, 4.8))
-    _scatter(ax, groups, seed)
+    _scatter(ax, groups, seed_of(seed))
 
     tips, starts = [], []
     for where in contexts:

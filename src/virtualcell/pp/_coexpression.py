@@ -12,6 +12,7 @@ from mudata import MuData
 from scipy import sparse
 from scipy.linalg import lu
 
+from virtualcell._settings import seed_of
 from virtualcell.data._design import Scale
 from virtualcell.data._expression import Expression
 from virtualcell.data._screen import read_expression
@@ -31,7 +32,7 @@ def expression_gene_embeddings(
     scale: Scale = "counts",
     library_size_key: str | None = None,
     modality: str = "rna",
-    seed: int = 0,
+    seed: int | None = None,
 ) -> pd.DataFrame:
     r"""Give each gene a vector from its co-expression with all others, without anything but the data.
 
@@ -53,7 +54,7 @@ def expression_gene_embeddings(
     modality
         Modality with gene expression, of a MuData.
     seed
-        Of the start of the subspace iteration.
+        Seed of the start of the subspace iteration; by default `vc.settings.seed`.
 
     Returns
     -------
@@ -68,7 +69,7 @@ def expression_gene_embeddings(
         If the values are not on the stated scale, gene names repeat, or fewer than two genes vary.
     """
     expression = read_expression(adata, modality=modality, layer=layer, scale=scale, library_size_key=library_size_key)
-    return coexpression_vectors(expression, n_comps=n_comps, seed=seed)
+    return coexpression_vectors(expression, n_comps=n_comps, seed=seed_of(seed))
 
 
 def coexpression_vectors(expression: Expression, *, n_comps: int | None = None, seed: int = 0) -> pd.DataFrame:

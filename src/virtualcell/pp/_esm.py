@@ -20,9 +20,11 @@ import pandas as pd
 import torch
 from safetensors import safe_open
 from safetensors.numpy import save_file
-from tqdm.auto import tqdm
 
 from virtualcell._errors import unknown_name
+from virtualcell._progress import tqdm
+from virtualcell._settings import settings
+from virtualcell._threads import own_threads
 from virtualcell.pp._fasta import isoforms_of_genes
 
 logger = logging.getLogger(__name__)
@@ -38,6 +40,7 @@ MODELS = (
 _WEIGHTS = "https://dl.fbaipublicfiles.com/fair-esm/models/{}.pt"
 
 
+@own_threads()
 def gene_embeddings(
     sequences: str | Path | Mapping[str, str | Sequence[str]],
     *,
@@ -46,7 +49,7 @@ def gene_embeddings(
     residues_per_batch: int = 16_384,
     cache: str | Path | None = None,
     device: str = "auto",
-    progress_bar: bool = True,
+    progress_bar: bool | None = None,
 ) -> pd.DataFrame:
     """Give each gene a vector from the sequences of its proteins, through ESM-2 (Lin et al. 2023).
 
@@ -74,7 +77,7 @@ def gene_embeddings(
     device
         `"auto"` for a GPU where there is one, or a torch device such as `"cpu"` or `"cuda:1"`.
     progress_bar
-        Show progress, in residues.
+        Whether a bar shows progress, in residues; by default what `vc.settings.progress` says.
 
     Returns
     -------
@@ -91,6 +94,7 @@ def gene_embeddings(
     """
     if max_length < 1 or residues_per_batch < 1:
         raise ValueError(f"max_length={max_length} and residues_per_batch={residues_per_batch} must be at least 1.")
+    progress_bar = settings.progress if progress_bar is None else progress_bar
     isoforms = isoforms_of_genes(sequences)
     network, alphabet, identity = _load(model, progress_bar)
     network = network.eval().to(_device(device))

@@ -16,6 +16,7 @@ from mudata import MuData
 from virtualcell import _keys
 from virtualcell._errors import unknown_name
 from virtualcell._keys import SPLITS
+from virtualcell._settings import seed_of
 from virtualcell.data._design import note_design
 from virtualcell.data._labels import expression_modality, parts, read_labels
 
@@ -38,7 +39,7 @@ def split(
     context_key: str | None = None,
     val_fraction: float = 0.1,
     key_added: str = _keys.SPLIT,
-    seed: int = 0,
+    seed: int | None = None,
     modality: str = "rna",
 ) -> None:
     """Divide the cells into train, val and test by what a model must generalise to.
@@ -80,7 +81,7 @@ def split(
     key_added
         Name of the new column.
     seed
-        Seed of every draw.
+        Seed of every draw; by default `vc.settings.seed`.
     modality
         Modality of a MuData with the expression.
 
@@ -98,7 +99,7 @@ def split(
     ValueError
         The control is held out, a context with test cells has no control cells, or nothing is left to train or test on.
     """
-    kind = _kind(holdout, val_fraction, context_key)
+    kind, seed = _kind(holdout, val_fraction, context_key), seed_of(seed)
     cells = _cells(adata, perturbation_key, context_key, modality)
     perturbed = cells["perturbation"] != control
     if perturbed.all():

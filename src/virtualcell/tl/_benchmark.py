@@ -15,7 +15,7 @@ from anndata import AnnData
 from mudata import MuData
 from scipy import sparse
 
-from virtualcell._threads import count_threads
+from virtualcell._threads import count_threads, own_threads
 from virtualcell.data._counts import NoCountsError, counts_of, library_of
 from virtualcell.data._design import Design, Scale, check_library_sizes
 from virtualcell.data._expression import MOST_EXPRESSION
@@ -54,6 +54,7 @@ class _Settings:
     n_jobs: int
 
 
+@own_threads()
 def benchmark(
     adata: AnnData | MuData,
     models: Sequence[str] | Mapping[str, Spec],

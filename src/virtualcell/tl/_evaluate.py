@@ -13,6 +13,7 @@ from anndata import AnnData
 from joblib import Parallel, delayed
 from mudata import MuData
 
+from virtualcell._settings import seed_of
 from virtualcell._threads import count_threads
 from virtualcell.data._design import Design, Scale, check_library_sizes, check_scale, note_design, noted_design
 from virtualcell.tl._ceiling import CEILING, CORRECTED_CEILING, ceilings
@@ -45,7 +46,7 @@ def evaluate(
     ceiling: bool = False,
     baseline: AnnData | pd.DataFrame | Literal["generic"] | None = None,
     n_jobs: int = 1,
-    seed: int = 0,
+    seed: int | None = None,
     modality: str = "rna",
 ) -> pd.DataFrame:
     """Score predicted cells against the real ones, as the field's referees do.
@@ -95,7 +96,7 @@ def evaluate(
         Number of threads; -1 takes one per core.
     seed
         Seed of the ceiling's splits, and of the draw where there are more than 2,000 cells (500 on principal
-        components) of a perturbation to measure distances between.
+        components) of a perturbation to measure distances between; by default `vc.settings.seed`.
     modality
         Modality of a MuData that holds gene expression.
 
@@ -114,6 +115,7 @@ def evaluate(
     ValueError
         If a matrix is not on the stated scale.
     """
+    seed = seed_of(seed)
     stated = {"perturbation_key": perturbation_key, "control": control, "context_key": context_key}
     stated |= {"scale": scale, "layer": layer, "library_size_key": library_size_key}
     design = _design(observed, modality, stated)

@@ -15,6 +15,7 @@ from anndata import AnnData
 from mudata import MuData
 
 from virtualcell import _keys
+from virtualcell._threads import own_threads
 from virtualcell.data._design import Design, Scale, check_library_sizes
 from virtualcell.data._labels import expression_modality
 from virtualcell.data._screen import Screen
@@ -45,6 +46,7 @@ logger = logging.getLogger(__name__)
 _SHARE_OF_STEPS, _FEWEST_STEPS = 0.4, 50  # of a fit that leaves cells out
 
 
+@own_threads()
 def fit_state(
     adata: AnnData | MuData,
     *,
@@ -67,7 +69,7 @@ def fit_state(
     network: Mapping[str, object] | None = None,
     training: FitOptions | Mapping[str, object] | None = None,
     validate: Literal["contexts", "perturbations", "cells"] | bool = True,
-    seed: int = 0,
+    seed: int | None = None,
 ) -> ST:
     """Fit SE and ST: embed every cell, and learn what each perturbation does to the control cells of each context.
 
@@ -140,7 +142,7 @@ def fit_state(
         weights. The verdict is one line of the log, `uns["virtualcell"]["verdict"]` and, as a table,
         `uns["virtualcell"]["validation"]`.
     seed
-        Seed of everything random.
+        Seed of everything random; by default `vc.settings.seed`.
 
     Returns
     -------

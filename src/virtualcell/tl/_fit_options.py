@@ -71,8 +71,6 @@ class FitOptions(STTrainOptions):
     @classmethod
     def from_(cls, given: TrainOptions | Mapping[str, object] | None = None, **defaults: object) -> FitOptions:
         """Complete the options that a user gave; see :meth:`virtualcell.models.TrainOptions.from_`."""
-        if "seed" in defaults and defaults["seed"] is None:  # in options None is what was not stated
-            raise ValueError("seed=None is not a whole number of at least 0. Leave it out for 0.")
         return super().from_(given, **{"min_cells": 10, "val_fraction": 0.1, **defaults})
 
     def of_training(self) -> STTrainOptions:

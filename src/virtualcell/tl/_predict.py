@@ -18,6 +18,8 @@ from scipy import sparse
 
 from virtualcell import _keys
 from virtualcell._errors import UnknownNameError
+from virtualcell._settings import seed_of
+from virtualcell._threads import own_threads
 from virtualcell.data._design import Design, Scale
 from virtualcell.data._labels import expression_modality
 from virtualcell.data._screen import Screen
@@ -39,6 +41,7 @@ from virtualcell.tl._predict_checks import (
 logger = logging.getLogger(__name__)
 
 
+@own_threads()
 def predict_perturbation(
     adata: AnnData | MuData,
     perturbation: str | Sequence[str] | None = None,
@@ -59,7 +62,7 @@ def predict_perturbation(
     context_key: str | None = None,
     batch_key: str | None = None,
     min_gene_coverage: float = 1.0,
-    seed: int = 0,
+    seed: int | None = None,
     modality: str = "rna",
 ) -> AnnData:
     """Predict the cells that a perturbation would make of the control cells.
@@ -104,7 +107,8 @@ def predict_perturbation(
         Share of the model's genes that `adata` must have, by name. Below 1.0 the missing ones enter as 0, which the
         model never saw for a gene that is expressed, and are left out of the result.
     seed
-        Seed of the draw of control cells. The order of cells and genes in `adata` does not matter.
+        Seed of the draw of control cells; by default `vc.settings.seed`. The order of cells and genes in `adata` does
+        not matter.
     modality
         Expression modality of a MuData.
 
@@ -134,6 +138,7 @@ def predict_perturbation(
         If there is no fitted model, the matrix is not on the stated scale, or there are no counts to make cells of.
     """
     check_emit(emit)
+    seed = seed_of(seed)
     check_numbers(context, n_cells, n_samples, seed)
     stated = {"layer": layer, "scale": scale, "library_size_key": library_size_key, "context_key": context_key}
     stated |= {"perturbation_key": perturbation_key, "control": control, "batch_key": batch_key}

@@ -17,6 +17,7 @@ from scipy import sparse
 
 from virtualcell import _keys
 from virtualcell._errors import unknown_name
+from virtualcell._settings import seed_of
 from virtualcell.data._counts import Sampling, averaged, depth_matched_counts
 from virtualcell.data._design import Design, Scale
 from virtualcell.data._emit import with_totals
@@ -62,7 +63,7 @@ def prepare_submission(
     layer: str | None = None,
     scale: Scale | None = None,
     overwrite: bool = False,
-    seed: int = 0,
+    seed: int | None = None,
     modality: str = "rna",
 ) -> AnnData:
     r"""Check predicted cells by the rules of the Virtual Cell Challenge and write the file that it takes.
@@ -127,7 +128,7 @@ def prepare_submission(
     overwrite
         Whether a file that is there is replaced.
     seed
-        Seed of the draw of counts. The order of genes does not matter to it.
+        Seed of the draw of counts; by default `vc.settings.seed`. The order of genes does not matter to it.
     modality
         Modality of a MuData that holds gene expression.
 
@@ -169,6 +170,7 @@ def prepare_submission(
     control_obs = None if controls is None else file_labels(controls, "controls", column)
     check_labels(obs, control_obs, design, year, perturbations, contexts, n_cells)
 
+    seed = seed_of(seed)
     if missing_genes == "control":
         matrix = _filled(predicted, cells, controls, genes, counts=emitted)
     else:

@@ -10,6 +10,7 @@ from numbers import Integral, Real
 from typing import Any, Self
 
 from virtualcell._errors import unknown_name
+from virtualcell._settings import settings
 
 # smallest value of whole numbers; bounds of others, with whether the lower one is valid
 _WHOLE = {"max_steps": 1, "batch_size": 1, "validate_every": 1, "patience": 1, "seed": 0}
@@ -47,8 +48,6 @@ _COMMON = {
     "devices": "auto",
     "strategy": "auto",
     "precision": "32-true",
-    "seed": 0,
-    "progress_bar": True,
 }
 
 
@@ -93,9 +92,9 @@ class TrainOptions:
     precision
         "32-true", or "bf16-mixed" and "16-mixed", which compute in 16 bits on GPUs and keep weights in 32.
     seed
-        Seed of dropout and of whatever else is drawn while training.
+        Seed of dropout and of whatever else is drawn while training; by default `vc.settings.seed`.
     progress_bar
-        Whether a bar shows steps and loss.
+        Whether a bar shows steps and loss; by default what `vc.settings.progress` says.
     """
 
     max_steps: int | None = None
@@ -159,7 +158,8 @@ class TrainOptions:
                 f"training options {given!r} are neither TrainOptions nor a mapping. "
                 'Use a dictionary such as {"max_steps": 1000, "lr": 1e-3}.'
             )
-        return cls(**{**_COMMON, **cls(**defaults).stated, **stated})
+        of_settings = {"seed": settings.seed, "progress_bar": settings.progress}
+        return cls(**{**_COMMON, **of_settings, **cls(**defaults).stated, **stated})
 
 
 def _remedy(name: str) -> str:

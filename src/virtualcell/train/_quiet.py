@@ -1,4 +1,4 @@
-"""What a training must leave as it was: loggers, warnings, random numbers, threads."""
+"""What a training must leave as it was: loggers, warnings, random numbers."""
 
 from __future__ import annotations
 
@@ -49,17 +49,6 @@ def quiet(*names: str) -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-@contextmanager
-def n_threads_kept() -> Iterator[None]:
-    """Give torch its number of threads back, which Lightning lowers where it starts processes."""
-    n_threads = torch.get_num_threads()
-    try:
-        yield
-    finally:
-        if torch.get_num_threads() != n_threads:
-            torch.set_num_threads(n_threads)
 
 
 @contextmanager

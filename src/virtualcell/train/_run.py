@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Protocol
@@ -13,11 +14,12 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
+from virtualcell._progress import Bar
+from virtualcell._threads import own_threads
 from virtualcell.train._options import TrainOptions
 from virtualcell.train._plan import TrainingPlan
-from virtualcell.train._quiet import n_threads_kept, random_state_kept, silenced
+from virtualcell.train._quiet import random_state_kept, silenced
 
 __all__ = ["Batches", "Loss", "TrainOptions", "fit"]
 
@@ -60,41 +62,33 @@ class _Steps:
         return len(self.numbers)
 
 
-class _Bar(pl.Callback):
+class _ShowSteps(pl.Callback):
     """One line that shows steps and loss."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.bar: tqdm | None = None
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.bar: Bar | None = None
 
     def on_train_start(self, trainer: pl.Trainer, plan: TrainingPlan) -> None:
         if trainer.is_global_zero:
-            self.bar = tqdm(
-                total=plan.options.max_steps, initial=plan.steps_done, bar_format="{desc} |{bar}| {elapsed}"
-            )
-            self._show(plan)
+            self.bar = Bar(self.title, plan.options.max_steps, unit="step", done=plan.steps_done, shown=True)
 
     def on_train_batch_end(self, trainer: pl.Trainer, plan: TrainingPlan, *_: object) -> None:
-        if self.bar is not None:
-            self._show(plan)
-            self.bar.update()
+        if self.bar is not None:  # the plan counts the step after this
+            self.bar.step(self._loss(plan))
 
-    def _show(self, plan: TrainingPlan) -> None:
-        loss = "" if plan.shown_loss != plan.shown_loss else f", loss {plan.shown_loss:.3g}"
-        text = f"{self.name}: step {plan.steps_done} of {plan.options.max_steps}{loss}"
-        self.bar.set_description_str(text, refresh=False)
+    @staticmethod
+    def _loss(plan: TrainingPlan) -> str:
+        return "" if math.isnan(plan.shown_loss) else f"loss {plan.shown_loss:.3g}"
 
-    def _close(self, plan: TrainingPlan) -> None:
+    def on_train_end(self, trainer: pl.Trainer, plan: TrainingPlan) -> None:
         if self.bar is not None:
-            self._show(plan)
+            self.bar.show(plan.steps_done, self._loss(plan))
             self.bar.close()
             self.bar = None
 
-    def on_train_end(self, trainer: pl.Trainer, plan: TrainingPlan) -> None:
-        self._close(plan)
-
     def on_exception(self, trainer: pl.Trainer, plan: TrainingPlan, exception: BaseException) -> None:
-        self._close(plan)
+        self.on_train_end(trainer, plan)
 
 
 def fit(
@@ -105,6 +99,7 @@ def fit(
     *,
     validation: Batches | None = None,
     name: str = "ST",
+    title: str | None = None,
 ) -> dict[str, pd.DataFrame]:
     """Train a network, which afterwards holds the trained weights, is in evaluation mode and on the device it was on.
 
@@ -126,7 +121,9 @@ def fit(
     validation
         Where the batches of a validation come from; no validation where it is `None`.
     name
-        Name of the model in the progress bar, in log lines and in errors.
+        Name of the model in log lines and in errors.
+    title
+        What is trained, for the progress bar, such as "SE: cell embedding"; by default the name.
 
     Returns
     -------
@@ -140,9 +137,10 @@ def fit(
     """
     options = _checked(options, validation)
     plan = TrainingPlan(network, loss, batches, options, validation=validation, name=name)
+    bars = [_ShowSteps(title or name)] if options.progress_bar else []
     home = next(network.parameters()).device
-    with silenced(), n_threads_kept():
-        trainer, strategy = _trainer(plan)
+    with silenced(), own_threads():
+        trainer, strategy = _trainer(plan, bars)
         _check_processes(options, trainer)
         _log_start(plan, trainer)
         started = time.perf_counter()
@@ -180,7 +178,7 @@ def _checked(options: TrainOptions, validation: Batches | None) -> TrainOptions:
     return options
 
 
-def _trainer(plan: TrainingPlan) -> tuple[pl.Trainer, str]:
+def _trainer(plan: TrainingPlan, callbacks: list[pl.Callback]) -> tuple[pl.Trainer, str]:
     """Build Lightning's trainer; the strategy's name is "auto" for one device."""
     options = plan.options
 
@@ -196,7 +194,7 @@ def _trainer(plan: TrainingPlan) -> tuple[pl.Trainer, str]:
             check_val_every_n_epoch=None,
             num_sanity_val_steps=0,
             use_distributed_sampler=False,  # a batch knows its process
-            callbacks=[_Bar(plan.name)] if options.progress_bar else [],
+            callbacks=callbacks,
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
