@@ -20,16 +20,15 @@ try:
 except PackageNotFoundError:  # a checkout on the path of a machine that has torch alone
     __version__ = "unknown"
 
-_MODULES = ["datasets", "io", "metrics", "models", "pl", "pp", "tl"]
-__all__ = [*_MODULES, "settings"]
+__all__ = ["datasets", "io", "metrics", "models", "pl", "pp", "settings", "tl"]
 
 
 def __getattr__(name: str) -> object:
     # torch, scvi-tools and Lightning take seconds to import: everything is loaded when it is first touched
-    if name in _MODULES:
-        return importlib.import_module(f"{__name__}.{name}")
     if name == "settings":
         return importlib.import_module(f"{__name__}._settings").settings
+    if name in __all__:
+        return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -56,7 +56,7 @@ def kang2018(*, folder: str | Path | None = None) -> AnnData:
     Parameters
     ----------
     folder
-        Where to keep the file; the user's cache folder by default.
+        Where to keep the file; `vc.settings.cache_dir` by default.
 
     Returns
     -------
@@ -103,7 +103,7 @@ def norman2019_mcfaline2024(*, folder: str | Path | None = None) -> AnnData:
     Parameters
     ----------
     folder
-        Where to keep the file; the user's cache folder by default.
+        Where to keep the file; `vc.settings.cache_dir` by default.
 
     Returns
     -------

@@ -224,7 +224,7 @@ def load(
     layer
         Layer with raw counts, or "X", in place of the one noted for the data set.
     folder
-        Where to keep the file; the user's cache folder by default.
+        Where to keep the file; `vc.settings.cache_dir` by default.
 
     Returns
     -------
