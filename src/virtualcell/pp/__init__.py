@@ -9,6 +9,7 @@ from virtualcell._lazy import attach
 if TYPE_CHECKING:
     from virtualcell.pp._coexpression import expression_gene_embeddings
     from virtualcell.pp._esm import gene_embeddings
+    from virtualcell.pp._gene_features import gene_features
     from virtualcell.pp._genes import read_gene_embeddings
     from virtualcell.pp._knockdown import knockdown_efficiency
     from virtualcell.pp._positions import gene_positions
@@ -20,6 +21,7 @@ __all__ = [
     "cell_sentences",
     "expression_gene_embeddings",
     "gene_embeddings",
+    "gene_features",
     "gene_positions",
     "knockdown_efficiency",
     "read_gene_embeddings",
