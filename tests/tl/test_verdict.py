@@ -112,18 +112,32 @@ def test_better_and_worse_are_by_more_than_the_spread_over_folds(gains, expected
     assert outcome_of(gains) == expected
 
 
+def pairs_of(gains: dict[int, list[float]]) -> pd.DataFrame:
+    """Errors of ST, and of a baseline A with 1 everywhere that ST is better than by so much, by fold."""
+    of_st = [(fold, 1 - gain) for fold, some in gains.items() for gain in some]
+    rows = [("ST", fold, i, error) for i, (fold, error) in enumerate(of_st)]
+    rows += [(name, fold, i, error) for name, error in (("A", 1.0), ("B", 2.0)) for _, fold, i, _ in rows]
+    return pd.DataFrame(rows, columns=["model", "fold", "pair", "mae"])
+
+
 def test_the_gain_is_over_the_best_baseline_fold_by_fold():
-    rows = [("ST", 0, 0.1), ("ST", 1, 0.5), ("A", 0, 0.2), ("A", 1, 0.7), ("B", 0, 0.3), ("B", 1, 0.9)]
-    of_fold = pd.DataFrame(rows, columns=["model", "fold", "mae"]).set_index(["model", "fold"])
-    best, gain, spread = compared(of_fold, "mae", -1)
-    assert (best, gain) == ("A", pytest.approx(0.15))
+    found = pairs_of({0: [0.1], 1: [0.5]})
+    best, gain, spread = compared(found, "mae", -1)
+    assert (best, gain) == ("A", pytest.approx(0.3))
     # a further fold lies within the spread two times of three, and two folds tell little of that
     draws = np.random.default_rng(0).normal(size=(100_000, 3))
-    two = draws[:, :2].std(axis=1, ddof=1) * spread / np.std([0.1, 0.2], ddof=1)
+    two = draws[:, :2].std(axis=1, ddof=1) * spread / np.std([0.1, 0.5], ddof=1)
     assert np.mean(np.abs(draws[:, 2] - draws[:, :2].mean(axis=1)) < two) == pytest.approx(0.68, abs=0.01)
-    assert compared(of_fold, "mae", 1)[0] == "B"
-    # of a single fold nothing is known, and a hundredth of the error is nothing
-    assert compared(of_fold.xs(0, level="fold", drop_level=False), "mae", -1)[2] == pytest.approx(0.01 * 0.2)
+    assert compared(found, "mae", 1)[0] == "B"
+    # of a single pair nothing is known, and a hundredth of the error is nothing
+    assert compared(pairs_of({0: [0.2]}), "mae", -1)[2] == pytest.approx(0.01)
+
+
+def test_two_folds_that_are_alike_by_luck_are_not_trusted():
+    draws = np.random.default_rng(0).normal(scale=0.3, size=(500, 2, 6))
+    draws[:, 1] += draws[:, 0].mean(axis=-1, keepdims=True) - draws[:, 1].mean(axis=-1, keepdims=True)  # alike
+    said = [compared(pairs_of({0: list(a), 1: list(b)}), "mae", -1)[1:] for a, b in draws]
+    assert np.mean([abs(gain) > spread for gain, spread in said]) < 0.32
 
 
 # -- the weight of the networks ---------------------------------------------------------------------------------------

@@ -102,8 +102,8 @@ def judge(train: Trained, folds: list[Fold], asked: Asked, features: pd.DataFram
             for row in rows:
                 if row.fold == k:
                     row.score_st(of_others)
-    scores, of_fold = _table(rows, len(folds))
-    return _verdict(scores, of_fold, weight, asked)
+    scores, of_pair = _table(rows, len(folds))
+    return _verdict(scores, of_pair, weight, asked)
 
 
 @dataclass
@@ -203,15 +203,15 @@ def _mean(model: PerturbationModel, start: Start, perturbation: str, n_cells: in
 
 
 def _table(rows: list[_Row], n_folds: int) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Scores of the models that could predict everything, and their means in every fold."""
+    """Scores of the models that could predict everything, and those of every pair."""
     names = [name for name in rows[0].predicted if all(name in r.predicted for r in rows)]
     found = pd.DataFrame(
         [
-            (name, r.fold, pearson_delta(r.predicted[name], r.real, r.base), mae(r.predicted[name], r.real))
-            for r in rows
+            (name, r.fold, i, pearson_delta(r.predicted[name], r.real, r.base), mae(r.predicted[name], r.real))
+            for i, r in enumerate(rows)
             for name in names
         ],
-        columns=["model", "fold", *_METRICS],
+        columns=["model", "fold", "pair", *_METRICS],
     )
     of_fold = found.groupby(["model", "fold"])[list(_METRICS)].mean()
     scores = of_fold.groupby("model").mean()
@@ -219,7 +219,7 @@ def _table(rows: list[_Row], n_folds: int) -> tuple[pd.DataFrame, pd.DataFrame]:
     for metric in _METRICS:
         scores[f"{metric}_spread"] = spread[metric]
     scores["n_groups"], scores["n_folds"] = len(rows), n_folds
-    return scores.sort_values("mae", kind="stable"), of_fold
+    return scores.sort_values("mae", kind="stable"), found
 
 
 _METRICS = {"pearson_delta": 1, "mae": -1}
@@ -227,32 +227,37 @@ _HOW = {"better": "better than", "level": "level with", "worse": "worse than"}
 _NAMES = {"pearson_delta": "Pearson delta", "mae": "MAE"}
 
 
-def compared(of_fold: pd.DataFrame, metric: str, sign: int) -> tuple[str, float, float]:
+def compared(of_pair: pd.DataFrame, metric: str, sign: int) -> tuple[str, float, float]:
     """Return the baseline that is best in a metric, how much better ST is, and how far that goes from fold to fold.
 
     The spread is half of the interval in which a further fold would lie two times of three: the standard deviation over
-    folds, made larger as few folds tell it badly (Student's t). It is at least a hundredth, of the baseline's error or
-    of a correlation: less nobody would notice.
+    folds, made larger as few folds tell it badly (Student's t), and not less than what follows from that over the pairs
+    of a fold, since few folds can be alike by luck. It is at least a hundredth, of the baseline's error or of a
+    correlation: less nobody would notice.
 
     Parameters
     ----------
-    of_fold
-        Means over the pairs of every model and fold.
+    of_pair
+        Scores, with the columns `model`, `fold` and `pair`.
     metric, sign
         Which one, and whether more of it is better, 1, or less, -1.
     """
-    wide = of_fold[metric].unstack("fold") * sign
-    best = wide.drop(index="ST").mean(axis=1).idxmax()
-    gain = wide.loc["ST"] - wide.loc[best]
-    least = _LEAST_SPREAD * (1.0 if sign > 0 else float(-wide.loc[best].mean()))
-    return best, float(gain.mean()), max(_spread(gain.to_numpy()), least)
+    wide = of_pair.pivot(index=["fold", "pair"], columns="model", values=metric) * sign
+    of_fold = wide.groupby(level="fold").mean()
+    best = of_fold.drop(columns="ST").mean().idxmax()
+    gain = wide["ST"] - wide[best]
+    least = _LEAST_SPREAD * (1.0 if sign > 0 else float(-of_fold[best].mean()))
+    return best, float(gain.groupby(level="fold").mean().mean()), max(_spread(gain), least)
 
 
-def _spread(gains: np.ndarray) -> float:
-    n = len(gains)
-    if n == 1:
-        return 0.0
-    return float(gains.std(ddof=1) * np.sqrt(1 + 1 / n) * stats.t.ppf(_ONE_SIDED, n - 1))
+def _spread(gain: pd.Series) -> float:
+    folds = gain.groupby(level="fold")
+    n, further = folds.ngroups, np.sqrt(1 + 1 / folds.ngroups)
+    between = folds.mean().std(ddof=1) * stats.t.ppf(_ONE_SIDED, n - 1) if n > 1 else 0.0
+    within = gain - folds.transform("mean")
+    freedom = len(gain) - n
+    by_pairs = np.sqrt(np.square(within).sum() / freedom / (len(gain) / n)) if freedom else 0.0
+    return float(further * max(between, by_pairs))
 
 
 def outcome_of(gains: list[tuple[float, float]]) -> str:
@@ -264,10 +269,10 @@ def outcome_of(gains: list[tuple[float, float]]) -> str:
     return "better" if better else "worse"
 
 
-def _verdict(scores: pd.DataFrame, of_fold: pd.DataFrame, weight: float | None, asked: Asked) -> Verdict:
+def _verdict(scores: pd.DataFrame, of_pair: pd.DataFrame, weight: float | None, asked: Asked) -> Verdict:
     gains, parts, best_in = {}, [], {}
     for metric, sign in _METRICS.items():
-        best, gain, spread = compared(of_fold, metric, sign)
+        best, gain, spread = compared(of_pair, metric, sign)
         gains[metric], best_in[metric] = (gain, spread), best
         ours, theirs = scores.loc["ST", metric], scores.loc[best, metric]
         how = outcome_of([gains[metric]])
