@@ -37,7 +37,7 @@ def test_without_internet_the_error_says_where_to_put_the_file_and_that_works(cl
     digest = "sha256:" + hashlib.sha256((tmp_path / "by_hand.h5ad").read_bytes()).hexdigest()
     with pytest.raises(ConnectionError) as error:
         vc.datasets.fetch(url, known_hash=digest, folder=folder)
-    assert url in str(error.value)
+    assert f"{url} could not be downloaded (ConnectionError)" in str(error.value)
     name, where = re.search(r"save it as '(.+)' in the folder '(.+)';", str(error.value)).groups()
     assert where == str(folder)
     shutil.copy(tmp_path / "by_hand.h5ad", f"{where}/{name}")
@@ -45,3 +45,9 @@ def test_without_internet_the_error_says_where_to_put_the_file_and_that_works(cl
     assert found.obs_names.equals(small.obs_names)
     with pytest.raises(ConnectionError, match="that is there now has another checksum"):
         vc.datasets.fetch(url, known_hash="sha256:" + "0" * 64, folder=folder)
+
+
+def test_a_file_that_the_server_lacks_is_named_with_the_servers_answer(server, tmp_path):
+    with pytest.raises(ConnectionError, match=r"gone\.h5ad could not be downloaded \(HTTP status 404\)"):
+        vc.datasets.fetch(f"{server.url}/gone.h5ad", known_hash=None, folder=tmp_path)
+    assert list(tmp_path.glob("*.h5ad")) == []

@@ -9,6 +9,7 @@ import pytest
 
 import virtualcell as vc
 from virtualcell.models._features import PerturbationTable
+from virtualcell.pp import _relations
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +124,20 @@ def test_the_components_of_sets_explain_their_weighted_overlaps(tmp_path):
     np.testing.assert_allclose(found.to_numpy() @ found.to_numpy().T, expected, atol=1e-5)
     # genes of the same sets have the same features
     np.testing.assert_allclose(found.loc["G006"], found.loc["G007"], atol=1e-6)
+
+
+def test_large_files_are_read_in_parts_and_must_end_somewhere(tmp_path, monkeypatch):
+    edges = blocks()
+    edges.to_csv(tmp_path / "edges.tsv", sep="\t", index=False)
+    whole = vc.pp.gene_features(tmp_path / "edges.tsv", n_comps=4)
+    monkeypatch.setattr(_relations, "_ROWS_AT_A_TIME", 7)
+    pd.testing.assert_frame_equal(vc.pp.gene_features(tmp_path / "edges.tsv", n_comps=4), whole)
+    monkeypatch.setattr(_relations, "_MOST_ROWS", 20)
+    with pytest.raises(ValueError, match=r"edges\.tsv has more than 20 rows"):
+        vc.pp.gene_features(tmp_path / "edges.tsv")
+    monkeypatch.setattr(_relations, "_MOST_CHARACTERS", 200)
+    with pytest.raises(ValueError, match=r"sets\.gmt\.gz is too large for a file of its kind, at line \d"):
+        vc.pp.gene_features(write(tmp_path / "sets.gmt.gz", gmt(pathways())))
 
 
 @pytest.mark.parametrize("kind", ["sets.gmt", "edges.tsv.gz"])

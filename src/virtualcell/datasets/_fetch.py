@@ -57,9 +57,10 @@ def retrieve(url: str, *, name: str, known_hash: str | None, folder: str | Path 
     try:
         return Path(pooch.retrieve(url, known_hash=known_hash, fname=name, path=folder, progressbar=settings.progress))
     except RequestException as error:
+        reason = type(error).__name__ if error.response is None else f"HTTP status {error.response.status_code}"
         other = " The file of that name that is there now has another checksum." if there else ""
         raise ConnectionError(
-            f"{url} could not be downloaded ({type(error).__name__}).{other} To go on without internet here, download "
+            f"{url} could not be downloaded ({reason}).{other} To go on without internet here, download "
             f"that address elsewhere and save it as {name!r} in the folder {str(folder)!r}; then repeat the call."
         ) from error
 
@@ -72,7 +73,12 @@ def retrieve_unpinned(url: str, *, name: str, folder: str | Path | None = None) 
     folder = settings.cache_dir if folder is None else Path(folder)
     note = folder / f"{name}.sha256"
     if not note.exists():
-        path = retrieve(url, name=name, known_hash=None, folder=folder)
+        level = pooch.get_logger().level
+        pooch.get_logger().setLevel("WARNING")  # it would explain how to pin the file, which is what follows
+        try:
+            path = retrieve(url, name=name, known_hash=None, folder=folder)
+        finally:
+            pooch.get_logger().setLevel(level)
         note.write_text(pooch.file_hash(path))
         return path
     try:

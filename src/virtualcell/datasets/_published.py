@@ -77,6 +77,12 @@ def kang2018(*, folder: str | Path | None = None) -> AnnData:
     Biotechnology 36, 89 (2018), https://doi.org/10.1038/nbt.4042, whose data are public as GSE96583. The file stands in
     https://github.com/theislab/scgen (Lotfollahi et al., scGen predicts single-cell perturbation responses, Nature
     Methods 16, 715, 2019), whose licence is the GPL-3.
+
+    Examples
+    --------
+    >>> adata = vc.datasets.kang2018()
+    >>> adata.obs["perturbation"].value_counts().to_dict()
+    {'IFN-beta': 1039, 'control': 936}
     """
     file = _read(FILES["kang2018"].path(folder))
     counts, _ = recovered_counts(file.X)
@@ -124,6 +130,12 @@ def norman2019_mcfaline2024(*, folder: str | Path | None = None) -> AnnData:
     Multiplex single-cell chemical genomics reveals the kinase dependence of the response to targeted therapy, Cell
     Genomics 4, 100487 (2024), https://doi.org/10.1016/j.xgen.2023.100487 (GSE225775). The file is part of
     https://github.com/altoslabs/perturbench, under the BSD 3-clause licence.
+
+    Examples
+    --------
+    >>> adata = vc.datasets.norman2019_mcfaline2024()
+    >>> adata.obs["context"].value_counts().to_dict()
+    {'K562': 3375, 'T98G': 871, 'U87MG': 865, 'A172': 850}
     """
     file = _read(FILES["norman2019_mcfaline2024"].path(folder))
     counts, unit = recovered_counts(file.X)

@@ -250,7 +250,9 @@ def load(
 
     Examples
     --------
-    >>> adata = vc.datasets.load("replogle_2022_rpe1", perturbation_key="gene", control="non-targeting")
+    >>> adata = vc.datasets.load(
+    ...     "replogle_2022_rpe1", perturbation_key="gene", control="non-targeting"
+    ... )  # doctest: +SKIP
     """
     if name not in EXAMPLES:
         raise unknown_name("name", name, EXAMPLES, "`vc.datasets.available()` describes them.")
@@ -289,6 +291,11 @@ def available() -> pd.DataFrame:
 
     Besides these there are :func:`kang2018` and :func:`norman2019_mcfaline2024`, which are small, and
     :func:`synthetic`.
+
+    Examples
+    --------
+    >>> vc.datasets.available().loc["norman_2019", "what"]
+    'CRISPRa of genes and pairs, K562'
     """
     rows = {name: (data.what, data.citation, data.licence, data.file) for name, data in EXAMPLES.items()}
     columns = ["what", "citation", "licence", "file"]

@@ -78,6 +78,11 @@ def gene_features(
         There is no such file.
     ValueError
         The suffix is unknown, the file is not what its suffix says, or too little is left of it.
+
+    Examples
+    --------
+    >>> features = vc.pp.gene_features("c2.cp.reactome.v2023.2.Hs.symbols.gmt")  # doctest: +SKIP
+    >>> vc.tl.fit_state(adata, **adata.uns["design"], perturbation_features=features)  # doctest: +SKIP
     """
     path, names = Path(path), None if names is None else Path(names)
     for argument, file in (("path", path), ("names", names)):
