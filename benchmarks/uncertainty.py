@@ -48,7 +48,7 @@ from _splits import (
 from scipy.stats import spearmanr
 
 import virtualcell as vc
-from virtualcell.data._screen import read_expression
+from virtualcell.data._read_expression import read_expression
 
 N_SAMPLES, SCREEN_SEED, N_BOOTSTRAPS = 20, 2026, 2000
 NETWORKS = {"ST": 1, "ST, 3 networks": 3}

@@ -14,7 +14,8 @@ from scipy import sparse
 
 from virtualcell._errors import UnknownNameError
 from virtualcell.data import _expression
-from virtualcell.data._expression import Expression, Moments, read_expression
+from virtualcell.data._expression import Expression, Moments
+from virtualcell.data._read_expression import read_expression
 
 
 @pytest.fixture(scope="module")
@@ -461,3 +462,28 @@ def test_library_size_must_be_there_and_positive(adata: AnnData) -> None:
     # of no use where nothing is divided
     adata.layers["log"] = read(adata)
     assert read(adata, layer="log", scale="log1p", library_size_key="depth").shape == (3, 4)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "dense", "by columns"])
+def test_rows_follow_from_what_is_stored(kind: str) -> None:
+    """A GPU makes them itself, of any cells and genes."""
+    rng = np.random.default_rng(0)
+    counts = rng.poisson(0.5, (3000, 12)).astype(np.float32)
+    matrix = {"sparse": sparse.csr_matrix, "dense": np.asarray, "by columns": sparse.csc_matrix}[kind](counts)
+    adata = AnnData(matrix, var=pd.DataFrame(index=[f"g{j}" for j in range(12)]))
+    genes, cells = [f"g{j}" for j in (7, 2, 11)], rng.permutation(3000)[:2500]
+    for columns in (genes, list(adata.var_names)):
+        read = Expression(adata, unit="log_counts").take(cells).select(columns)
+        assert read.takes_logarithm
+        assert not read.read_as("counts").takes_logarithm
+        place, dense = read.gene_of_column, np.zeros((40, len(columns)), np.float32)
+        stored = read.stored(slice(0, 40)).toarray()
+        dense[:, place[place >= 0]] = np.log1p(stored[:, place >= 0])
+        np.testing.assert_array_equal(dense, read.rows(slice(0, 40)).toarray())
+    expected = 12 if kind == "dense" else (counts > 0).sum() / 3000
+    assert read.entries_per_cell == pytest.approx(expected)
+    with pytest.raises(ValueError, match="divides counts by library sizes"):
+        Expression(adata, unit="log1p").stored(slice(0, 1))
+    adata.X = matrix = counts - 2 * (np.arange(3000) == 2999)[:, None]  # in the last block, in another thread
+    with pytest.raises(ValueError, match="X holds negative values"):
+        Expression(adata, unit="log_counts").stored(slice(0, 1))

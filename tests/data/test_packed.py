@@ -60,6 +60,9 @@ def test_rows_are_those_of_the_matrix(tmp_path: Path, place: str, dtype: str, n_
         # as on a GPU, entry by entry
         flat = torch.from_numpy(np.ravel(index).astype(np.int64))
         assert torch.equal(packed.scattered(flat), found.view(len(flat), n_genes))
+        n_entries = int(packed.lengths[flat.numpy()].sum())
+        assert torch.equal(packed.scattered(flat, n_entries=n_entries), found.view(len(flat), n_genes))
+    np.testing.assert_array_equal(packed.lengths, np.diff(adata.X.indptr))
     # rows may be written to without reaching the store
     packed.rows([3])[:] = -1
     np.testing.assert_array_equal(packed.rows([3])[0].numpy(), expected[3])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from virtualcell.modules._transformer import Llama, PostNormEncoder, SkipBlock, mlp
+from virtualcell.modules._transformer import Llama, PostNormEncoder, RMSNorm, SkipBlock, mlp
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, n_heads: int, allowed: Tensor | None = None) -> Tensor:
@@ -152,3 +152,15 @@ def test_skip_block_of_pairs_is_that_of_what_stands_side_by_side() -> None:
     for i in range(3):
         for j in range(5):
             torch.testing.assert_close(found[i, j], block(torch.cat([left[places[i, j]], right[i]])))
+
+
+def test_rms_norm_computes_in_the_numbers_of_its_input() -> None:
+    torch.manual_seed(0)
+    norm, x = RMSNorm(24, eps=1e-6), 3 * torch.randn(5, 24)
+    nn.init.normal_(norm.weight)
+    plain = nn.RMSNorm(24, eps=1e-6)
+    plain.load_state_dict(norm.state_dict())
+    assert torch.equal(norm(x), plain(x))
+    half = norm(x.bfloat16())
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), plain(x), rtol=0.02, atol=0.02)

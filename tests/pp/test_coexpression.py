@@ -12,7 +12,7 @@ from anndata import AnnData
 from scipy import sparse
 
 import virtualcell as vc
-from virtualcell.data._expression import read_expression
+from virtualcell.data._read_expression import read_expression
 from virtualcell.pp._coexpression import coexpression_vectors
 
 ISGS = ["ISG15", "IFI6", "IFIT1", "IFIT3", "ISG20", "IFITM3", "IRF7"]

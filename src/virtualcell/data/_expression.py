@@ -10,13 +10,12 @@ from typing import Literal, NamedTuple
 import numpy as np
 import pandas as pd
 from anndata import AnnData
-from mudata import MuData
 from scipy import sparse
 
 from virtualcell._errors import unknown_name
 from virtualcell.data._design import Scale, check_scale
-from virtualcell.data._labels import expression_modality, obs_column
 from virtualcell.data._stored import BLOCK, StoredMatrix, row_numbers, row_sums
+from virtualcell.data._threads import in_threads
 
 Unit = Literal["log1p", "log_counts", "counts"]
 
@@ -97,6 +96,7 @@ class Expression:
         self._cells = adata.obs_names
         self._index: np.ndarray | None = None  # rows of the matrix that are covered; None for all
         self._columns: np.ndarray | None = None
+        self._n_columns = adata.n_vars
         self._found, self._key = _Found(library_size), library_size_key
         self._argument, self._measured = scale_argument, measured
         self.scale, self.unit, self.target_sum, self.genes = scale, unit, target_sum, adata.var_names
@@ -157,6 +157,33 @@ class Expression:
         np.log1p(block.data, out=block.data)
         return block
 
+    def stored(self, index: np.ndarray | slice) -> sparse.csr_matrix:
+        """Return cells as they are stored, with all columns of the matrix: what `rows` is made of, for a GPU to make.
+
+        They may share memory and are only to be read; of these columns, `gene_of_column` and `takes_logarithm` tell.
+        """
+        if self.unit == "log1p" and self.scale == "counts":
+            raise ValueError("unit='log1p' divides counts by library sizes, which is for `rows` to do.")
+        self._check()
+        return self._raw(index)
+
+    @property
+    def gene_of_column(self) -> np.ndarray:
+        """Number that each stored column has among the genes, -1 where it is none of them, (n_columns,)."""
+        if self._columns is None:
+            return np.arange(len(self.genes))
+        return pd.Index(self._columns).get_indexer(np.arange(self._n_columns))
+
+    @property
+    def takes_logarithm(self) -> bool:
+        """Whether values are log(1 + x) of what is stored."""
+        return self.unit == "log_counts" and self.scale == "counts"
+
+    @property
+    def entries_per_cell(self) -> float:
+        """Mean number of stored entries of a cell, of all columns."""
+        return self._matrix.entries_per_cell
+
     def blocks(self, n: int = BLOCK) -> Iterator[tuple[np.ndarray, sparse.csr_matrix]]:
         """Yield row numbers and cells, `n` at a time, in the order of the file: one pass over the matrix."""
         for start in range(0, self.n_cells, n):
@@ -206,14 +233,11 @@ class Expression:
         if self._found.is_checked:
             return
         whole, most, sums = True, 0.0, np.zeros(self.n_cells)
-        for start in range(0, self.n_cells, BLOCK):
-            rows = slice(start, min(start + BLOCK, self.n_cells))
-            block = self._raw(rows)
-            self._check_values(block.data)
-            whole = whole and np.array_equal(block.data, np.rint(block.data))
-            most = max(most, float(block.data.max(initial=0)))
-            if self.scale == "counts":
-                sums[rows] = row_sums(block)
+        self._raw(slice(0, 0))  # what is stored by columns is turned around once, not in every thread
+        blocks = [slice(start, min(start + BLOCK, self.n_cells)) for start in range(0, self.n_cells, BLOCK)]
+        for rows, (is_whole, highest, of_rows) in zip(blocks, in_threads(self._look_at, blocks), strict=True):
+            whole, most = whole and is_whole, max(most, highest)
+            sums[rows] = of_rows
         if self.scale == "log1p" and not whole:
             self._check_logarithms()
         self._check_scale(whole, most)
@@ -222,6 +246,13 @@ class Expression:
         elif self.scale == "log1p" and self.unit != "log_counts":  # which are of any total
             self._check_totals()
         self._found.is_checked = True
+
+    def _look_at(self, rows: slice) -> tuple[bool, float, np.ndarray | float]:
+        """Raise for values that are none; tell whether others are whole, the highest, and the sums of counts."""
+        block = self._raw(rows)
+        self._check_values(block.data)
+        whole = np.array_equal(block.data, np.rint(block.data))
+        return whole, float(block.data.max(initial=0)), row_sums(block) if self.scale == "counts" else 0.0
 
     def _check_values(self, values: np.ndarray) -> None:
         if not np.isfinite(values).all():
@@ -348,40 +379,6 @@ def _is_one_total(totals: np.ndarray) -> bool:
     if len(totals) < _FEW_CELLS or not np.isfinite(totals).all() or np.ptp(totals) == 0:
         return False
     return bool(np.mean(np.abs(totals / np.median(totals) - 1) < 1e-3) > 0.9)
-
-
-def read_expression(
-    data: AnnData | MuData,
-    *,
-    modality: str = "rna",
-    scale: Scale = "counts",
-    library_size_key: str | None = None,
-    side: str = "",
-    **how: object,
-) -> Expression:
-    """Return the expression of all cells, with the library sizes that a column of `obs` holds.
-
-    Parameters
-    ----------
-    data, modality
-        Cells x genes, or a MuData with them in `modality`.
-    scale, library_size_key
-        As in :class:`virtualcell.data._design.Design`.
-    side, how
-        As in :class:`Expression`: `layer`, `unit`, `genes` and others.
-    """
-    sizes = None
-    if library_size_key is not None and scale == "counts":
-        argument = f"{side}: library_size_key" if side else "library_size_key"
-        try:
-            column = obs_column(data, library_size_key, argument=argument, modality=modality)
-        except KeyError as error:
-            raise type(error)(f"{error} Leave it out for row sums.") from error
-        if not pd.api.types.is_numeric_dtype(column):
-            raise ValueError(f"library_size_key={library_size_key!r} is a column of {column.dtype} and not of numbers.")
-        sizes = column.to_numpy(dtype=np.float64, na_value=np.nan)
-    adata = expression_modality(data, modality)
-    return Expression(adata, scale=scale, library_size=sizes, library_size_key=library_size_key, side=side, **how)
 
 
 def columns_of(names: pd.Index, genes: Sequence[str]) -> np.ndarray | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, Self
 
@@ -123,6 +124,11 @@ class PackedRows:
 
         return cls(torch.from_numpy(indptr), mapped("genes"), mapped("values"), described["n_genes"])
 
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Number of entries of each row, (n_cells,), in the memory of the CPU."""
+        return self.indptr.diff().cpu().numpy()
+
     @property
     def nbytes(self) -> int:
         """Bytes that the store takes."""
@@ -144,7 +150,7 @@ class PackedRows:
         elif self.indptr.device.type == "cpu":
             dense = torch.from_numpy(self._gathered(flat).toarray())
         else:
-            dense = self.scattered(torch.from_numpy(flat).to(self.indptr.device))
+            dense = self.scattered(sent(flat, self.indptr.device), n_entries=int(self.lengths[flat].sum()))
         return dense.view(*np.shape(index), self.n_genes)
 
     def _gathered(self, flat: np.ndarray) -> sparse.csr_matrix:
@@ -158,12 +164,15 @@ class PackedRows:
         ends = np.cumsum(np.concatenate([[0], stop - start]))
         return sparse.csr_matrix((*arrays, ends), shape=(len(flat), self.n_genes))
 
-    def scattered(self, flat: Tensor) -> Tensor:
-        """Return rows (n, n_genes) that are put together entry by entry, as a GPU does it best."""
+    def scattered(self, flat: Tensor, *, n_entries: int | None = None) -> Tensor:
+        """Return rows (n, n_genes) that are put together entry by entry, as a GPU does it best.
+
+        With their number of entries, the CPU need not wait for what the GPU is busy with.
+        """
         device = flat.device
         start = self.indptr[flat]
         length = self.indptr[flat + 1] - start
-        n = int(length.sum())
+        n = int(length.sum()) if n_entries is None else n_entries
         # of every entry: its row in the result, and how far it lies from the first entry of the first row
         row = torch.repeat_interleave(torch.arange(len(flat), device=device), length, output_size=n)
         entry = torch.arange(n, device=device) + (start - length.cumsum(0) + length).index_select(0, row)
@@ -190,7 +199,18 @@ class DenseRows:
 
     def rows(self, index: np.ndarray) -> Tensor:
         """Return rows, (*shape of index, n_features), float32."""
-        return self.matrix[torch.from_numpy(np.asarray(index)).to(self.matrix.device)]
+        return self.matrix[sent(np.asarray(index), self.matrix.device)]
+
+
+def sent(array: np.ndarray, device: torch.device) -> Tensor:
+    """Return an array as a tensor on a device, without waiting for what a GPU is busy with; on a CPU it is shared."""
+    return pinned(array, device).to(device, non_blocking=True)
+
+
+def pinned(array: np.ndarray, device: torch.device) -> Tensor:
+    """Return an array as a tensor from where a device can fetch it by itself; for a CPU it is shared."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
 def _gene_type(n_genes: int) -> type:

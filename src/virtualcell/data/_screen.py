@@ -19,8 +19,9 @@ from virtualcell._errors import unknown_name
 from virtualcell._keys import ALL, SPLITS, X_STATE
 from virtualcell.data._cell_sets import CellGroups
 from virtualcell.data._design import Design
-from virtualcell.data._expression import Expression, Unit, read_expression
+from virtualcell.data._expression import Expression, Unit
 from virtualcell.data._labels import expression_modality, parts, read_labels
+from virtualcell.data._read_expression import read_expression
 from virtualcell.data._stored import row_numbers
 
 logger = logging.getLogger(__name__)

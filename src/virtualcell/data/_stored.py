@@ -36,6 +36,13 @@ class StoredMatrix:
             name = type(self._stored).__name__
             raise TypeError(f"{where} is a {name}; give a numpy array or a scipy sparse matrix.")
 
+    @property
+    def entries_per_cell(self) -> float:
+        """Mean number of stored entries of a row."""
+        n_rows = self._stored.shape[0]
+        n = self._stored.nnz if sparse.issparse(self._stored) else self._stored.size
+        return n / max(n_rows, 1)
+
     def rows(self, index: np.ndarray | slice | None) -> sparse.csr_matrix:
         """Return rows, without entries that are stored twice; a slice or all of them may share memory."""
         if not sparse.issparse(self._stored):

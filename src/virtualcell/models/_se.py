@@ -265,7 +265,7 @@ class SE(BaseModelClass):
         scale: Scale | None = None,
         gene_key: str | None = None,
         modality: str = "rna",
-        batch_size: int = 256,
+        batch_size: int | None = None,
         precision: Precision = "auto",
     ) -> np.ndarray:
         """Embed cells of any data set: cell and dataset embedding side by side, (n_cells, n_output + n_dataset).
@@ -279,7 +279,7 @@ class SE(BaseModelClass):
         scale
             Scale of `adata`, "counts" or "log1p"; that of the training data where it is `None`.
         batch_size
-            Number of cells at a time.
+            Number of cells at a time; by default 256 on a CPU, and on a GPU as many as keep it busy.
         precision
             Numbers that the network computes with: "float32", or "bf16", which is several times faster on GPUs that
             have it and gives nearly the same vectors (cosine at least 0.9999). "auto" takes bf16 on such a GPU, and

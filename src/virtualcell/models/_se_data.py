@@ -22,6 +22,8 @@ from virtualcell.data._expression import Expression
 from virtualcell.data._labels import expression_modality, read_labels
 from virtualcell.data._screen import Screen, scvi_registry
 from virtualcell.data._sentence_batches import SentenceBatches, Sentences
+from virtualcell.data._stored import BLOCK
+from virtualcell.data._threads import in_threads
 from virtualcell.models._se_options import SETrainOptions
 from virtualcell.pp._genes import match_genes
 
@@ -165,9 +167,11 @@ def batches(
 
 def _check_not_empty(expression: Expression, names: pd.Index) -> None:
     """Raise for cells of which there would be no sentence."""
-    empty = np.zeros(expression.n_cells, bool)
-    for rows, block in expression.blocks():
-        empty[rows] = np.asarray(block.sum(axis=1)).ravel() <= 0
+    is_gene = (expression.gene_of_column >= 0).astype(np.float32)
+    starts = range(0, expression.n_cells, BLOCK)
+    blocks = [slice(start, min(start + BLOCK, expression.n_cells)) for start in starts]
+    sums = in_threads(lambda rows: expression.stored(rows) @ is_gene, blocks)
+    empty = np.concatenate([np.zeros(0, bool), *(of_rows <= 0 for of_rows in sums)])
     if empty.any():
         raise ValueError(
             f"{int(empty.sum())} cells express no gene that has an embedding, among them {list(names[empty][:3])}. "

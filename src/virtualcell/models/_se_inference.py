@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from virtualcell._errors import unknown_name
 from virtualcell._threads import own_threads
+from virtualcell.data._device_sentences import DeviceSentences
 from virtualcell.data._labels import expression_modality
 from virtualcell.models._se_data import Cells
 from virtualcell.modules import SENetwork
@@ -22,6 +24,10 @@ from virtualcell.modules import SENetwork
 logger = logging.getLogger(__name__)
 
 Precision = Literal["auto", "float32", "bf16"]
+
+_CELLS_ON_CPU = 256
+_PLACES_ON_GPU = 1 << 18
+_RESULTS = 1 << 26  # numbers that wait on the device
 
 _DEVICES = {"cpu": "CPU", "cuda": "GPU", "mps": "Apple GPU"}
 
@@ -34,7 +40,7 @@ def check_precision(precision: str) -> None:
 
 @own_threads()
 @torch.inference_mode()
-def embed(network: SENetwork, cells: Cells, *, batch_size: int, precision: Precision) -> np.ndarray:
+def embed(network: SENetwork, cells: Cells, *, batch_size: int | None, precision: Precision) -> np.ndarray:
     """Return cell and dataset embedding side by side, (n_cells, n_output + n_dataset)."""
     network.eval()
     device = next(network.parameters()).device
@@ -43,12 +49,51 @@ def embed(network: SENetwork, cells: Cells, *, batch_size: int, precision: Preci
     if dtype != torch.float32:  # the model itself keeps its weights
         network = copy.deepcopy(network).to(dtype)
     out = np.empty((len(cells.names), network.config.n_output + network.config.n_dataset), np.float32)
-    rows = cells.by_name()
-    for part in np.split(rows, range(batch_size, len(rows), batch_size)):
-        batch = {name: value.to(device) for name, value in cells.sentences.rows(part).items()}
+    size = _cells_at_once(network, cells.sentences.length, device) if batch_size is None else batch_size
+    parts, found = [], []  # results wait on the device, so that it need not wait for the CPU
+
+    def fetch() -> None:
+        if parts:
+            out[np.concatenate(parts)] = torch.cat(found).cpu().numpy()
+        parts.clear()
+        found.clear()
+
+    for part, batch in sentence_batches(cells, size, device):
         embedded = network(genes, **batch)
-        out[part] = torch.cat([embedded.cell.float(), embedded.dataset.float()], dim=1).cpu().numpy()
+        parts.append(part)
+        found.append(torch.cat([embedded.cell.float(), embedded.dataset.float()], dim=1))
+        if device.type == "cpu" or sum(map(len, parts)) * out.shape[1] > _RESULTS:
+            fetch()
+    fetch()
     return out
+
+
+def sentence_batches(
+    cells: Cells, batch_size: int, device: torch.device
+) -> Iterator[tuple[np.ndarray, dict[str, Tensor]]]:
+    """Yield row numbers and sentences of all cells, made on a GPU where the network is on one.
+
+    The sentences of Arc's models, which are filled up with unexpressed genes, are made on the CPU in any case.
+    """
+    rows, sentences = cells.by_name(), cells.sentences
+    if device.type == "cuda" and not sentences.fill and sentences.cls_gene is None:
+        with torch.cuda.device(device):
+            free, _ = torch.cuda.mem_get_info()
+        yield from DeviceSentences(sentences, device, most_bytes=free // 3).batches(rows, batch_size)
+        return
+    for part in np.split(rows, range(batch_size, len(rows), batch_size)):
+        yield part, {name: value.to(device) for name, value in sentences.rows(part).items()}
+
+
+def _cells_at_once(network: SENetwork, length: int, device: torch.device) -> int:
+    """Choose how many cells to embed at a time: on a GPU as many as keep it busy, in a third of its free memory."""
+    if device.type != "cuda":
+        return _CELLS_ON_CPU
+    with torch.cuda.device(device):
+        free, _ = torch.cuda.mem_get_info()
+    config, bytes_each = network.config, next(network.parameters()).element_size()
+    per_place = bytes_each * (10 * config.n_hidden + 3 * config.n_feedforward)  # what a layer holds at one time
+    return max(1, min(_PLACES_ON_GPU, free // (3 * per_place)) // (length + 2))
 
 
 def _dtype(precision: Precision, device: torch.device, n_cells: int) -> torch.dtype:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from virtualcell.data._cell_sets import CellGroups, SetSampler
-from virtualcell.data._packed import DenseRows, PackedRows
+from virtualcell.data._packed import DenseRows, PackedRows, sent
 from virtualcell.models._features import PerturbationTable
 
 # A validation looks at no more sets than this many batches hold, spread over all groups.
@@ -82,17 +82,18 @@ class SetBatches:
         group, perturbed, control = (part[rank::world_size] for part in self.sampler.step(i))
         source = self.source
         source.move(device)
+        self.vectors = self.vectors.to(device)
         batch = {
             "control": source.rows.rows(control),
             "perturbed": source.rows.rows(perturbed),
-            "perturbation": self.vectors[self.code[group]].to(device),
+            "perturbation": self.vectors[sent(self.code[group], device)],
         }
         if source.batch is not None:
-            batch["batch"] = torch.from_numpy(source.batch[perturbed]).to(device)
+            batch["batch"] = sent(source.batch[perturbed], device)
         if source.genes is not None:
             batch["genes"] = source.genes.rows(perturbed)
         if self.with_base:
-            pools = torch.from_numpy(self._pool_of_row[control]).to(device)
+            pools = sent(self._pool_of_row[control], device)
             share = F.one_hot(pools, len(self.sampler.groups.pools)).float().mean(dim=1)
             batch["base"] = share @ self._pool_means.to(device)
         return batch

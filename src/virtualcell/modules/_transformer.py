@@ -24,6 +24,13 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, n_heads: int, mask: Tensor | None =
     return out.transpose(1, 2).flatten(-2)  # (B, T, n_heads * k)
 
 
+class RMSNorm(nn.RMSNorm):
+    """In mixed precision its weight is rounded like its input: a kernel of one piece takes no two kinds of numbers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class SelfAttention(nn.Module):
     """Bidirectional attention without biases or positions; a head may have any width."""
 
@@ -57,9 +64,9 @@ class LlamaLayer(nn.Module):
 
     def __init__(self, n_hidden: int, n_heads: int, head_dim: int, n_feedforward: int) -> None:
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(n_hidden, eps=1e-6)
+        self.input_layernorm = RMSNorm(n_hidden, eps=1e-6)
         self.self_attn = SelfAttention(n_hidden, n_heads, head_dim)
-        self.post_attention_layernorm = nn.RMSNorm(n_hidden, eps=1e-6)
+        self.post_attention_layernorm = RMSNorm(n_hidden, eps=1e-6)
         self.mlp = GatedMLP(n_hidden, n_feedforward)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -73,7 +80,7 @@ class Llama(nn.Module):
     def __init__(self, n_layers: int, n_hidden: int, n_heads: int, head_dim: int, n_feedforward: int) -> None:
         super().__init__()
         self.layers = nn.ModuleList(LlamaLayer(n_hidden, n_heads, head_dim, n_feedforward) for _ in range(n_layers))
-        self.norm = nn.RMSNorm(n_hidden, eps=1e-6)
+        self.norm = RMSNorm(n_hidden, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, n_hidden)
         for layer in self.layers:

@@ -15,7 +15,7 @@ from scipy.linalg import lu
 from virtualcell._settings import seed_of
 from virtualcell.data._design import Scale
 from virtualcell.data._expression import Expression
-from virtualcell.data._screen import read_expression
+from virtualcell.data._read_expression import read_expression
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ def embed(
     scale: Scale = "counts",
     gene_key: str | None = None,
     key_added: str = _keys.X_STATE,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     precision: Precision = "auto",
     modality: str = "rna",
 ) -> None:
@@ -39,7 +39,7 @@ def embed(
     key_added
         Key of `obsm`.
     batch_size
-        Number of cells at a time.
+        Number of cells at a time; by default 256 on a CPU, and on a GPU as many as keep it busy.
     precision
         Numbers that the network computes with: "float32", or "bf16", which is several times faster on GPUs that have it
         and gives nearly the same vectors. "auto" takes bf16 on such a GPU, and float32 everywhere else.

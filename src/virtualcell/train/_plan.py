@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from virtualcell.train._quiet import random_state_kept, set_seed, silence
+from virtualcell.train._step import Step
 
 if TYPE_CHECKING:
     from virtualcell.train._options import TrainOptions
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 LOOK_EVERY = 20  # steps between two looks at whether losses were finite: each waits for the GPU
 NEVER = torch.iinfo(torch.int64).max
+RECORDED_ON = ("cuda",)  # devices on which steps are recorded
 
 
 class Means:
@@ -72,6 +74,7 @@ class TrainingPlan(pl.LightningModule):
         self.history: dict[str, dict[int, float]] = {}  # name -> number of steps done -> value
         self.failure = ""  # why training had to stop
         self.steps_done = 0
+        self._step: Step | None = None
         self.shown_loss = math.nan  # mean since the last entry of the history, for the progress bar
 
     def __setstate__(self, state: dict) -> None:
@@ -97,16 +100,25 @@ class TrainingPlan(pl.LightningModule):
         done = min(1.0, (i - n_up) / max(1, n_steps - n_up))
         return final + (1 - final) * (1 + math.cos(math.pi * done)) / 2
 
+    @property
+    def is_recorded(self) -> bool:
+        """Whether steps are made by :class:`Step`, and not by Lightning, which knows several processes and scaling."""
+        one = self.trainer.world_size == 1 and self.options.precision != "16-mixed"
+        return one and self.device.type in RECORDED_ON
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Build AdamW."""
         # one kernel for all weights; under 16-mixed the gradients must be unscaled before they are clipped
-        fused = self.device.type == "cuda" and self.options.precision != "16-mixed"
+        on_gpu = self.device.type == "cuda"
+        recorded = on_gpu and self.is_recorded
         return torch.optim.AdamW(
             self.network.parameters(),
-            lr=self.options.lr,
+            # a recording reads the rate from where it is
+            lr=torch.tensor(self.options.lr, device=self.device) if recorded else self.options.lr,
             weight_decay=self.options.weight_decay,
             eps=1e-8,
-            fused=fused or None,
+            fused=(on_gpu and self.options.precision != "16-mixed") or None,
+            capturable=recorded,
         )
 
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: object, **__: object) -> None:
@@ -121,19 +133,33 @@ class TrainingPlan(pl.LightningModule):
         """Seed this process, and keep the weights that it starts from."""
         set_seed(self.options.seed + self.global_rank, self.device)
         self._training = Means(self.device)
+        self.automatic_optimization = not self.is_recorded
+        if self.is_recorded:
+            options = {"clip": self.options.gradient_clip, "name": self.name}
+            self._step = Step(self.network, self.loss, self.trainer.optimizers[0], **options)
         self._finite_steps = self.steps_done
         self._finite_weights = [tensor.detach().clone() for tensor in self._weights()]
 
     def on_train_batch_start(self, i: int, _: int) -> None:
         """Set the learning rate."""
+        rate = self.options.lr * self.rate(i)
         for group in self.trainer.optimizers[0].param_groups:
-            group["lr"] = self.options.lr * self.rate(i)
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
 
-    def training_step(self, i: int, _: int) -> Tensor:
-        """Return the loss of this process's share of step `i`."""
-        losses = self.loss(self.network, self._batch(self.batches, i))
+    def training_step(self, i: int, _: int) -> Tensor | None:
+        """Return the loss of this process's share of step `i`; or make the step, where Lightning does not."""
+        batch = self._batch(self.batches, i)
+        if self.automatic_optimization:
+            losses = self.loss(self.network, batch)
+            self._training.add(losses, i)
+            return losses["loss"]
+        losses, norm = self._step(batch)
         self._training.add(losses, i)
-        return losses["loss"]
+        self._training.watch(norm, i)
+        return None
 
     def on_train_batch_end(self, _: object, i: int, __: int) -> None:
         """Look at the losses every now and then, and end after the last step."""
@@ -149,7 +175,8 @@ class TrainingPlan(pl.LightningModule):
             self.trainer.should_stop = True  # after which Lightning validates once more, whatever the step
 
     def on_train_end(self) -> None:
-        """Free the copy of the weights."""
+        """Free the copy of the weights, and the recording."""
+        self._step = None
         del self._training, self._finite_weights
 
     # -- validation ---------------------------------------------------------------------------------------------------
@@ -213,8 +240,8 @@ class TrainingPlan(pl.LightningModule):
             return
         self.shown_loss = float(self._training.sums["loss"]) / self._training.weight
         self._finite_steps = self.steps_done
-        for kept, tensor in zip(self._finite_weights, self._weights(), strict=True):
-            kept.copy_(tensor.detach())
+        with torch.no_grad():
+            torch._foreach_copy_(self._finite_weights, self._weights())
 
     def _fail(self, what: str) -> None:
         with torch.no_grad():
