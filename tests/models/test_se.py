@@ -15,7 +15,7 @@ from sklearn.model_selection import cross_val_score
 from sklearn.neighbors import KNeighborsClassifier
 
 import virtualcell as vc
-from virtualcell.models import SE
+from virtualcell.models import SE, _se_inference
 
 # the transformer sees batches of another shape or genes summed in another order: float32 rounding
 CLOSE = {"atol": 2e-5, "rtol": 0}
@@ -194,6 +194,17 @@ def test_bf16_gives_nearly_the_same_vectors(trained, pbmc, weights, caplog):
     assert {p.dtype for p in trained.module.parameters()} == {torch.float32}
     with pytest.raises(KeyError, match=r"precision='fp16' is unknown\. Did you mean 'bf16'\?"):
         trained.get_latent_representation(pbmc, precision="fp16")
+
+
+def test_sentences_made_on_the_device_give_the_same_vectors(trained, pbmc, monkeypatch):
+    x = trained.get_latent_representation(pbmc)
+    monkeypatch.setattr(_se_inference, "SENTENCES_ON", ("cuda", "cpu"))
+    found = trained.get_latent_representation(pbmc)
+    np.testing.assert_allclose(found, x, **CLOSE)
+    rng = np.random.default_rng(0)
+    cells, genes = rng.permutation(pbmc.n_obs), rng.permutation(pbmc.n_vars)
+    np.testing.assert_array_equal(trained.get_latent_representation(pbmc[cells][:, genes].copy()), found[cells])
+    np.testing.assert_allclose(trained.get_latent_representation(pbmc, batch_size=7), x, **CLOSE)
 
 
 # -- training ---------------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 Precision = Literal["auto", "float32", "bf16"]
 
+SENTENCES_ON = ("cuda",)  # devices that make the sentences themselves
 _CELLS_ON_CPU = 256
 _PLACES_ON_GPU = 1 << 18
 _RESULTS = 1 << 26  # numbers that wait on the device
@@ -76,24 +77,26 @@ def sentence_batches(
     The sentences of Arc's models, which are filled up with unexpressed genes, are made on the CPU in any case.
     """
     rows, sentences = cells.by_name(), cells.sentences
-    if device.type == "cuda" and not sentences.fill and sentences.cls_gene is None:
-        with torch.cuda.device(device):
-            free, _ = torch.cuda.mem_get_info()
-        yield from DeviceSentences(sentences, device, most_bytes=free // 3).batches(rows, batch_size)
+    if device.type in SENTENCES_ON and not sentences.fill and sentences.cls_gene is None:
+        most_bytes = _free_memory(device) // 3
+        yield from DeviceSentences(sentences, device, most_bytes=most_bytes).batches(rows, batch_size)
         return
     for part in np.split(rows, range(batch_size, len(rows), batch_size)):
         yield part, {name: value.to(device) for name, value in sentences.rows(part).items()}
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes that are free on a GPU; of a CPU's memory, a part that does no harm."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 1 << 30
 
 
 def _cells_at_once(network: SENetwork, length: int, device: torch.device) -> int:
     """Choose how many cells to embed at a time: on a GPU as many as keep it busy, in a third of its free memory."""
     if device.type != "cuda":
         return _CELLS_ON_CPU
-    with torch.cuda.device(device):
-        free, _ = torch.cuda.mem_get_info()
     config, bytes_each = network.config, next(network.parameters()).element_size()
     per_place = bytes_each * (10 * config.n_hidden + 3 * config.n_feedforward)  # what a layer holds at one time
-    return max(1, min(_PLACES_ON_GPU, free // (3 * per_place)) // (length + 2))
+    return max(1, min(_PLACES_ON_GPU, _free_memory(device) // (3 * per_place)) // (length + 2))
 
 
 def _dtype(precision: Precision, device: torch.device, n_cells: int) -> torch.dtype:
