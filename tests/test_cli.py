@@ -197,6 +197,7 @@ def test_an_error_is_one_sentence(folder: Path, tmp_path: Path, capsys: pytest.C
     [
         ({"data": "nowhere.h5ad"}, "nowhere.h5ad does not exist"),
         ({"data": "cells.loom"}, "must end in .h5ad, .h5mu or .zarr"),
+        ({"data": "there.h5ad"}, "(raised by h5py; --debug shows where)"),
         ({"--control": "ctrl"}, "control='ctrl' is unknown"),
         ({"--output": "out.csv"}, "out.csv must end in .h5ad"),
         ({"--output": "there.h5ad"}, "pass --overwrite to replace it"),

@@ -11,6 +11,7 @@ import ast
 import inspect
 import logging
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,10 +55,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except _EXPECTED as error:
         if debug:
             raise
-        message = error.args[0] if type(error) is KeyError and error.args else error  # its own text is in quotes
-        sys.stderr.write(f"virtualcell: error: {message}\n")
+        sys.stderr.write(f"virtualcell: error: {_sentence(error)}\n")
         return 2
     return 0
+
+
+def _sentence(error: BaseException) -> str:
+    """Return what an error says, and, where it is not one of ours, who raised it."""
+    message = str(error.args[0] if type(error) is KeyError and error.args else error)  # its own text is in quotes
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    where = frame.f_globals.get("__name__", "").partition(".")[0]
+    return message if where == "virtualcell" else f"{message} (raised by {where}; --debug shows where)"
 
 
 # -- options ----------------------------------------------------------------------------------------------------------
