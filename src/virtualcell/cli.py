@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import ast
 import inspect
-import logging
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -48,10 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = vars(parser().parse_args(arguments))
     run, debug = given.pop("run"), given.pop("debug")
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("virtualcell").setLevel(logging.INFO)
     try:
-        run(given)
+        # a log says what was done; a bar in a file of a batch system is thousands of lines
+        with vc.settings.override(verbosity="info", progress=sys.stderr.isatty()):
+            run(given)
     except _EXPECTED as error:
         if debug:
             raise
