@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ class Waits(TorchDispatchMode):
         super().__init__()
         self.device, self.names = device, set()
 
-    def __torch_dispatch__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
+    def __torch_dispatch__(self, func: Any, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         waits = bool(_WAITING.intersection(func.tags))
         if func is torch.ops.aten.index.Tensor:  # whose shape depends on the values of a mask alone
