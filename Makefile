@@ -42,6 +42,7 @@ format: $(STAMPS)/lint
 
 docs: $(STAMPS)/doc
 	$(BIN)/python -m sphinx -W --keep-going -E -q -b html docs docs/_build/html
+	$(BIN)/python scripts/check_links.py docs/_build/html
 	@echo "The documentation is in docs/_build/html/index.html"
 
 clean:

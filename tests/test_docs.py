@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
+import matplotlib.pyplot as plt
 import pytest
 
 import virtualcell as vc
@@ -19,7 +20,9 @@ from virtualcell.tl._fit_options import FitOptions, NetworkOptions
 
 ROOT = Path(__file__).parents[1]
 SRC = ROOT / "src" / "virtualcell"
-PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md")))]
+FOLDERS = (ROOT / "docs", ROOT / "docs" / "howto")
+PAGES = ["README.md", "CONTRIBUTING.md"]
+PAGES += [str(page.relative_to(ROOT)) for folder in FOLDERS for page in sorted(folder.glob("*.md"))]
 
 
 def check_network(given: dict) -> None:
@@ -39,8 +42,8 @@ OPTIONS: dict[str, Callable[[dict], object]] = {
 def code_of(page: str) -> Iterator[ast.Module]:
     """Parse the Python blocks of a page, and what its prose writes as `vc.something`."""
     text = (ROOT / page).read_text()
-    for block in re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL):
-        yield ast.parse(block)
+    for block in re.findall(r"^```(?:python|\{code-cell\} python)\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL):
+        yield ast.parse(re.sub(r"^:tags:.*\n", "", block))
     for span in re.findall(r"(?<!`)`(vc\.[^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)):
         yield ast.parse(span.replace("\n", " "))
 
@@ -110,14 +113,19 @@ def test_files_exist(page: str) -> None:
         assert any((folder / name).exists() for folder in (ROOT, SRC, ROOT / "docs")), f"{page} names {name}"
 
 
-@pytest.fixture(scope="module")
-def drawing() -> ModuleType:
-    """The script that draws the architecture."""
-    spec = importlib.util.spec_from_file_location("architecture_figure", ROOT / "scripts" / "architecture_figure.py")
+def script(name: str) -> ModuleType:
+    """Import a script."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def drawing() -> ModuleType:
+    """The script that draws the architecture."""
+    return script("architecture_figure")
 
 
 def test_the_drawing_names_things_where_they_are(drawing: ModuleType) -> None:
@@ -150,3 +158,53 @@ def test_networks_are_torch_alone() -> None:
                 for name in names:
                     root = name.split(".")[0]
                     assert root in {"torch", *sys.stdlib_module_names} or name.startswith("virtualcell.modules"), path
+
+
+def sentences_of_source() -> list[str]:
+    """Return all strings of the package, with an ellipsis where a value is put in."""
+    found = []
+    for path in SRC.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+            elif isinstance(node, ast.JoinedStr):
+                found.append("".join(str(v.value) if isinstance(v, ast.Constant) else "..." for v in node.values))
+    return found
+
+
+def test_quoted_errors_exist() -> None:
+    quoted = re.findall(r"^```text\n(.*?)\n```", (ROOT / "docs" / "faq.md").read_text(), flags=re.MULTILINE | re.DOTALL)
+    assert len(quoted) >= 15
+    there = sentences_of_source()
+    for quote in quoted:
+        for piece in filter(None, (piece.strip() for piece in quote.split("..."))):
+            assert any(piece in sentence for sentence in there), f"docs/faq.md quotes {piece!r}, which no error says"
+
+
+def test_broken_links_are_found(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.html").write_text(
+        '<p id="here"></p><a href="#here"></a><a href="sub/b.html#there"></a><a href="https://x.org/#y"></a>'
+        '<img src="no.png"><a href="sub/b.html#nowhere"></a><a href="c%20d.html"></a>'
+    )
+    (tmp_path / "sub" / "b.html").write_text('<a id="there" href="../a.html">up</a><a href="b.html?q=1#gone"></a>')
+    (tmp_path / "c d.html").write_text("")
+    assert script("check_links").broken_links(tmp_path) == [
+        ("a.html", "no.png"),
+        ("a.html", "sub/b.html#nowhere"),
+        ("sub/b.html", "b.html?q=1#gone"),
+    ]
+
+
+def test_the_concepts_have_their_drawings() -> None:
+    figures = script("concept_figures").FIGURES
+    text = (ROOT / "docs" / "concepts.md").read_text()
+    assert re.findall(r"_static/(concept_\w+)\.svg", text) == list(figures)
+    for name, draw in figures.items():
+        assert (ROOT / "docs" / "_static" / f"{name}.svg").exists()
+        ax = draw()
+        box = ax.get_window_extent()
+        for label in ax.texts:  # nothing is cut off
+            assert box.contains(*label.get_window_extent().p0), f"{name}: {label.get_text()!r}"
+            assert box.contains(*label.get_window_extent().p1), f"{name}: {label.get_text()!r}"
+        plt.close(ax.figure)

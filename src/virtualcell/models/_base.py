@@ -29,7 +29,7 @@ class PerturbationModel(BaseModelClass):
     """A model that turns control cells and a perturbation into perturbed cells: ST, and the baselines beside it.
 
     Built from data that was registered with :meth:`setup_anndata` or :meth:`setup_mudata`, or from a
-    :class:`virtualcell.data._screen.Screen` alone.
+    `virtualcell.data._screen.Screen` alone.
     """
 
     def __init_subclass__(cls, **options: object) -> None:
@@ -353,7 +353,7 @@ class PerturbationModel(BaseModelClass):
 
         Control cells are drawn with replacement `n_samples` times, and each part of the model (heads and networks of
         an ST, and its transferred effect) predicts from each draw; see
-        :func:`virtualcell.models._mixture.standard_error`. An ST adds the error, common to all parts, that such
+        `virtualcell.models._mixture.standard_error`. An ST adds the error, common to all parts, that such
         predictions had where training cells were left out.
 
         Parameters

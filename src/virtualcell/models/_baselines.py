@@ -117,7 +117,7 @@ class Baseline(PerturbationModel):
     ) -> np.ndarray:
         """Predict expression (n_cells, n_genes) from control cells of one context.
 
-        Parameters as in :meth:`virtualcell.models._base.PerturbationModel.predict_cells`.
+        Parameters as in `virtualcell.models._base.PerturbationModel.predict_cells`.
         """
         if perturbation == self.control:
             return cells
@@ -184,7 +184,7 @@ class ContextMean(Baseline):
 class Additive(Baseline):
     """Add the effect of the context plus that of the perturbation; a new pair `A+B` gets A's plus B's.
 
-    Both come from one fit over all measured pairs, see :func:`virtualcell.models._closed_forms.additive`. A context in
+    Both come from one fit over all measured pairs, see `virtualcell.models._closed_forms.additive`. A context in
     which no perturbation was measured has effect 0: it gets the mean effect that this perturbation had elsewhere.
     """
 
@@ -204,7 +204,7 @@ class NearestContext(Baseline):
     """Add the effect that the perturbation had in the context with the most similar control cells, shrunken.
 
     It is shrunken towards the additive fit, as far as measured contexts tell, see
-    :func:`virtualcell.models._closed_forms.nearest_context`. A new pair `A+B` gets A's effect plus B's.
+    `virtualcell.models._closed_forms.nearest_context`. A new pair `A+B` gets A's effect plus B's.
     """
 
     form = NearestContextFit

@@ -92,7 +92,7 @@ class Ridge(FeatureBaseline):
     """Ridge regression from features of perturbations to their effects (Ahlmann-Eltze et al. 2025).
 
     The intercept is the mean effect; the penalty is the one that predicts each training perturbation best from the
-    others, see :func:`virtualcell.models._regression.ridge`. A measured perturbation gets its fitted value, not a copy;
+    others, see `virtualcell.models._regression.ridge`. A measured perturbation gets its fitted value, not a copy;
     `A+B` the sum of A's and B's.
     """
 

@@ -65,7 +65,7 @@ class SE(BaseModelClass):
         Whether to fill the sentence of a cell with fewer expressed genes than places with unexpressed genes, drawn with
         replacement, as Arc's models had it, instead of padding it. The draw is fixed by the genes of the cell alone.
     network
-        Any other field of :class:`virtualcell.modules.SEConfig`.
+        Any other field of :class:`virtualcell.models.SEConfig`.
 
     Examples
     --------

@@ -73,7 +73,7 @@ class ST(PerturbationModel):
         default it is for head="both" in gene space; in embedding space it cannot be.
     modality_of_perturbation
         "CRISPRi" sets the target of a perturbation to what targets of others keep of their expression, and lowers genes
-        that start beside it, see :mod:`virtualcell.models._neighbouring`.
+        that start beside it, see `virtualcell.models._neighbouring`.
     gene_positions
         Where genes start, from :func:`virtualcell.pp.gene_positions`; without it no gene has neighbours.
     n_networks

@@ -49,7 +49,7 @@ class STTrainOptions(TrainOptions):
         Weight of the distance between the means of the two sets, which the published loss leaves out.
     contrast_weight
         Weight of a term that tells the perturbations of a batch apart, see
-        :func:`virtualcell.modules._losses.contrast`.
+        `virtualcell.modules._losses.contrast`.
     val_fraction
         Share of the cells of each context and perturbation kept for validation, where the data has no split of its own.
     """

@@ -120,7 +120,7 @@ def predict_cells(
 ) -> np.ndarray:
     """Predict expression (n_cells, n_genes) from control cells of one context, `set_size` at a time.
 
-    Parameters as in :meth:`virtualcell.models._base.PerturbationModel.predict_cells`.
+    Parameters as in `virtualcell.models._base.PerturbationModel.predict_cells`.
     """
     predicted = model.predict_embedding(cells, perturbation, context=context, base=base, batch=batch)
     if model.config.n_genes:
@@ -169,7 +169,7 @@ def apart(
 def error_from(model: ST, start: Start, perturbation: str, *, n_samples: int = 20, seed: int = 0) -> np.ndarray:
     """Estimate the standard error of the predicted mean of each gene, (n_genes,).
 
-    Beside the draws and the disagreement of parts, see :meth:`virtualcell.models._base.PerturbationModel.uncertainty`,
+    Beside the draws and the disagreement of parts, see `virtualcell.models._base.PerturbationModel.uncertainty`,
     it has the error that predictions of this kind had where training cells were left out, which all parts share.
     """
     error = PerturbationModel.error_from(model, start, perturbation, n_samples=n_samples, seed=seed)

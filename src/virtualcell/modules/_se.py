@@ -17,7 +17,7 @@ N_BINS = 10
 
 @dataclass(frozen=True)
 class SEConfig:
-    """Sizes of :class:`SENetwork`.
+    """Sizes of `SENetwork`.
 
     Parameters
     ----------

@@ -18,7 +18,7 @@ _SHIFTS = ("both", "shift")
 
 @dataclass(frozen=True)
 class STConfig:
-    """Sizes and arithmetic of :class:`STNetwork`.
+    """Sizes and arithmetic of `STNetwork`.
 
     Parameters
     ----------
