@@ -60,7 +60,7 @@ def cells(ax: Axes, x: float, y: float, colour: str, *, tilt: float = 0.0, seed:
 
 
 def draw_sets() -> Axes:
-    """A set of control cells becomes a set of perturbed cells; training compares it with a real one."""
+    """Draw how control cells become perturbed cells, which training compares with real ones."""
     ax = canvas(84, 35.5)
     ax.set_ylim(-1.5, 34)
     cells(ax, 12, 21, CONTROL, seed=1)
@@ -80,7 +80,7 @@ def draw_sets() -> Axes:
 
 
 def draw_sentence() -> Axes:
-    """A cell's genes in order of expression are a sentence, which a transformer reads into a vector."""
+    """Draw the genes of a cell in order of expression, which a transformer reads into a vector."""
     ax = canvas(84, 30)
     genes, level = ["B2M", "ACTB", "ISG15", "STAT1", "CD3E", "IL7R"], np.array([6.0, 5.1, 4.2, 2.6, 1.8, 1.2])
     colours = plt.get_cmap("cividis")(np.linspace(0.1, 0.9, 12))
@@ -106,7 +106,7 @@ def draw_sentence() -> Axes:
 
 
 def draw_mixture() -> Axes:
-    """Three predictions are averaged; cells that were left out choose the weights and give the verdict."""
+    """Draw the average of three predictions, and the cells left out that choose weights and give the verdict."""
     ax = canvas(84, 38)
     for i, (title, text) in enumerate(
         [("shift", "control + learned shift"), ("level", "from the hidden layer"), ("transferred", "effect elsewhere")]
