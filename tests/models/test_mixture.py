@@ -298,3 +298,15 @@ def test_a_rare_gene_falls_as_far_in_every_set_as_on_average() -> None:
     wanted = Change(-0.8 * base, base)
     cells = Mixture.equal(("shift",), transferred=True).cells([], control, wanted, question="cells")
     torch.testing.assert_close(cells.mean(dim=(0, 1)), 0.2 * base)
+
+
+def test_the_standard_error_of_a_mean_over_draws_falls_with_their_number() -> None:
+    rng = np.random.default_rng(0)
+    weights = np.array([0.5, 0.5])
+    # both parts agree, draws scatter by 1: the mean of 8 draws scatters by 1 / sqrt(8)
+    draws = np.repeat(rng.normal(size=(8, 1, 4000)), 2, axis=1)
+    found = standard_error(draws, weights, averaged=True)
+    assert np.sqrt(np.square(found).mean()) == pytest.approx(1 / np.sqrt(8), rel=0.03)
+    np.testing.assert_allclose(found, standard_error(draws, weights) / np.sqrt(8))
+    parts = np.array([[[0.0], [2.0]]])  # of one draw, only the parts disagree
+    assert standard_error(parts, weights, averaged=True) == pytest.approx(np.sqrt(2 / 2))

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from virtualcell.models._shrinkage import shrink
+from virtualcell.models._shrinkage import shrink, shrink_with_signs
 
 
 @pytest.fixture
@@ -139,3 +139,37 @@ def test_a_gene_that_moves_in_other_rows_is_believed_more(rng):
     np.testing.assert_allclose(shrink(measured[:, order], variance[:, order]).mean, together[:, order], rtol=1e-5)
     order = rng.permutation(30)
     np.testing.assert_allclose(shrink(measured[order], variance[order]).mean, together[order], rtol=1e-5)
+
+
+def test_local_false_sign_rates_are_rates_of_false_signs(rng):
+    truth, measured, variance = simulated(rng, share=1.0, size=1.0)
+    found = shrink_with_signs(measured, variance)
+    alone = np.concatenate([shrink(measured[[i]], variance[[i]]).mean for i in range(3)])
+    np.testing.assert_allclose(found.mean[:3], alone, rtol=1e-5)
+    is_false = np.sign(truth) != np.sign(measured)
+    for low, high in ((0, 0.05), (0.05, 0.15), (0.15, 0.3), (0.3, 1)):
+        here = (found.false_sign >= low) & (found.false_sign < high)
+        assert here.sum() > 300
+        assert is_false[here].mean() == pytest.approx(found.false_sign[here].mean(), abs=0.08)
+
+
+def test_few_of_the_sure_signs_are_false_where_most_effects_are_zero(rng):
+    truth, measured, variance = simulated(rng)
+    sure = shrink_with_signs(measured, variance).false_sign < 0.05
+    assert 0.08 < sure.mean() < 0.2  # of the fifth that has an effect, those far enough from zero
+    assert (np.sign(truth) != np.sign(measured))[sure].mean() < 0.05
+
+
+def test_a_sign_is_surer_the_further_an_effect_is_from_zero(rng):
+    _, measured, variance = simulated(rng, n_rows=1)
+    order = np.argsort(np.abs(measured[0]))
+    rates = shrink_with_signs(measured, variance).false_sign[0, order]
+    assert (np.diff(rates) <= 1e-6).all()
+    assert rates[0] > 0.8
+    assert rates[-1] < 1e-6
+
+
+def test_an_effect_without_error_has_its_sign_and_none_has_none():
+    found = shrink_with_signs(np.array([[1.0, 0.0, -2.0]]), np.zeros((1, 3)))
+    np.testing.assert_array_equal(found.false_sign, [[0, 1, 0]])
+    np.testing.assert_array_equal(found.mean, [[1, 0, -2]])

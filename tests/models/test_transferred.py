@@ -423,3 +423,35 @@ def test_stored_and_read_it_is_the_same_to_the_bit(n_perturbations):
             assert len(set(questions)) == 1
             distances = (x.extrapolation(effects.controls[2], context) for x in (again, transferred))
             assert len(set(distances)) == 1
+
+
+def test_the_error_of_a_sum_of_genes_is_that_of_the_gene_alone():
+    effects = many(np.random.default_rng(0))
+    fit = Transferred.fit(effects)
+    perturbation, context = effects.perturbations[0], "a context never seen"
+    of_genes = fit.error_of(perturbation, context, control=CONTROL)
+    for gene in (0, 17):
+        direction = 3 * np.eye(len(of_genes))[gene]
+        found = fit.error_along(direction, perturbation, context, control=CONTROL)
+        assert found == pytest.approx(3 * of_genes[gene], rel=1e-3)
+
+
+def test_errors_of_genes_go_together_as_their_effects_do():
+    """Two programmes of 20 genes each: errors add up within one, and cancel half of the time between them."""
+    active = np.random.default_rng(0).normal(size=(60, 2)).repeat(20, axis=1)
+    controls = np.full((1, 40), 2.0, np.float32)
+    names = [f"P{i}" for i in range(60)]
+    effects = Effects.from_effects(active, ["c"] * 60, names, controls)
+    effects = dataclasses.replace(effects, variance=np.full(effects.effects.shape, 1e-4, np.float32))
+    fit = Transferred.fit(effects)
+    fit = dataclasses.replace(fit, error_elsewhere=np.ones(40, np.float32))
+    one, both = np.zeros((2, 40))
+    one[:20], both[:] = 1, 1
+
+    def error(direction):
+        return fit.error_along(direction, "P0", "another", control=CONTROL)
+
+    assert error(one) == pytest.approx(20, rel=0.02)
+    assert error(both) == pytest.approx(
+        np.sqrt(20**2 + 20**2), rel=0.15
+    )  # in 60 effects the two are nearly uncorrelated

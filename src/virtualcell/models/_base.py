@@ -19,8 +19,15 @@ from virtualcell.data._design import Scale
 from virtualcell.data._labels import expression_modality
 from virtualcell.data._screen import Screen
 from virtualcell.io._save import State, save
-from virtualcell.models._common import KINDS, forget_data, load_model, require_finite, summary
-from virtualcell.models._mixture import standard_error
+from virtualcell.models._common import KINDS, forget_data, load_model, summary
+from virtualcell.models._from_start import (
+    control_sets,
+    error_from,
+    means_from,
+    predict_from,
+    rows_from,
+    where_measured,
+)
 from virtualcell.models._setup import design_of, register
 from virtualcell.models._start import Start, starts
 
@@ -228,36 +235,27 @@ class PerturbationModel(BaseModelClass):
         predicted = self.predict_cells(cells, perturbation, context=context, base=base, batch=batch)
         return predicted.mean(axis=0, keepdims=True), np.ones(1)
 
-    def predict_from(
-        self, start: Start, perturbation: str, *, n_cells: int | None = None, seed: int = 0
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Predict cells of one context: rows of `start`, sorted, and the predicted cells, (n_cells, n_genes).
+    predict_from = predict_from
+    rows_from = rows_from
+    control_sets = control_sets
+    means_from = means_from
+    error_from = error_from
 
-        The control label predicts the control cells themselves, where the model works on expression.
-        """
-        rows, n = self._rows_from(start, n_cells, seed)
-        order = np.argsort(rows[:n], kind="stable")
-        sorted_rows = rows[:n][order]
-        if perturbation == self.control and self.design.use_rep is None:
-            return sorted_rows, start.dense(sorted_rows)
-        predicted = self.predict_cells(
-            start.dense(rows), perturbation, context=start.context, base=start.base, batch=start.batch_of(rows)
-        )
-        require_finite(self, predicted, perturbation, start.context)
-        return sorted_rows, predicted[:n][order]
+    # -- what is known of a prediction --------------------------------------------------------------------------------
 
-    def rows_from(self, start: Start, *, n_cells: int | None = None, seed: int = 0) -> np.ndarray:
-        """Rows of `start`, sorted, that :meth:`predict_from` starts from."""
-        rows, n = self._rows_from(start, n_cells, seed)
-        return np.sort(rows[:n])
+    @property
+    def known_names(self) -> list[str]:
+        """Labels of the perturbations that the model learned from, without the control."""
+        return self.perturbations
 
-    def _rows_from(self, start: Start, n_cells: int | None, seed: int) -> tuple[np.ndarray, int]:
-        """Rows that the model looks at, and how many of them, the first ones, are predicted."""
-        rng = np.random.default_rng([seed, *start.context.encode()])
-        n = len(start.names) if n_cells is None else n_cells
-        # a small request still shows the model a full set of control cells
-        n_run = max(n, min(len(start.names), self.n_seen_together))
-        return rng.choice(len(start.names), n_run, replace=n_run > len(start.names)), n
+    @property
+    def featured_names(self) -> list[str]:
+        """Names of all perturbations that the model has features of; none by default."""
+        return []
+
+    where_measured = where_measured
+
+    knows_error = False  # whether the model tells how wrong it is
 
     def trust(self, start: Start, perturbation: str) -> dict[str, float]:
         """Return what is known of how far a prediction from `start` can be trusted, by name; nothing by default."""
@@ -275,20 +273,13 @@ class PerturbationModel(BaseModelClass):
         """
         return 0.0
 
-    def error_from(self, start: Start, perturbation: str, *, n_samples: int = 20, seed: int = 0) -> np.ndarray:
-        """Estimate the standard error of the predicted mean of each gene, (n_genes,); see :meth:`uncertainty`."""
-        rng = np.random.default_rng([seed, *start.context.encode()])
-        means = []
-        for _ in range(n_samples):
-            rows = rng.choice(len(start.names), len(start.names))
-            control = start.dense(rows)
-            parts, weights = self.predict_parts(
-                control, perturbation, context=start.context, base=control.mean(axis=0), batch=start.batch_of(rows)
-            )
-            means.append(parts)
-        error = standard_error(np.stack(means), weights)
-        require_finite(self, error, perturbation, start.context)
-        return error
+    def shared_error(self, perturbation: str, context: str) -> np.ndarray | float:
+        """Error that all parts have in common, of the change of each gene's mean: (n_genes,); 0 where none is known."""
+        return 0.0
+
+    def shared_error_along(self, direction: np.ndarray, perturbation: str, context: str) -> float:
+        """Return the same error of a weighted sum of the changes, with one weight per gene, (n_genes,)."""
+        return 0.0
 
     # -- prediction from data -----------------------------------------------------------------------------------------
 

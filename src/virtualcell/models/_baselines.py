@@ -89,6 +89,11 @@ class Baseline(PerturbationModel):
 
     # -- prediction ---------------------------------------------------------------------------------------------------
 
+    @property
+    def known_names(self) -> list[str]:
+        """Labels of the perturbations that the baseline learned from."""
+        return self.known
+
     @abstractmethod
     def _effect(self, perturbation: str, context: int, base: np.ndarray) -> np.ndarray:
         """Return the effect, (n_genes,), of a perturbation in a known context (-1: a new one) with the mean `base`."""

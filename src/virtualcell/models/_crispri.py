@@ -56,12 +56,21 @@ class CRISPRi:
             positions = pd.DataFrame({"chromosome": [], "start": []}, index=pd.Index([], dtype=str))
         return cls(Neighbours(np.asarray(genes), positions), knockdown, control)
 
-    def put_on(self, predicted: np.ndarray, base: np.ndarray, perturbation: str, *, measured: bool) -> np.ndarray:
+    def put_on(
+        self,
+        predicted: np.ndarray,
+        base: np.ndarray,
+        perturbation: str,
+        *,
+        measured: bool,
+        mean: np.ndarray | None = None,
+    ) -> np.ndarray:
         """Lower predicted cells (n_cells, n_genes) of a perturbation where CRISPRi does; `base` is the control mean.
 
-        The target of a pair that was `measured` stays as it was measured.
+        The target of a pair that was `measured` stays as it was measured. Of rows that are no cells, (..., n_genes),
+        `mean` is what they stand for.
         """
-        mean = predicted.mean(axis=0, dtype=np.float64)
+        mean = predicted.mean(axis=0, dtype=np.float64) if mean is None else mean
         capped = base + self.neighbours.capped(
             mean - base, base, perturbation, knockdown=None if measured else self.knockdown, control=self.control
         )
@@ -69,7 +78,7 @@ class CRISPRi:
         if not moved.any():
             return predicted
         out = predicted.copy()
-        out[:, moved] *= capped[moved] / np.maximum(mean[moved], 1e-12)
+        out[..., moved] *= capped[moved] / np.maximum(mean[moved], 1e-12)
         return out
 
     def to_plain(self) -> dict:

@@ -62,6 +62,11 @@ class FeatureBaseline(Baseline):
         vectors = self.table.encode(labels).numpy()
         return vectors[:, :-1], vectors[:, -1]
 
+    @property
+    def featured_names(self) -> list[str]:
+        """Names of all perturbations that the baseline has features of."""
+        return self.table.names
+
     def check_perturbation(self, perturbation: str) -> None:
         """Raise a KeyError that names the closest ones if a perturbation has no row of features."""
         self.table.check(perturbation)

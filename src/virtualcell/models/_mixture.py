@@ -210,7 +210,7 @@ def put_on_cells(cells: Tensor, wanted: Tensor, *, nonnegative: bool = True) -> 
     return cells * factor + (wanted - mean * factor).clamp_min(0)
 
 
-def standard_error(means: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def standard_error(means: np.ndarray, weights: np.ndarray, *, averaged: bool = False) -> np.ndarray:
     """Estimate the standard error of the weighted mean of several parts' predictions.
 
     Its variance between draws of control cells, plus the variance between parts times the sum of squared weights, which
@@ -222,12 +222,19 @@ def standard_error(means: np.ndarray, weights: np.ndarray) -> np.ndarray:
         Predicted mean profiles, (n_draws, n_parts, n_genes).
     weights
         Weights of the parts, which sum to 1, (n_parts,).
+    averaged
+        Whether the prediction is the mean over the draws, which are of other cells each, and not one such draw. A
+        single draw then tells nothing of their scatter.
 
     Returns
     -------
     (n_genes,), in the unit of `means`.
     """
-    variance, total = (weights @ means).var(axis=0, ddof=1), np.square(weights).sum()
+    n, total = len(means), np.square(weights).sum()
+    if averaged:
+        variance = (weights @ means).var(axis=0, ddof=1) / n if n > 1 else np.zeros(means.shape[-1])
+    else:
+        variance = (weights @ means).var(axis=0, ddof=1)
     if total < 1 - 1e-9:  # otherwise one part has all the weight
         parts = means.mean(axis=0)
         between = weights @ np.square(parts - weights @ parts) / (1 - total)  # unbiased; by n - 1 if all are equal

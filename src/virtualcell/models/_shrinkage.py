@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+from scipy.stats import norm
 
 # Standard deviations of true effects, in standard errors of their measurement.
 _SCALES = np.array([0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0])
@@ -25,6 +26,16 @@ class Shrunken(NamedTuple):
 
     mean: np.ndarray
     variance: np.ndarray
+
+
+class Signed(NamedTuple):
+    """Posterior mean of effects, and their local false sign rates, (n_rows, n_genes) each.
+
+    That is the probability that the true effect has not the sign of the measured one, being zero or on the other side.
+    """
+
+    mean: np.ndarray
+    false_sign: np.ndarray
 
 
 def shrink(effects: np.ndarray, variance: np.ndarray) -> Shrunken:
@@ -56,6 +67,39 @@ def shrink(effects: np.ndarray, variance: np.ndarray) -> Shrunken:
     return Shrunken(mean, uncertain)
 
 
+def shrink_with_signs(effects: np.ndarray, variance: np.ndarray) -> Signed:
+    """Shrink the effects of each row by itself, and tell how likely each has the sign that it seems to have.
+
+    What :func:`shrink` does with a single row, so that other rows change nothing.
+
+    Parameters
+    ----------
+    effects, variance
+        As in :func:`shrink`.
+    """
+    out = Signed(np.empty_like(effects, dtype=np.float32), np.empty_like(effects, dtype=np.float32))
+    for start in range(0, len(effects), _ROWS):
+        rows = slice(start, start + _ROWS)
+        z, known = _standardised(effects[rows], variance[rows])
+        shares = _mixture(_counts(z, known, np.full(z.shape, _COMMON, np.int8)))
+        keep, wrong = _curves(shares)[0][_COMMON], _false_signs(shares)
+        out.mean[rows] = effects[rows] * np.where(known, 1, _at(z, keep))
+        out.false_sign[rows] = np.where(known, effects[rows] == 0, _at(z, wrong))
+    return out
+
+
+def _at(z: np.ndarray, curves: np.ndarray) -> np.ndarray:
+    """Read each row's curve, (n_rows, n_bins), at the values of that row."""
+    return np.stack([np.interp(x, _BINS, curve) for x, curve in zip(z, curves, strict=True)])
+
+
+def _false_signs(shares: np.ndarray) -> np.ndarray:
+    """Probability that an effect has not the sign of its measurement, at each of `_BINS`, (n_rows, n_bins)."""
+    of_component = norm.cdf(-np.sqrt(_SCALES**2 / (1 + _SCALES**2)) * _BINS[:, None])
+    of_component[:, _SCALES == 0] = 1  # no effect has no sign
+    return (_posterior(shares, _SCALES) * of_component).sum(axis=2)
+
+
 def _factors_of_genes(kept: np.ndarray, variance: np.ndarray) -> np.ndarray:
     """Return, as codes of `_FACTORS`, how far each gene moves in the other rows, compared with all genes there."""
     moved = np.square(np.minimum(np.abs(kept) / np.sqrt(np.where(variance > 0, variance, np.inf)), _MOST_MOVED))
@@ -67,14 +111,8 @@ def _factors_of_genes(kept: np.ndarray, variance: np.ndarray) -> np.ndarray:
 
 
 def _shrink_block(effects: np.ndarray, variance: np.ndarray, factors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    error = np.sqrt(variance, dtype=np.float32)
-    known = error == 0
-    z = np.abs(effects) / np.where(known, 1, error)
-    bins = np.minimum(np.searchsorted(_BINS, z, side="right") - 1, len(_BINS) - 1)
-    counts = np.zeros((len(_FACTORS), len(z), len(_BINS)))
-    rows = np.repeat(np.arange(len(z)), (~known).sum(axis=1))
-    np.add.at(counts, (factors[~known], rows, bins[~known]), 1)
-    keep, spread = _curves(_mixture(counts))
+    z, known = _standardised(effects, variance)
+    keep, spread = _curves(_mixture(_counts(z, known, factors)))
     mean, uncertain = effects.astype(np.float32), np.zeros_like(z, dtype=np.float32)
     for f in np.unique(factors):
         for i in range(len(z)):
@@ -82,6 +120,22 @@ def _shrink_block(effects: np.ndarray, variance: np.ndarray, factors: np.ndarray
             mean[i, genes] *= np.interp(z[i, genes], _BINS, keep[f, i])
             uncertain[i, genes] = variance[i, genes] * np.interp(z[i, genes], _BINS, spread[f, i])
     return mean, uncertain
+
+
+def _standardised(effects: np.ndarray, variance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return |effect| / error, and which effects are known without error."""
+    error = np.sqrt(variance, dtype=np.float32)
+    known = error == 0
+    return np.abs(effects) / np.where(known, 1, error), known
+
+
+def _counts(z: np.ndarray, known: np.ndarray, factors: np.ndarray) -> np.ndarray:
+    """How many genes of each row lie in each bin, by their factor: (n_factors, n_rows, n_bins)."""
+    bins = np.minimum(np.searchsorted(_BINS, z, side="right") - 1, len(_BINS) - 1)
+    counts = np.zeros((len(_FACTORS), len(z), len(_BINS)))
+    rows = np.repeat(np.arange(len(z)), (~known).sum(axis=1))
+    np.add.at(counts, (factors[~known], rows, bins[~known]), 1)
+    return counts
 
 
 def _mixture(counts: np.ndarray) -> np.ndarray:
@@ -109,6 +163,13 @@ def _likelihood(z: np.ndarray, scales: np.ndarray) -> np.ndarray:
     return np.exp(log - log.max(axis=1, keepdims=True))
 
 
+def _posterior(shares: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """Probability of each component at each of `_BINS`, (n_rows, n_bins, n_components)."""
+    posterior = shares[:, None, :] * _likelihood(_BINS, scales)
+    posterior /= np.maximum(posterior.sum(axis=2, keepdims=True), 1e-300)
+    return posterior
+
+
 def _curves(shares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """How much of an effect is kept, and its posterior variance in squared standard errors.
 
@@ -116,8 +177,7 @@ def _curves(shares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     kept, spread = [], []
     for scales in _SCALES * _FACTORS[:, None]:
-        posterior = shares[:, None, :] * _likelihood(_BINS, scales)
-        posterior /= np.maximum(posterior.sum(axis=2, keepdims=True), 1e-300)
+        posterior = _posterior(shares, scales)
         of_component = scales**2 / (1 + scales**2)
         keep = posterior @ of_component
         between = posterior @ of_component**2 - keep**2

@@ -32,10 +32,14 @@ from virtualcell.models._st_predict import (
     apart,
     effect_error,
     error_from,
+    means_from,
     predict_cells,
     predict_embedding,
     predict_parts,
+    shared_error,
+    shared_error_along,
     trust,
+    where_measured,
 )
 from virtualcell.models._transferred import Transferred
 from virtualcell.modules import Ensemble, STConfig, STNetwork, networks, st_loss
@@ -338,9 +342,25 @@ class ST(PerturbationModel):
     predict_cells = predict_cells
     predict_parts = predict_parts
     apart = apart
+    knows_error = True
+    means_from = means_from
     error_from = error_from
     trust = trust
     effect_error = effect_error
+    shared_error = shared_error
+    shared_error_along = shared_error_along
+    where_measured = where_measured
+
+    @property
+    def known_names(self) -> list[str]:
+        """Labels of the perturbations that the model learned from, here or in other experiments."""
+        others = [] if self.elsewhere is None else self.elsewhere.known_names
+        return [*self.table.seen, *(name for name in others if self.measured_elsewhere(name))]
+
+    @property
+    def featured_names(self) -> list[str]:
+        """Names of all perturbations that the model has features of."""
+        return self.table.names if self.table.has_features else []
 
     # -- files --------------------------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from virtualcell._threads import own_threads
 from virtualcell.data._expression import MOST_EXPRESSION
 from virtualcell.models._base import PerturbationModel
 from virtualcell.models._common import require_finite
+from virtualcell.models._from_start import Measured, SetMeans
 from virtualcell.models._mixture import Change, Question
 from virtualcell.models._start import Start
 
@@ -150,6 +151,55 @@ def predict_parts(
 
 
 @torch.inference_mode()
+def means_from(model: ST, start: Start, perturbations: Sequence[str], sets: np.ndarray) -> Iterator[SetMeans]:
+    """Yield the mean profiles of the parts for each perturbation, from the same control cells.
+
+    Of what the networks predict only the means are kept, so that many perturbations run together. Parameters as in
+    :func:`virtualcell.models._from_start.means_from`.
+    """
+    if model.config.n_genes:
+        yield from PerturbationModel.means_from(model, start, perturbations, sets)
+        return
+    cells = start.dense(sets.ravel())
+    model.check_width(cells.shape[1])
+    control = torch.from_numpy(cells.reshape(*sets.shape, -1)).to(model.device)
+    asked = {name: _asked(model, name, start.context, start.base) for name in perturbations}
+    run = [name for name in perturbations if _counts(model, **asked[name])]
+    batch = start.batch_of(sets.ravel()) if run and model.batches else None
+    codes = None if batch is None else torch.from_numpy(model.batch_codes(batch).reshape(sets.shape)).to(model.device)
+    heads = dict(zip(run, _head_means(model, control, run, codes), strict=True))
+    before = control.mean(dim=1, keepdim=True)
+    for name in perturbations:
+        # sets of one cell, the mean: parts and weights are those of the cells
+        means, weights = model.mixture.means(heads.get(name, []), before, **asked[name])
+        means = means.transpose(0, 1).float().cpu().numpy()
+        require_finite(model, means, name, start.context)
+        if model.crispri is not None:
+            is_known = where_measured(model, name, start.context) == "here"
+            mean = np.einsum("p,spg->g", weights, means) / len(means)
+            means = model.crispri.put_on(means, start.base, name, measured=is_known, mean=mean)
+        yield SetMeans(np.minimum(means, MOST_EXPRESSION), weights)
+
+
+def _head_means(
+    model: ST, control: Tensor, perturbations: Sequence[str], codes: Tensor | None
+) -> Iterator[list[tuple[Tensor, ...]]]:
+    """Yield for each perturbation the means, (n_sets, 1, n_genes), that the heads of each network predict."""
+    model.module.eval()
+    for at in range(0, len(perturbations), _SETS_AT_ONCE):
+        vectors = model.table.encode(perturbations[at : at + _SETS_AT_ONCE]).to(model.device)
+        networks = []
+        for network in model.networks:
+            of_sets = []
+            for i in range(len(control)):  # one set for all perturbations, which is encoded once
+                out = network(control[i : i + 1], vectors, None if codes is None else codes[i : i + 1])
+                of_sets.append([cells.mean(dim=1) for cells in out.heads])
+            networks.append([torch.stack(of_head, dim=1) for of_head in zip(*of_sets, strict=True)])
+        for i in range(len(vectors)):
+            yield [tuple(head[i][:, None] for head in heads) for heads in networks]
+
+
+@torch.inference_mode()
 def apart(
     model: ST, start: Start, perturbation: str, *, n_cells: int | None = None, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -173,9 +223,31 @@ def error_from(model: ST, start: Start, perturbation: str, *, n_samples: int = 2
     it has the error that predictions of this kind had where training cells were left out, which all parts share.
     """
     error = PerturbationModel.error_from(model, start, perturbation, n_samples=n_samples, seed=seed)
+    return np.hypot(error, shared_error(model, perturbation, start.context))
+
+
+def shared_error(model: ST, perturbation: str, context: str) -> np.ndarray | float:
+    """Return the error that predictions of this kind had where training cells were left out, (n_genes,)."""
     if model.transferred is None or perturbation == model.control:
-        return error
-    return np.hypot(error, model.transferred.error_of(perturbation, start.context, control=model.control))
+        return 0.0
+    return model.transferred.error_of(perturbation, context, control=model.control)
+
+
+def shared_error_along(model: ST, direction: np.ndarray, perturbation: str, context: str) -> float:
+    """Return that error of a weighted sum of the changes, with weights (n_genes,)."""
+    if model.transferred is None or perturbation == model.control:
+        return 0.0
+    return model.transferred.error_along(direction, perturbation, context, control=model.control)
+
+
+def where_measured(model: ST, perturbation: str, context: str) -> Measured:
+    """Tell whether the model learned from cells of a perturbation in this context, or where else."""
+    if model.transferred is None:
+        return PerturbationModel.where_measured(model, perturbation, context)
+    if model.measured_elsewhere(perturbation):
+        return "elsewhere"
+    question = model.transferred.question(perturbation, context, control=model.control)
+    return {"cells": "here", "contexts": "elsewhere", "perturbations": "no"}[question]
 
 
 def trust(model: ST, start: Start, perturbation: str) -> dict[str, float]:

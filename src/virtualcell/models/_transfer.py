@@ -295,6 +295,11 @@ class Transfer(Baseline):
     def _of_neighbours(self, name: str) -> np.ndarray:
         return neighbours_mean(self.arrays["effects"], [self._neighbours(name)])[0]
 
+    @property
+    def featured_names(self) -> list[str]:
+        """Names of all perturbations that there are features of."""
+        return self.feature_names
+
     def measured(self, perturbation: str) -> bool:
         """Whether a source has a perturbation, or all parts of a combination."""
         names = self._names(perturbation)

@@ -193,6 +193,24 @@ class Transferred:
         by_question = {"cells": self.error, "contexts": self.error_elsewhere, "perturbations": self.error_unseen}
         return by_question[question] if len(by_question[question]) else self.error_elsewhere
 
+    @cached_property
+    def _spread(self) -> tuple[np.ndarray, np.ndarray]:
+        """Second moments of the scores of measured effects, (n_axes, n_axes), and each gene's typical effect."""
+        moments = self.scores.T.astype(np.float64) @ self.scores / max(len(self.scores), 1)
+        return moments, np.sqrt(np.maximum(np.einsum("ag,ab,bg->g", self.axes, moments, self.axes, optimize=True), 0))
+
+    def error_along(self, direction: np.ndarray, perturbation: str, context: str, *, control: str) -> float:
+        """Return the error of a weighted sum of the changes of genes' means, with weights (n_genes,).
+
+        Errors of single genes are those of :meth:`error_of`. How they go together is not known; what goes together in
+        measured effects, over contexts and perturbations, is taken to go together in the errors.
+        """
+        moments, typical = self._spread
+        weighed = direction * self.error_of(perturbation, context, control=control)
+        moved = typical > 0
+        scores = self.axes[:, moved].astype(np.float64) @ (weighed[moved] / typical[moved])
+        return float(np.sqrt(scores @ moments @ scores + np.square(weighed[~moved]).sum()))
+
     def extrapolation(self, base: np.ndarray, context: str) -> float:
         """Return how far control cells lie from the most similar training context, 1 - correlation of means.
 

@@ -77,15 +77,23 @@ def predicted_effect(
         rows = model.rows_from(start, n_cells=n_cells, seed=seed)
         return Effect(perturbation, rows, np.zeros(in_genes.cells.shape[1]), 0.0)
     rows, cells = model.predict_from(start, perturbation, n_cells=n_cells, seed=seed)
-    error = np.asarray(model.effect_error(perturbation, context=start.context, base=start.base))
     if columns is not None:
-        cells, error = cells[:, columns], error[columns] if error.ndim else error
+        cells = cells[:, columns]
     # both means are taken in the same way, so that what the model leaves as it is changes by exactly nothing
     before = np.ascontiguousarray(in_genes.dense(rows)).mean(axis=0, dtype=np.float64)
     after = np.ascontiguousarray(cells).mean(axis=0, dtype=np.float64)
-    change = after - before
-    change[np.abs(change) < error] = 0
+    change = beyond_error(after - before, model, start, perturbation, columns=columns)
     return Effect(perturbation, rows, change, float(cells.max(initial=0)))
+
+
+def beyond_error(
+    change: np.ndarray, model: PerturbationModel, start: Start, perturbation: str, *, columns: np.ndarray | None = None
+) -> np.ndarray:
+    """Return a change of the mean, (n_genes,), with 0 where it is smaller than the model's own error."""
+    error = np.asarray(model.effect_error(perturbation, context=start.context, base=start.base))
+    if columns is not None and error.ndim:
+        error = error[columns]
+    return np.where(np.abs(change) < error, 0, change)
 
 
 @dataclass(frozen=True, eq=False)

@@ -143,7 +143,7 @@ def predict_perturbation(
     stated = {"layer": layer, "scale": scale, "library_size_key": library_size_key, "context_key": context_key}
     stated |= {"perturbation_key": perturbation_key, "control": control, "batch_key": batch_key}
     expression = expression_modality(adata, modality)
-    model = _checked(_stored_model(expression) if model is None else model)
+    model = checked_model(stored_model(expression) if model is None else model)
     names = names_of(of_drug(model, perturbation, drug, dose))
     for name in names:
         model.check_perturbation(name)
@@ -151,14 +151,14 @@ def predict_perturbation(
         model = _better_one(model, fallback, names)
     model = model.on_genes(expression.var_names)
     design = design_of_data(model, expression, stated)
-    controls = _controls(Screen.from_anndata(adata, design, modality=modality), context)
+    controls = controls_of(Screen.from_anndata(adata, design, modality=modality), context)
     coverage = min_gene_coverage if design.use_rep is None else None  # where genes are no input, they may lack
     genes = common_genes(expression.var_names, model.genes, coverage)
     warn_of_fewer_genes(design, expression.n_vars)
     columns = pd.Index(model.genes).get_indexer(genes)
     predicted: dict[str, list[AnnData]] = {name: [] for name in names}
     make = _cells if emit == "cells" else _mean
-    for start, in_genes in _starts(controls.select(genes), model):
+    for start, in_genes in starts_of(controls.select(genes), model):
         for name in names:
             effect = predicted_effect(model, start, in_genes, name, columns=columns, n_cells=n_cells, seed=seed)
             one = make(effect, in_genes, controls.design, genes, seed)
@@ -176,7 +176,7 @@ def predict_perturbation(
     return out
 
 
-def _checked(model: object) -> PerturbationModel:
+def checked_model(model: object) -> PerturbationModel:
     if not isinstance(model, PerturbationModel):
         raise TypeError(f"model={model!r} is not a fitted model. Load a saved one with `vc.models.ST.load(folder)`.")
     model._check_if_trained(warn=False)
@@ -187,7 +187,7 @@ def _checked(model: object) -> PerturbationModel:
 _LOADED: dict[int, tuple[weakref.ref, ST]] = {}
 
 
-def _stored_model(adata: AnnData) -> ST:
+def stored_model(adata: AnnData) -> ST:
     """Return the model in `uns`, read once however many predictions are made with it."""
     stored = adata.uns.get(_keys.UNS, {}).get("st")
     if stored is None:
@@ -227,7 +227,7 @@ def _better_one(model: PerturbationModel, fallback: str, names: Sequence[str]) -
     return model.fallback
 
 
-def _controls(screen: Screen, context: str | None) -> Screen:
+def controls_of(screen: Screen, context: str | None) -> Screen:
     """Return the control cells to start from; where all contexts are wanted, those without any are named."""
     rows = np.concatenate(list(screen.controls(context).values()))
     if context is None:
@@ -240,7 +240,7 @@ def _controls(screen: Screen, context: str | None) -> Screen:
     return controls
 
 
-def _starts(controls: Screen, model: PerturbationModel) -> Iterator[tuple[Start, Start]]:
+def starts_of(controls: Screen, model: PerturbationModel) -> Iterator[tuple[Start, Start]]:
     """Yield what the model starts from in each context, and the expression of these cells.
 
     Genes of the model that the data lacks enter as 0.
