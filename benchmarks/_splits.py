@@ -116,7 +116,7 @@ def thinned(adata, held_out: list[str]):
     order = np.random.default_rng(0).permutation(adata.n_obs)
     groups = adata.obs[["target_gene", "batch"]].astype(str).iloc[order]
     kept = (groups.groupby(["target_gene", "batch"]).cumcount() < CELLS_PER_GROUP).to_numpy()
-    kept |= groups["target_gene"].isin([*held_out, "non-targeting"]).to_numpy()
+    kept = kept | groups["target_gene"].isin([*held_out, "non-targeting"]).to_numpy()
     return adata[np.sort(order[kept])].copy()
 
 
@@ -250,8 +250,8 @@ def plain(value: object) -> object:
 
 
 def versions() -> dict[str, str]:
-    names = ("virtualcell", "torch", "scvi-tools", "lightning", "anndata", "numpy", "scipy")
-    return {name: version(name) for name in names}
+    names = ("torch", "scvi-tools", "lightning", "anndata", "numpy", "scipy")
+    return {"virtualcell": vc.__version__, **{name: version(name) for name in names}}
 
 
 def write(path: Path | None, name: str, result: dict) -> None:

@@ -8,12 +8,13 @@ import os
 import shutil
 import tarfile
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pyarrow as pa
 from anndata import AnnData
+
+from virtualcell import __version__
 
 _PREDICTION = "pred.h5ad.zst"
 
@@ -54,6 +55,6 @@ def vcc_meta(submission: AnnData, contexts: Sequence[str], perturbations: Iterab
         "n_vars": submission.n_vars,
         "contexts": list(contexts),
         "perts_fingerprint": f"sha256:{hashlib.sha256(names.encode()).hexdigest()}",
-        "written_by": f"virtualcell {version('virtualcell')}",
+        "written_by": f"virtualcell {__version__}",
     }
     return json.dumps(meta, sort_keys=True)

@@ -183,7 +183,7 @@ def gene_table(gene_embeddings: pd.DataFrame | None) -> tuple[pd.Index, Tensor]:
     """Return names and vectors of a table of genes."""
     if gene_embeddings is None:
         raise ValueError("gene_embeddings must be given, for instance vc.pp.expression_gene_embeddings(adata).")
-    vectors = torch.from_numpy(gene_embeddings.to_numpy(dtype=np.float32))
+    vectors = torch.from_numpy(gene_embeddings.to_numpy(dtype=np.float32, copy=True))
     if not torch.isfinite(vectors).all():
         raise ValueError("gene_embeddings holds NaN or infinite values; drop or fill those rows.")
     return pd.Index([str(g) for g in gene_embeddings.index]), vectors

@@ -13,6 +13,7 @@ from anndata import AnnData
 from joblib import Parallel, delayed
 from mudata import MuData
 
+from virtualcell import __version__
 from virtualcell._settings import seed_of
 from virtualcell._threads import count_threads
 from virtualcell.data._design import Design, Scale, check_library_sizes, check_scale, note_design, noted_design
@@ -145,6 +146,7 @@ def evaluate(
     if isinstance(baseline, pd.DataFrame):
         parts.append(scored_before(baseline, parts, counted))
     scores = pd.concat(parts, ignore_index=True)[COLUMNS]
+    scorer = "cell-eval2" if official else "illico"
     scores.attrs = {
         "suite": suite if isinstance(suite, str) else list(suite),
         "perturbation_key": design.perturbation_key,
@@ -154,7 +156,7 @@ def evaluate(
         "predicted_scale": predicted_scale,
         "seed": seed,
         **counted,
-        "versions": {p: version(p) for p in ("virtualcell", "cell-eval2" if official else "illico")},
+        "versions": {"virtualcell": __version__, scorer: version(scorer)},
     }
     return scores
 
