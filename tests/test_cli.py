@@ -26,6 +26,7 @@ QUICK = ["--training", "max_steps=5", "validate_every=50", "accelerator=cpu"]
 CALLS = {
     "fit": vc.tl.fit_state,
     "predict": vc.tl.predict_perturbation,
+    "screen": vc.tl.screen,
     "embed": vc.tl.embed,
     "evaluate": vc.tl.evaluate,
     "gene-embeddings": vc.pp.gene_embeddings,
@@ -62,7 +63,13 @@ def actions(name: str) -> set[str]:
 
 @pytest.mark.parametrize("name", CALLS)
 def test_options_are_arguments_of_the_function(name: str) -> None:
-    ours = {"fit": {"data", "model"}, "predict": {"data"}, "embed": {"data"}, "evaluate": {"predicted_genes"}}
+    ours = {
+        "fit": {"data", "model"},
+        "predict": {"data"},
+        "screen": {"data", "up", "down"},
+        "embed": {"data"},
+        "evaluate": {"predicted_genes"},
+    }
     valid = set(inspect.signature(CALLS[name]).parameters)
     assert actions(name) - OWN - ours.get(name, set()) <= valid
     assert set(CALLS) == set(cli.COMMANDS)
@@ -101,6 +108,21 @@ def test_predict_does_as_the_function(folder: Path, target: str, tmp_path: Path)
     # with the model in the data the same cells come out
     assert cli.main(["predict", str(folder / "fitted.h5ad"), *same, "--overwrite"]) == 0
     assert (ad.read_h5ad(out).X != expected.X).nnz == 0
+
+
+def test_screen_does_as_the_function(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    genes = ad.read_h5ad(folder / "fitted.h5ad").var_names[:3].tolist()
+    command = ["screen", str(folder / "fitted.h5ad"), "--context", "type_1", "--objective", "toward"]
+    command += ["--up", *genes[:2], "--down", genes[2], "--output", str(tmp_path / "ranked.csv")]
+    assert cli.main(command) == 0
+    toward = {"objective": "toward", "target": {"up": genes[:2], "down": genes[2:]}}
+    expected = vc.tl.screen(ad.read_h5ad(folder / "fitted.h5ad"), context="type_1", progress_bar=False, **toward)
+    written = pd.read_csv(tmp_path / "ranked.csv", index_col="perturbation")
+    assert written.index.tolist() == expected.index.tolist()
+    np.testing.assert_allclose(written["score"], expected["score"].astype(float), rtol=1e-6)
+    assert expected.index[0] in capsys.readouterr().out
+    assert cli.main([*command, "--target", "type_2", "--overwrite"]) == 2
+    assert "leave one of them out" in one_sentence(capsys)
 
 
 def test_embed_does_as_the_function(folder: Path, tmp_path: Path) -> None:

@@ -174,6 +174,25 @@ def _describe_predict(one: argparse.ArgumentParser) -> None:
     _add_output(one, (".h5ad",), "predicted cells")
 
 
+def _describe_screen(one: argparse.ArgumentParser) -> None:
+    one.add_argument("data", type=Path, help="control cells: .h5ad, .h5mu or .zarr")
+    one.add_argument(
+        "--perturbations", nargs="+", metavar="NAME", help="all that the model knows by default; features: all of those"
+    )
+    one.add_argument("--model", type=Path, metavar="FOLDER", help="fitted model; by default the one in the data")
+    one.add_argument("--context", metavar="LABEL", help="context whose control cells to take")
+    one.add_argument("--objective", choices=("effect", "toward"), help="rank by strength, or by the way to a target")
+    one.add_argument("--target", metavar="LABEL", help="where toward leads: a perturbation or a context")
+    one.add_argument("--up", nargs="+", metavar="GENE", help="or genes that are to rise")
+    one.add_argument("--down", nargs="+", metavar="GENE", help="and genes that are to fall")
+    one.add_argument("--n-cells", type=int, metavar="N", help="control cells to start from")
+    one.add_argument("--alpha", type=float, help="local false sign rate below which a gene counts as moved")
+    _add(one, *_MATRIX, *_LIBRARY, *_DESIGN, *_BATCH)
+    one.add_argument("--min-gene-coverage", type=float, metavar="SHARE", help="share of the model's genes needed")
+    _add(one, *_SEED, *_MODALITY)
+    _add_output(one, _files.TABLES, "a row per perturbation, the best first; ten are printed")
+
+
 def _describe_embed(one: argparse.ArgumentParser) -> None:
     one.add_argument("data", type=Path, help="cells: .h5ad, .h5mu or .zarr")
     one.add_argument("--model", type=Path, required=True, metavar="FOLDER", help="saved SE, or an ST that carries one")
@@ -255,6 +274,23 @@ def _predict(given: dict[str, Any]) -> None:
     _files.write_cells(vc.tl.predict_perturbation(adata, **given), output)
 
 
+def _screen(given: dict[str, Any]) -> None:
+    output = given.pop("output")
+    _files.require_free(output, overwrite=given.pop("overwrite"), suffixes=_files.TABLES)
+    signature = {part: given.pop(part) for part in ("up", "down") if part in given}
+    if signature and "target" in given:
+        raise ValueError("--target and --up or --down say two targets: leave one of them out.")
+    if signature:
+        given["target"] = signature
+    adata, names = _files.read_cells(given.pop("data")), given.pop("perturbations", None)
+    if "model" in given:
+        given["model"] = vc.io.load(given["model"])
+    # the word that stands for all is one name, and no list
+    table = vc.tl.screen(adata, names[0] if names == ["features"] else names, **given)
+    _files.write_table(table.reset_index(), output)
+    sys.stdout.write(table.head(10).to_string() + "\n")
+
+
 def _embed(given: dict[str, Any]) -> None:
     output = given.pop("output")
     _files.require_free(output, overwrite=given.pop("overwrite"), suffixes=_files.suffix_like(given["data"]))
@@ -310,6 +346,7 @@ def _datasets(given: dict[str, Any]) -> None:
 COMMANDS: dict[str, tuple[Callable, Callable, str]] = {
     "fit": (_fit, _describe_fit, "Fit SE and ST on a screen, and save the model."),
     "predict": (_predict, _describe_predict, "Predict the cells that perturbations would make of control cells."),
+    "screen": (_screen, _describe_screen, "Rank perturbations by what they are predicted to do."),
     "embed": (_embed, _describe_embed, "Embed cells with a trained SE."),
     "evaluate": (_evaluate, _describe_evaluate, "Score predicted cells against real ones."),
     "gene-embeddings": (_gene_embeddings, _describe_gene_embeddings, "Compute gene vectors of proteins by ESM-2."),

@@ -247,7 +247,8 @@ def where_measured(model: ST, perturbation: str, context: str) -> Measured:
     if model.measured_elsewhere(perturbation):
         return "elsewhere"
     question = model.transferred.question(perturbation, context, control=model.control)
-    return {"cells": "here", "contexts": "elsewhere", "perturbations": "no"}[question]
+    where: dict[str, Measured] = {"cells": "here", "contexts": "elsewhere", "perturbations": "no"}
+    return where[question]
 
 
 def trust(model: ST, start: Start, perturbation: str) -> dict[str, float]:
