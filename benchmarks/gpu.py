@@ -10,6 +10,7 @@
 * train_small, train_large: `fit_state(se=False, validate=False)` on 120,000 cells x 2,000 genes; steady is from step 20
   on. Beside it ST alone: in bf16, with its steps launched operation by operation, and with 8 sets a step.
 * scores (with --data): Kang, one cell type left out, on GPU and CPU.
+* sets: a synthetic screen, one context left out, with 8 and with 64 sets a step.
 
 Every section prints a line and writes the JSON as it ends; one that fails leaves its traceback there, and the script
 ends with 1. `--device cpu` tries the script out on tiny sizes.
@@ -32,16 +33,17 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import torch
-from scipy import sparse
-from torch import Tensor, nn
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+
+from _gpu_cases import cells_of, se_case, st_case
+from _splits import KANG, SYNTHETIC, kang
 
 import virtualcell as vc
 from virtualcell.models._se_data import Source, read_cells
 from virtualcell.models._se_inference import sentence_batches
 from virtualcell.models._set_batches import SetBatches
-from virtualcell.modules import SEConfig, SENetwork, STConfig, STNetwork, set_loss
 from virtualcell.train import _plan
 
 TOLERANCE = 1e-3  # of float32 on the GPU, as a share of the largest value of the CPU
@@ -100,52 +102,6 @@ def rates(run: Run) -> dict:
 # -- agreement with the CPU -------------------------------------------------------------------------------------------
 
 
-def st_case() -> tuple[Callable[[], nn.Module], dict[str, Tensor], Callable, Callable]:
-    config = STConfig(500, 500, 20, n_hidden=64, head="both", n_batches=2)
-
-    def network() -> nn.Module:
-        built = STNetwork(config)
-        nn.init.normal_(built.project_out[-1].weight, std=0.05)  # it starts at zero, which would hide differences
-        return built
-
-    def forward(network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        return torch.cat(network(batch["control"], batch["perturbation"], batch["batch"]).heads)
-
-    def loss(network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        target = torch.cat([batch["target"]] * 2)
-        return set_loss(forward(network, batch), target, mean_weight=1.0).mean()
-
-    control, target = ((5 * torch.rand(4, 32, 500) - 4).clamp_min(0) for _ in range(2))
-    batch = {"control": control, "target": target, "perturbation": torch.eye(20)[:4], "batch": torch.arange(4) % 2}
-    return network, batch, forward, loss
-
-
-def se_case() -> tuple[Callable[[], nn.Module], dict[str, Tensor], Callable, Callable]:
-    config = SEConfig(n_token=256, n_hidden=256, n_layers=4, n_heads=8, n_feedforward=512, n_output=256)
-
-    def forward(network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        out = network(network.encode_genes(batch["table"]), batch["tokens"], batch["expression"])
-        return torch.cat([out.cell, out.dataset], dim=1)
-
-    def loss(network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        cell, dataset = forward(network, batch).split([256, config.n_dataset], dim=1)
-        decoded = network.decode_codes(
-            network.encoder(batch["table"]), batch["wanted"], cell, dataset, batch["targets"].mean(dim=1)
-        )
-        return torch.linalg.vector_norm((decoded - batch["targets"]).float(), dim=1).mean()
-
-    tokens = torch.rand(4, 500).argsort(dim=1)[:, :127]
-    tokens[1, 100:] = -1  # padding
-    batch = {
-        "table": torch.randn(500, 256),
-        "tokens": tokens,
-        "expression": torch.rand(4, 127).sort(descending=True).values * 2,
-        "wanted": torch.randint(500, (4, 64)),
-        "targets": (5 * torch.rand(4, 64) - 2).clamp_min(0),
-    }
-    return lambda: SENetwork(config), batch, forward, loss
-
-
 def agreement(run: Run) -> dict:
     found = {}
     for title, make in {"ST": st_case, "SE": se_case}.items():
@@ -180,19 +136,6 @@ def agreement(run: Run) -> dict:
 
 
 # -- SE ---------------------------------------------------------------------------------------------------------------
-
-
-def cells_of(n: int, n_genes: int, n_expressed: int, seed: int = 0) -> ad.AnnData:
-    """Sparse counts; 2,048 cells are drawn and repeated."""
-    rng, few = np.random.default_rng(seed), min(n, 2048)
-    sizes = np.clip(rng.normal(n_expressed, n_expressed / 4, few).astype(int), 2, n_genes)
-    genes = np.concatenate([np.sort(rng.choice(n_genes, k, replace=False)) for k in sizes]).astype(np.int32)
-    counts = rng.geometric(0.4, len(genes)).astype(np.float32)
-    drawn = sparse.csr_matrix((counts, genes, np.concatenate([[0], np.cumsum(sizes)])), shape=(few, n_genes))
-    matrix = sparse.vstack([drawn] * -(-n // few), format="csr")[:n]
-    matrix.sort_indices()
-    names = pd.Index([f"cell_{i:07d}" for i in rng.permutation(n)])
-    return ad.AnnData(matrix, obs=pd.DataFrame(index=names), var=pd.DataFrame(index=[f"g{j}" for j in range(n_genes)]))
 
 
 def model_of(run: Run, adata: ad.AnnData, size: str, n_token: int) -> vc.models.SE:
@@ -377,27 +320,41 @@ def train(run: Run, size: str) -> dict:
 def scores(run: Run) -> dict:
     if run.data is None:
         return {"skipped": "give --data"}
-    from _splits import KANG, kang
-
     adata, found = kang(run.data), {}
     context = sorted(adata.obs["cell_type_coarse"].unique())[0]
     for name in ("cpu",) if run.tiny else ("gpu", "gpu, bf16", "cpu"):
-        training = {"accelerator": name[:3], "progress_bar": False, **({"max_steps": 3} if run.tiny else {})}
+        training = {"accelerator": name[:3], "progress_bar": False}
         training |= {"precision": "bf16-mixed"} if "bf16" in name else {}
-        start = time.perf_counter()
-        table = vc.tl.benchmark(
-            adata,
-            **KANG,
-            models={"ST": ("ST", {"training": training})},
-            splits={context: {"contexts": [context]}},
-            seeds=(0,),
-            floor=(),
-            ceiling=False,
-        )
-        means = table[table["model"] == "ST"].groupby("metric")["value"].mean()
-        kept = means.reindex(["pearson_delta", "mae", "energy_distance", "top50_overlap"]).dropna()
-        found[name] = {**kept.round(5).to_dict(), "seconds": round(time.perf_counter() - start, 1)}
+        found[name] = scored(run, adata, KANG, context, training)
     return found
+
+
+def sets(run: Run) -> dict:
+    """Scores with 8 and with 64 sets a step, in the same number of passes, on a screen large enough for both."""
+    n_cells, n_perturbations = (4, 3) if run.tiny else (300, 100)
+    sizes = {"n_perturbations": n_perturbations, "n_cells_per_group": n_cells, "n_control_cells": 7 * n_cells}
+    adata, found = vc.datasets.synthetic(n_contexts=4, n_genes=60 if run.tiny else 500, seed=2026, **sizes), {}
+    for n_sets in (8, 64):
+        training = {"batch_size": n_sets, "progress_bar": False, "accelerator": "cpu" if run.tiny else "gpu"}
+        found[f"{n_sets} sets"] = scored(run, adata, SYNTHETIC, "type_4", training)
+    return found
+
+
+def scored(run: Run, adata: ad.AnnData, keys: dict, context: str, training: dict) -> dict:
+    training |= {"max_steps": 3} if run.tiny else {}
+    start = time.perf_counter()
+    table = vc.tl.benchmark(
+        adata,
+        **keys,
+        models={"ST": ("ST", {"training": training})},
+        splits={context: {"contexts": [context]}},
+        seeds=(0,),
+        floor=(),
+        ceiling=False,
+    )
+    means = table[table["model"] == "ST"].groupby("metric")["value"].mean()
+    kept = means.reindex(["pearson_delta", "mae", "energy_distance", "top50_overlap"]).dropna()
+    return {**kept.round(5).to_dict(), "seconds": round(time.perf_counter() - start, 1)}
 
 
 SECTIONS: dict[str, Callable[[Run], dict]] = {
@@ -409,6 +366,7 @@ SECTIONS: dict[str, Callable[[Run], dict]] = {
     "embed_small": lambda run: embed_many(run, "small", 256),
     "embed_medium": lambda run: embed_many(run, "small" if run.tiny else "medium", 64 if run.tiny else 1280),
     "scores": scores,
+    "sets": sets,
 }
 
 
