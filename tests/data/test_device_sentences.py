@@ -32,10 +32,14 @@ def sentences(adata: AnnData, *, scale: str = "counts", genes: list[str] = GENES
     return Sentences(Expression(adata, scale=scale, unit="log_counts").select([*genes, "g7"]), LENGTH)
 
 
+def refuse(rows: np.ndarray) -> None:
+    raise ValueError(f"empty: {rows.tolist()}")
+
+
 def of_device(cells: Sentences, rows: np.ndarray, *, batch_size: int = 16, most_bytes: int = 1 << 30) -> dict:
     """Tokens and expression of each cell, without padding, and the order in which the cells came."""
     found, order = {}, []
-    for part, batch in DeviceSentences(cells, CPU, most_bytes=most_bytes).batches(rows, batch_size):
+    for part, batch in DeviceSentences(cells, CPU, most_bytes=most_bytes, refuse=refuse).batches(rows, batch_size):
         order.append(part)
         for i, tokens, expression in zip(part, batch["tokens"], batch["expression"], strict=True):
             n = int((tokens >= 0).sum())
@@ -94,7 +98,7 @@ def test_order_of_genes_and_cells_changes_no_bit() -> None:
 def test_cells_of_one_length_go_together_without_padding() -> None:
     cells = sentences(make_cells())
     n_full = int((cells.rows(np.arange(N))["tokens"][:, -1] >= 0).sum())
-    batches = list(DeviceSentences(cells, CPU, most_bytes=1 << 30).batches(np.arange(N), 8))
+    batches = list(DeviceSentences(cells, CPU, most_bytes=1 << 30, refuse=refuse).batches(np.arange(N), 8))
     assert {len(part) for part, _ in batches[:-1]} == {8}
     widths = [batch["tokens"].shape[1] for _, batch in batches]
     assert widths == sorted(widths)
@@ -105,4 +109,13 @@ def test_what_only_the_cpu_makes_is_refused() -> None:
     expression = sentences(make_cells()).expression
     for options in ({"fill": True}, {"cls_gene": 3}):
         with pytest.raises(ValueError, match="are made on the CPU"):
-            DeviceSentences(Sentences(expression, LENGTH, **options), CPU, most_bytes=1)
+            DeviceSentences(Sentences(expression, LENGTH, **options), CPU, most_bytes=1, refuse=refuse)
+
+
+def test_cells_without_genes_are_named() -> None:
+    adata = make_cells()
+    counts = adata.X.toarray()
+    counts[[5, 40]] = 0
+    adata.X = sparse.csr_matrix(counts)
+    with pytest.raises(ValueError, match=r"empty: \[5, 40\]"):
+        of_device(sentences(adata), np.random.default_rng(0).permutation(N))

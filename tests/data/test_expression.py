@@ -316,10 +316,8 @@ def test_only_the_cells_that_are_covered_are_looked_at() -> None:
 
 def test_the_matrix_is_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     looked = []
-    check = Expression._check_values
-    monkeypatch.setattr(
-        Expression, "_check_values", lambda self, values: looked.append(len(values)) or check(self, values)
-    )
+    look = Expression._look_at
+    monkeypatch.setattr(Expression, "_look_at", lambda self, rows: looked.append(rows) or look(self, rows))
     expression = Expression(cells())
     panel = expression.select(["g1"])
     for part in (panel, expression, panel):

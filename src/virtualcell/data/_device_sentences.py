@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor
 from virtualcell.data._packed import PackedRows, pinned, sent
 from virtualcell.data._sentence_batches import Sentences
 
-_CELLS_AT_ONCE = 8192  # read from the matrix and sent to the device together
+_CELLS_AT_ONCE = 4096  # read from the matrix and sent to the device together
 _ENTRIES_AT_ONCE = 1 << 24  # sorted together, 8 bytes each
+_READERS = 6  # threads that read them
 _LAST = (1 << 31) - 1
 
 
@@ -33,13 +35,22 @@ class DeviceSentences:
         Where they are made.
     most_bytes
         Memory that rows may take on the device. What is more is sent in stretches of as many cells as fit.
+    refuse
+        What to call with the rows of cells that express no gene with a token, before any sentence of theirs.
     """
 
-    def __init__(self, cells: Sentences, device: torch.device, *, most_bytes: int) -> None:
+    def __init__(
+        self,
+        cells: Sentences,
+        device: torch.device,
+        *,
+        most_bytes: int,
+        refuse: Callable[[np.ndarray], None],
+    ) -> None:
         if cells.fill or cells.cls_gene is not None:
             raise ValueError("sentences that are filled up, or that have a [CLS] gene, are made on the CPU.")
         self.expression, self.length, self.device = cells.expression, cells.length, device
-        self.n_genes = cells.n_genes
+        self.n_genes, self.refuse = cells.n_genes, refuse
         self._gene_of_column = torch.from_numpy(self.expression.gene_of_column.astype(np.int32)).to(device)
         # an entry takes up to 8 bytes, and twice as many while the blocks are put together
         self._cells_that_fit = max(1, int(most_bytes / (16 * max(self.expression.entries_per_cell, 1))))
@@ -56,6 +67,8 @@ class DeviceSentences:
             packed = self._packed(ordered)
             place = np.searchsorted(ordered, stretch)
             lengths = packed.lengths[place]
+            if not lengths.all():
+                self.refuse(np.sort(stretch[lengths == 0]))
             order = np.argsort(np.minimum(lengths, self.length), kind="stable")
             for part in np.split(order, range(batch_size, len(order), batch_size)):
                 yield stretch[part], self._sentences(packed, place[part])
@@ -75,14 +88,15 @@ class DeviceSentences:
         return PackedRows(torch.cat(sizes).cumsum(0), torch.cat(genes), torch.cat(values), self.n_genes)
 
     def _ahead(self, parts: list[np.ndarray]) -> Iterator[tuple[Tensor, ...]]:
-        """Read blocks of rows, the next while the device works on one."""
-        with ThreadPoolExecutor(1) as reader:
-            waiting = [reader.submit(self._read, part) for part in parts[:1]]
-            for following in [*parts[1:], None]:
-                block = waiting.pop().result()
-                if following is not None:
-                    waiting.append(reader.submit(self._read, following))
-                yield block
+        """Read blocks of rows by several threads, the next while the device works on one."""
+        with ThreadPoolExecutor(_READERS) as readers:
+            reading: deque[Future] = deque()
+            for part in parts:
+                reading.append(readers.submit(self._read, part))
+                if len(reading) > _READERS:
+                    yield reading.popleft().result()
+            while reading:
+                yield reading.popleft().result()
 
     def _read(self, rows: np.ndarray) -> tuple[Tensor, ...]:
         in_one_piece = len(rows) and rows[-1] - rows[0] + 1 == len(rows)

@@ -23,6 +23,7 @@ MOST_EXPRESSION = np.float32(np.log1p(1e4))  # log1p CP10k of a cell that holds 
 
 _FEW_CELLS = 10  # equal totals of fewer cells than this may be chance
 _SAMPLE = 1000  # cells whose totals are looked at
+_FEW = 1 << 15  # values looked at together
 _GROUPS = 256  # groups whose sums are held at a time
 
 # Logarithms that are not natural ones of 1 + x, and what undoes them: if the cells then have one total, that was it.
@@ -250,18 +251,16 @@ class Expression:
     def _look_at(self, rows: slice) -> tuple[bool, float, np.ndarray | float]:
         """Raise for values that are none; tell whether others are whole, the highest, and the sums of counts."""
         block = self._raw(rows)
-        self._check_values(block.data)
-        whole = np.array_equal(block.data, np.rint(block.data))
-        return whole, float(block.data.max(initial=0)), row_sums(block) if self.scale == "counts" else 0.0
-
-    def _check_values(self, values: np.ndarray) -> None:
-        if not np.isfinite(values).all():
+        low, high = block.data.min(initial=0), block.data.max(initial=0)  # NaN where there is one
+        if not (np.isfinite(low) and np.isfinite(high)):
             raise ValueError(f"{self._where} holds NaN or infinite values. Set them to a number or drop those cells.")
-        if values.size and values.min() < 0:
+        if low < 0:
             raise ValueError(
-                f"{self._where} holds negative values (least {values.min():.3g}), so it is scaled or residual "
-                "expression. Give the layer with raw counts or log1p values."
+                f"{self._where} holds negative values (least {low:.3g}), so it is scaled or residual expression. Give "
+                "the layer with raw counts or log1p values."
             )
+        sums = row_sums(block) if self.scale == "counts" and self.unit == "log1p" else 0.0
+        return _are_whole(block.data), float(high), sums
 
     def _check_scale(self, whole: bool, most: float) -> None:
         stated, argument = f"{self._argument}={self.scale!r} was stated, but {self._where}", self._argument
@@ -371,6 +370,11 @@ def _pieces(lengths: np.ndarray) -> Iterator[list[tuple[int, int, int]]]:
             size += stop - start
     if pieces:
         yield pieces
+
+
+def _are_whole(values: np.ndarray) -> bool:
+    """Tell whether there are no fractions, looking at few values at a time, which stay in the cache of a core."""
+    return all(np.array_equal(v := values[i : i + _FEW], np.rint(v)) for i in range(0, len(values), _FEW))
 
 
 def _is_one_total(totals: np.ndarray) -> bool:

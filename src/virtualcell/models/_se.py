@@ -22,6 +22,7 @@ from virtualcell.models._common import KINDS, forget_data, load_model, put_on, s
 from virtualcell.models._se_data import (
     Source,
     batches,
+    check_not_empty,
     dataset_names,
     gene_rows,
     gene_table,
@@ -236,7 +237,9 @@ class SE(BaseModelClass):
         options = self.train_options(options, **keywords)
         source = training_source(self)
         dataset = source.dataset_codes(self.setup["dataset_key"], self.datasets)
-        training, validation = batches(read_cells(self, source), dataset, self.n_targets, options)
+        cells = read_cells(self, source)
+        check_not_empty(cells)
+        training, validation = batches(cells, dataset, self.n_targets, options)
         self.history_ = fit(
             self.module, se_loss, training, options, validation=validation, name="SE", title="SE: cell embedding"
         )

@@ -133,7 +133,6 @@ def read_cells(model: SE, source: Source) -> Cells:
             )
         cls_gene = int(np.flatnonzero(columns == embedded[cls_expression_gene])[0])
     expression = expression.select(expression.genes[columns])
-    _check_not_empty(expression, names)
     sentences = Sentences(expression, model.length, cls_gene=cls_gene, fill=model.fill_sentences)
     return Cells(sentences, model.gene_embeddings[tokens[columns]], names)
 
@@ -165,18 +164,24 @@ def batches(
     return of(rows[n_held:], is_validation=False), of(rows[:n_held], is_validation=True) if n_held else None
 
 
-def _check_not_empty(expression: Expression, names: pd.Index) -> None:
+def check_not_empty(cells: Cells) -> None:
     """Raise for cells of which there would be no sentence."""
+    expression = cells.sentences.expression
     is_gene = (expression.gene_of_column >= 0).astype(np.float32)
     starts = range(0, expression.n_cells, BLOCK)
     blocks = [slice(start, min(start + BLOCK, expression.n_cells)) for start in starts]
     sums = in_threads(lambda rows: expression.stored(rows) @ is_gene, blocks)
     empty = np.concatenate([np.zeros(0, bool), *(of_rows <= 0 for of_rows in sums)])
     if empty.any():
-        raise ValueError(
-            f"{int(empty.sum())} cells express no gene that has an embedding, among them {list(names[empty][:3])}. "
-            "Drop them first, or fit without an embedding (se=False)."
-        )
+        refuse_empty(cells.names[empty])
+
+
+def refuse_empty(names: pd.Index) -> None:
+    """Raise for cells, by their names, of which there would be no sentence."""
+    raise ValueError(
+        f"{len(names)} cells express no gene that has an embedding, among them {list(names[:3])}. Drop them first, or "
+        "fit without an embedding (se=False)."
+    )
 
 
 def gene_table(gene_embeddings: pd.DataFrame | None) -> tuple[pd.Index, Tensor]:

@@ -26,7 +26,13 @@ from virtualcell.models._features import PerturbationTable, find_drug
 from virtualcell.models._mixture import Mixture
 from virtualcell.models._set_batches import SetBatches, SetSource, validation_steps
 from virtualcell.models._st_files import from_arc, from_state, state_of, to_arc
-from virtualcell.models._st_fit import check_embedding, check_validation, completed, perturbation_table, start_at_mean
+from virtualcell.models._st_fit import (
+    check_embedding,
+    check_validation,
+    completed,
+    perturbation_table,
+    start_at_mean,
+)
 from virtualcell.models._st_options import PRESETS, STTrainOptions, network_options
 from virtualcell.models._st_predict import (
     apart,
@@ -198,7 +204,8 @@ class ST(PerturbationModel):
         """Train on sets of control cells and perturbed cells of the same context.
 
         Where nothing else is stated, training makes 20 passes over the cells, but at least 400 steps, and beyond 20,000
-        steps fewer passes, with batches of 8 sets (up to 64 on a GPU) and a learning rate of 1e-3.
+        steps fewer passes, with batches of 8 sets (up to 64 on a GPU, as long as 400 steps remain) and a learning rate
+        of 1e-3. The large network is trained in bf16 ("bf16-mixed") on a GPU that has it, all others in float32.
 
         Parameters
         ----------
@@ -225,7 +232,7 @@ class ST(PerturbationModel):
         train, held = screen.groups(screen.is_train), screen.groups(screen.is_val) if screen.is_val.any() else None
         if not len(train):
             raise ValueError("there is nothing to train on: no perturbed training cells with matching controls.")
-        options = completed(options, train, self.set_size)
+        options = completed(options, train, self.set_size, self.module)
         training, validation = self._batches(screen, train, held, options)
         if self.config.head == "both":
             start_at_mean(self.networks, screen)

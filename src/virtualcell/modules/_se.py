@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from virtualcell.modules._transformer import PostNormEncoder, SkipBlock
+from virtualcell.modules._transformer import PostNormEncoder, SkipBlock, add_norm
 
 N_BINS = 10
 
@@ -112,6 +114,16 @@ class SENetwork(nn.Module):
         return SEOutput(
             F.normalize(out[:, 0].float(), dim=-1), self.dataset_embedder(out[:, 1]), self.dataset_encoder(out[:, 1])
         )
+
+    def with_products_in(self, dtype: torch.dtype, add_norm: Callable = add_norm) -> SENetwork:
+        """Return a copy whose transformer multiplies matrices in `dtype`, 16 bits; all else stays in 32.
+
+        `add_norm` does what the function of this name does, perhaps faster.
+        """
+        out = copy.deepcopy(self)
+        for layer in out.transformer_encoder.layers:
+            layer.lower(dtype, add_norm)
+        return out
 
     def decode(self, gene_embeddings: Tensor, cell: Tensor, dataset: Tensor, read_depth: Tensor) -> Tensor:
         """Predict log1p counts (B, T) of genes given by their embedding, (T, n_token) or (B, T, n_token).

@@ -5,7 +5,7 @@ Names of parameters are those of the published checkpoints, so that these load w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -88,8 +88,17 @@ class Llama(nn.Module):
         return self.norm(x)
 
 
+def add_norm(x: Tensor, change: Tensor, norm: nn.LayerNorm, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """LN(x + change), as it is added to and, in `dtype`, as it is multiplied."""
+    x = F.layer_norm(x + change, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+    return x, x.to(dtype)
+
+
 class PostNormLayer(nn.Module):
-    """x <- LN(x + W_o attention(x)); x <- LN(x + W_2 gelu(W_1 x)); joint qkv projection with bias."""
+    """x <- LN(x + W_o attention(x)); x <- LN(x + W_2 gelu(W_1 x)); joint qkv projection with bias.
+
+    Where matrices have 16 bits, so has what they are multiplied with; x itself keeps its 32.
+    """
 
     def __init__(self, n_hidden: int, n_heads: int, n_feedforward: int, dropout: float) -> None:
         super().__init__()
@@ -101,14 +110,26 @@ class PostNormLayer(nn.Module):
         self.linear1 = nn.Linear(n_hidden, n_feedforward)
         self.linear2 = nn.Linear(n_feedforward, n_hidden)
         self.dropout = nn.Dropout(dropout)
+        self.add_norm = add_norm
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, read: Sequence[int] | None = None) -> Tensor:
+    def lower(self, dtype: torch.dtype, add_norm: Callable = add_norm) -> None:
+        """Let products of matrices have numbers of 16 bits, and `add_norm` join them to x."""
+        for linear in (self.qkv_proj, self.out_proj, self.linear1, self.linear2):
+            linear.to(dtype)
+        self.add_norm = add_norm
+
+    def forward(
+        self, x: Tensor, low: Tensor, mask: Tensor | None = None, read: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return x, and x as it is multiplied, of the next layer."""
         attention_dropout = self.dropout.p if self.training else 0.0
-        q, k, v = self.qkv_proj(x).chunk(3, dim=-1)
+        q, k, v = self.qkv_proj(low).chunk(3, dim=-1)
         if read is not None:  # every place is attended to, but only these go on
             q, x = q[:, read], x[:, read]
-        x = self.norm1(x + self.dropout(self.out_proj(_attend(q, k, v, self.n_heads, mask, attention_dropout))))
-        return self.norm2(x + self.dropout(self.linear2(self.dropout(F.gelu(self.linear1(x))))))
+        change = self.dropout(self.out_proj(_attend(q, k, v, self.n_heads, mask, attention_dropout)))
+        x, low = self.add_norm(x, change, self.norm1, low.dtype)
+        change = self.dropout(self.linear2(self.dropout(F.gelu(self.linear1(low)))))
+        return self.add_norm(x, change, self.norm2, low.dtype)
 
 
 class PostNormEncoder(nn.Module):
@@ -124,9 +145,10 @@ class PostNormEncoder(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None, read: Sequence[int] | None = None) -> Tensor:
         if mask is not None:
             mask = mask[:, None, None, :]  # (B, heads, queries, keys)
+        low = x.to(self.layers[0].qkv_proj.weight.dtype)
         for layer in self.layers[:-1]:
-            x = layer(x, mask)
-        return self.layers[-1](x, mask, read)  # (B, T, n_hidden), or (B, len(read), n_hidden)
+            x, low = layer(x, low, mask)
+        return self.layers[-1](x, low, mask, read)[0]  # (B, T, n_hidden), or (B, len(read), n_hidden)
 
 
 def mlp(n_in: int, n_hidden: int, n_out: int, n_layers: int, dropout: float) -> nn.Sequential:

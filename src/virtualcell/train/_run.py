@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import time
@@ -163,6 +164,8 @@ def fit(
 
 def _checked(options: TrainOptions, validation: Batches | None) -> TrainOptions:
     options = type(options).from_(options)  # a model's own options have further fields
+    if options.precision == "auto":  # and no model has decided otherwise
+        options = dataclasses.replace(options, precision="32-true")
     for argument in ("max_steps", "lr", "batch_size"):
         if getattr(options, argument) is None:
             raise ValueError(f"{argument}=None: a training needs it. State it in TrainOptions.")
@@ -242,6 +245,8 @@ def _log_start(plan: TrainingPlan, trainer: pl.Trainer) -> None:
         return
     device, n = DEVICES.get(trainer.strategy.root_device.type, "device"), trainer.world_size
     where = f"one {device}" if n == 1 else f"{n} processes, each on a {device}"
+    if plan.options.precision != "32-true":
+        where += f", in {plan.options.precision}"
     checks = "without validation" if plan.validation is None else f"with a validation every {plan.validate_every}"
     logger.info(
         "%s is trained for %d steps of %d, %s, on %s.",
