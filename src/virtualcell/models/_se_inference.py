@@ -79,11 +79,11 @@ def _add_norm(network: SENetwork, device: torch.device, dtype: torch.dtype) -> C
     width = network.config.n_hidden
     if device.type not in COMPILED_ON or width < _WIDE:
         return add_norm
-    compiled, norm = torch.compile(add_norm, dynamic=True), network.transformer_encoder.layers[0].norm1
+    compiled, norm = torch.compile(add_norm), network.transformer_encoder.layers[0].norm1
     try:
-        for n in (3, 5):  # as many places as there are cells and genes, for which it is compiled once
+        for n in (3, 5):  # after which the numbers of cells and places are known to vary
             x = torch.ones(n, n + 4, width, device=device)
-            compiled(x, x.to(dtype), norm, dtype)
+            compiled(x, x.to(dtype), norm.weight, norm.bias, norm.eps, dtype)
     except Exception as error:  # whatever a compiler may lack: the same is computed without it
         logger.warning("SE embeds about a tenth slower, since torch.compile failed: %s", error)
         return add_norm

@@ -88,9 +88,11 @@ class Llama(nn.Module):
         return self.norm(x)
 
 
-def add_norm(x: Tensor, change: Tensor, norm: nn.LayerNorm, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def add_norm(
+    x: Tensor, change: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """LN(x + change), as it is added to and, in `dtype`, as it is multiplied."""
-    x = F.layer_norm(x + change, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+    x = F.layer_norm(x + change, weight.shape, weight, bias, eps)
     return x, x.to(dtype)
 
 
@@ -127,9 +129,9 @@ class PostNormLayer(nn.Module):
         if read is not None:  # every place is attended to, but only these go on
             q, x = q[:, read], x[:, read]
         change = self.dropout(self.out_proj(_attend(q, k, v, self.n_heads, mask, attention_dropout)))
-        x, low = self.add_norm(x, change, self.norm1, low.dtype)
+        x, low = self.add_norm(x, change, self.norm1.weight, self.norm1.bias, self.norm1.eps, low.dtype)
         change = self.dropout(self.linear2(self.dropout(F.gelu(self.linear1(low)))))
-        return self.add_norm(x, change, self.norm2, low.dtype)
+        return self.add_norm(x, change, self.norm2.weight, self.norm2.bias, self.norm2.eps, low.dtype)
 
 
 class PostNormEncoder(nn.Module):
