@@ -37,6 +37,10 @@ def fetch(url: str, *, known_hash: str | None, folder: str | Path | None = None)
         The address ends in neither suffix, or the file differs from `known_hash`.
     ConnectionError
         The file cannot be downloaded. The message says where to put it by hand.
+
+    Examples
+    --------
+    >>> adata = vc.datasets.fetch("https://example.org/screen.h5ad", known_hash="sha256:...")  # doctest: +SKIP
     """
     name = PurePosixPath(urlsplit(url).path).name
     suffix = PurePosixPath(name).suffix

@@ -83,6 +83,15 @@ def synthetic(
     ------
     ValueError
         More than half of the genes would be targets, or a number is out of its range.
+
+    Examples
+    --------
+    >>> adata = vc.datasets.synthetic(n_contexts=2, n_perturbations=5, n_genes=50, n_cells_per_group=10, seed=0)
+    >>> adata.n_obs, adata.n_vars
+    (500, 50)
+    >>> truth = adata.varm["truth_type_1"]  # log fold changes, genes x perturbations
+    >>> bool((truth.loc[truth.columns].to_numpy().diagonal() < 0).all())  # every target is knocked down
+    True
     """
     _check(n_perturbations, n_genes, context_specificity)
     for argument, value in (

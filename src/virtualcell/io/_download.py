@@ -83,6 +83,11 @@ def download(
         by hand and where to put it.
     ValueError
         If a file is not what its checksum says.
+
+    Examples
+    --------
+    >>> folder = vc.io.download("arcinstitute/SE-600M", accept_license=True)  # doctest: +SKIP
+    >>> se = vc.models.SE.from_arc(folder)  # doctest: +SKIP
     """
     if repo not in REVISIONS:
         raise unknown_name("repo", repo, REVISIONS, "These are the models that virtualcell can read.")

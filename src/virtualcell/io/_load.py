@@ -32,6 +32,12 @@ def load(folder: str | os.PathLike, *, accelerator: str = "auto", device: int | 
         If the folder holds no model.
     ValueError
         If the file is damaged, or of a newer version.
+
+    Examples
+    --------
+    >>> st.save("my_st")
+    >>> type(vc.io.load("my_st")).__name__
+    'ST'
     """
     common = importlib.import_module("virtualcell.models._common")  # a floor above this one
     return common.put_on(common.model_of(read_state(folder)), accelerator, device)

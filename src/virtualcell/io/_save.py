@@ -54,6 +54,12 @@ def save(model: Saved, folder: str | os.PathLike, *, overwrite: bool = False) ->
     ------
     FileExistsError
         If the folder holds a model and `overwrite` is not set.
+
+    Examples
+    --------
+    >>> vc.io.save(st, "my_model")
+    >>> vc.io.load("my_model").genes == st.genes
+    True
     """
     folder = Path(folder)
     if (folder / FILE).exists() and not overwrite:

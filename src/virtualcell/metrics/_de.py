@@ -79,6 +79,18 @@ def differential_expression(
     -------
     One row per perturbation (sorted) and gene (in the order of `cells`): `perturbation`, `gene`, `log2_fold_change`,
     `p_value` and `fdr`, the adjusted p-value.
+
+    Examples
+    --------
+    >>> screen = adata[adata.obs["cell_type"] == "type_1"]
+    >>> table = vc.metrics.differential_expression(
+    ...     logged[screen.obs_names].X, screen.obs["target_gene"], control="non-targeting", genes=screen.var_names
+    ... )
+    >>> list(table.columns)
+    ['perturbation', 'gene', 'log2_fold_change', 'p_value', 'fdr']
+    >>> own = table[table["gene"] == table["perturbation"]]  # what was knocked down is lower
+    >>> bool((own["log2_fold_change"] < 0).all())
+    True
     """
     if pd.isna(np.asarray(perturbations, dtype=object)).any():
         raise ValueError("perturbations has cells without a label. Give them one, or drop them.")
@@ -189,6 +201,12 @@ def de_overlap(
     Returns
     -------
     The share, 1 is perfect; 0, as in the challenge, where no gene is really significant.
+
+    Examples
+    --------
+    >>> predicted, observed = [2.0, 1.0, 0.1], [2.5, 0.1, -1.0]  # log fold changes of three genes
+    >>> vc.metrics.de_overlap(predicted, observed, predicted_fdr=[0.01, 0.01, 0.9], observed_fdr=[0.01, 0.9, 0.01])
+    0.5
     """
     predicted, observed = _ranked(predicted_lfc, predicted_fdr, observed_lfc, observed_fdr, threshold)
     return _overlap(predicted, observed, len(observed) if k is None else min(k, len(observed)))
@@ -216,6 +234,12 @@ def de_precision(
     Returns
     -------
     The share, 1 is perfect; 0 where no gene is predicted to be significant.
+
+    Examples
+    --------
+    >>> predicted, observed = [2.0, 1.0, 0.1], [2.5, 0.1, -1.0]  # log fold changes of three genes
+    >>> vc.metrics.de_precision(predicted, observed, predicted_fdr=[0.01, 0.01, 0.9], observed_fdr=[0.01, 0.9, 0.01])
+    0.5
     """
     predicted, observed = _ranked(predicted_lfc, predicted_fdr, observed_lfc, observed_fdr, threshold)
     return _overlap(predicted, observed, len(predicted) if k is None else min(k, len(predicted)))
@@ -234,6 +258,11 @@ def de_spearman_lfc(
     Returns
     -------
     The correlation, 1 is perfect; NaN where fewer than two genes are significant or one side is constant over them.
+
+    Examples
+    --------
+    >>> vc.metrics.de_spearman_lfc([2.0, 1.0, -1.0], [2.5, 0.5, -0.2], observed_fdr=[0.01, 0.01, 0.04])
+    1.0
     """
     predicted, observed, fdr = _same_genes(predicted_lfc, observed_lfc, observed_fdr)
     x, y = (stats.rankdata(v[fdr < threshold]) for v in (predicted, observed))
@@ -255,6 +284,12 @@ def de_direction_match(
     Returns
     -------
     The share, 1 is perfect; NaN where no gene is significant.
+
+    Examples
+    --------
+    >>> predicted, observed = [2.0, 1.0, 0.1], [2.5, 0.1, -1.0]  # log fold changes of three genes
+    >>> vc.metrics.de_direction_match(predicted, observed, observed_fdr=[0.01, 0.9, 0.01])
+    0.5
     """
     predicted, observed, fdr = _same_genes(predicted_lfc, observed_lfc, observed_fdr)
     true = fdr < threshold
@@ -272,6 +307,11 @@ def de_recall(predicted_fdr: ArrayLike, observed_fdr: ArrayLike, *, threshold: f
     Returns
     -------
     The share, 1 is perfect; NaN where no gene is significant.
+
+    Examples
+    --------
+    >>> vc.metrics.de_recall([0.01, 0.2, 0.01], [0.01, 0.01, 0.9])
+    0.5
     """
     predicted, observed = _same_genes(predicted_fdr, observed_fdr)
     true = observed < threshold
@@ -293,6 +333,11 @@ def pr_auc(
     Returns
     -------
     The area, 1 is perfect, the share of significant genes chance; NaN where all genes are significant, or none.
+
+    Examples
+    --------
+    >>> round(vc.metrics.pr_auc([0.01, 0.02, 0.9], [0.01, 0.9, 0.01]), 3)
+    0.833
     """
     true, score = _retrieval(predicted_fdr, observed_fdr, threshold, floor)
     if not 0 < true.sum() < len(true):
@@ -317,6 +362,11 @@ def roc_auc(
     Returns
     -------
     The area, 1 is perfect, 0.5 chance; NaN where all genes are significant, or none.
+
+    Examples
+    --------
+    >>> vc.metrics.roc_auc([0.01, 0.02, 0.9], [0.01, 0.9, 0.01])
+    0.5
     """
     true, score = _retrieval(predicted_fdr, observed_fdr, threshold, floor)
     n = int(true.sum())

@@ -45,6 +45,14 @@ def discrimination_score(
     Returns
     -------
     Score of each perturbation, (n_perturbations,); 1 is perfect, (n + 1) / (2 n) chance.
+
+    Examples
+    --------
+    >>> observed = [[1.0, 0.0], [0.0, 1.0], [2.0, 2.0]]
+    >>> predicted = [[0.9, 0.1], [0.2, 0.8], [0.9, 0.0]]  # the last resembles the first perturbation
+    >>> scores = vc.metrics.discrimination_score(predicted, observed, control=[0.0, 0.0])
+    >>> [round(float(score), 2) for score in scores]
+    [1.0, 1.0, 0.33]
     """
     if metric not in _SCIPY_NAMES:
         raise ValueError(f"metric={metric!r} is unknown; valid are {list(_SCIPY_NAMES)}.")
@@ -83,5 +91,10 @@ def pdisc_norm(scores: ArrayLike) -> np.ndarray:
     Returns
     -------
     `2 * scores - 1`; 1 is perfect, 1 / n_perturbations chance, and below 0 worse than chance.
+
+    Examples
+    --------
+    >>> vc.metrics.pdisc_norm([1.0, 0.5]).tolist()
+    [1.0, 0.0]
     """
     return 2 * np.asarray(scores, dtype=np.float64) - 1

@@ -17,6 +17,11 @@ def mae(predicted: ArrayLike, observed: ArrayLike) -> float:
     Returns
     -------
     The error, in the unit of the profiles; 0 is perfect.
+
+    Examples
+    --------
+    >>> vc.metrics.mae([1.0, 2.0], [1.0, 2.5])
+    0.25
     """
     predicted, observed = same_shape(predicted, observed)
     return float(np.abs(predicted - observed).mean())
@@ -33,6 +38,11 @@ def mse(predicted: ArrayLike, observed: ArrayLike) -> float:
     Returns
     -------
     The error, in the squared unit of the profiles; 0 is perfect.
+
+    Examples
+    --------
+    >>> vc.metrics.mse([1.0, 2.0], [1.0, 2.5])
+    0.125
     """
     predicted, observed = same_shape(predicted, observed)
     return float(np.square(predicted - observed).mean())
@@ -50,6 +60,13 @@ def pearson_delta(predicted: ArrayLike, observed: ArrayLike, control: ArrayLike)
     -------
     Pearson's r of `predicted - control` and `observed - control`; 0 for a prediction without any effect, for which r is
     not defined.
+
+    Examples
+    --------
+    >>> control = [1.0, 1.0, 1.0]
+    >>> half = vc.metrics.pearson_delta([1.0, 1.5, 2.0], [1.0, 2.0, 3.0], control)  # half of the size
+    >>> round(half, 3)
+    1.0
     """
     predicted, observed = same_shape(predicted, observed)
     _, control = same_shape(predicted, control)
@@ -75,6 +92,12 @@ def top_overlap(predicted: ArrayLike, observed: ArrayLike, control: ArrayLike, *
     Returns
     -------
     The share; 1 is perfect, k / n_genes chance.
+
+    Examples
+    --------
+    >>> control = [0.0, 0.0, 0.0, 0.0]
+    >>> vc.metrics.top_overlap([3.0, 0.1, 2.0, 0.0], [3.0, 2.0, 0.1, 0.0], control, k=2)
+    0.5
     """
     predicted, observed = same_shape(predicted, observed)
     _, control = same_shape(predicted, control)

@@ -149,7 +149,22 @@ class Baseline(PerturbationModel):
 
 
 class NoChange(Baseline):
-    """Predict the control cells themselves."""
+    """Predict the control cells themselves.
+
+    Parameters
+    ----------
+    data
+        Data registered with :meth:`setup_anndata` or :meth:`setup_mudata`, or a screen.
+    registry
+        What a saved model knows of its data.
+
+    Examples
+    --------
+    >>> vc.models.NoChange.setup_anndata(logged, **design)
+    >>> model = vc.models.NoChange(logged)
+    >>> model.train()
+    >>> predicted = vc.tl.predict_perturbation(logged, name, context="type_3", model=model, emit="mean")
+    """
 
     def _fit(self, effects: Effects) -> dict[str, np.ndarray]:
         return {}
@@ -162,6 +177,20 @@ class PerturbationMean(Baseline):
     """Add the mean effect over all perturbations of the training data, whatever the perturbation.
 
     Each perturbation counts the same, and within it each of its contexts.
+
+    Parameters
+    ----------
+    data
+        Data registered with :meth:`setup_anndata` or :meth:`setup_mudata`, or a screen.
+    registry
+        What a saved model knows of its data.
+
+    Examples
+    --------
+    >>> vc.models.PerturbationMean.setup_anndata(logged, **design)
+    >>> model = vc.models.PerturbationMean(logged)
+    >>> model.train()
+    >>> predicted = vc.tl.predict_perturbation(logged, name, context="type_3", model=model, emit="mean")
     """
 
     def _fit(self, effects: Effects) -> dict[str, np.ndarray]:
@@ -175,6 +204,20 @@ class ContextMean(Baseline):
     """Add the mean effect over the perturbations measured in the context, whatever the perturbation.
 
     A context in which none was measured gets the mean over the others, each counting the same.
+
+    Parameters
+    ----------
+    data
+        Data registered with :meth:`setup_anndata` or :meth:`setup_mudata`, or a screen.
+    registry
+        What a saved model knows of its data.
+
+    Examples
+    --------
+    >>> vc.models.ContextMean.setup_anndata(logged, **design)
+    >>> model = vc.models.ContextMean(logged)
+    >>> model.train()
+    >>> predicted = vc.tl.predict_perturbation(logged, name, context="type_3", model=model, emit="mean")
     """
 
     def _fit(self, effects: Effects) -> dict[str, np.ndarray]:
@@ -191,6 +234,20 @@ class Additive(Baseline):
 
     Both come from one fit over all measured pairs, see `virtualcell.models._closed_forms.additive`. A context in
     which no perturbation was measured has effect 0: it gets the mean effect that this perturbation had elsewhere.
+
+    Parameters
+    ----------
+    data
+        Data registered with :meth:`setup_anndata` or :meth:`setup_mudata`, or a screen.
+    registry
+        What a saved model knows of its data.
+
+    Examples
+    --------
+    >>> vc.models.Additive.setup_anndata(logged, **design)
+    >>> model = vc.models.Additive(logged)
+    >>> model.train()
+    >>> predicted = vc.tl.predict_perturbation(logged, name, context="type_3", model=model, emit="mean")
     """
 
     form = AdditiveFit
@@ -210,6 +267,20 @@ class NearestContext(Baseline):
 
     It is shrunken towards the additive fit, as far as measured contexts tell, see
     `virtualcell.models._closed_forms.nearest_context`. A new pair `A+B` gets A's effect plus B's.
+
+    Parameters
+    ----------
+    data
+        Data registered with :meth:`setup_anndata` or :meth:`setup_mudata`, or a screen.
+    registry
+        What a saved model knows of its data.
+
+    Examples
+    --------
+    >>> vc.models.NearestContext.setup_anndata(logged, **design)
+    >>> model = vc.models.NearestContext(logged)
+    >>> model.train()
+    >>> predicted = vc.tl.predict_perturbation(logged, name, context="type_3", model=model, emit="mean")
     """
 
     form = NearestContextFit

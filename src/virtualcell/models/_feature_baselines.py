@@ -99,6 +99,14 @@ class Ridge(FeatureBaseline):
     The intercept is the mean effect; the penalty is the one that predicts each training perturbation best from the
     others, see `virtualcell.models._regression.ridge`. A measured perturbation gets its fitted value, not a copy;
     `A+B` the sum of A's and B's.
+
+    Examples
+    --------
+    >>> features = pd.DataFrame(np.random.default_rng(0).normal(size=(60, 5)), index=adata.var_names)
+    >>> vc.models.Ridge.setup_anndata(logged, **design)
+    >>> model = vc.models.Ridge(logged, features)
+    >>> model.train()
+    >>> predicted = vc.tl.predict_perturbation(logged, adata.var_names[0], model=model, emit="mean")  # never measured
     """
 
     def _fit(self, effects: Effects) -> dict[str, np.ndarray]:
@@ -118,6 +126,14 @@ class NearestPerturbations(FeatureBaseline):
     """Mean effect of the 10 measured perturbations with the most similar features (cosine).
 
     A measured perturbation is its own nearest neighbour, among ten. `A+B` gets the sum of A's and B's.
+
+    Examples
+    --------
+    >>> features = pd.DataFrame(np.random.default_rng(0).normal(size=(60, 5)), index=adata.var_names)
+    >>> vc.models.NearestPerturbations.setup_anndata(logged, **design)
+    >>> model = vc.models.NearestPerturbations(logged, features)
+    >>> model.train()
+    >>> predicted = vc.tl.predict_perturbation(logged, adata.var_names[0], model=model, emit="mean")  # never measured
     """
 
     form = NeighboursFit

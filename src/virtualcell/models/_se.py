@@ -65,14 +65,16 @@ class SE(BaseModelClass):
     fill_sentences
         Whether to fill the sentence of a cell with fewer expressed genes than places with unexpressed genes, drawn with
         replacement, as Arc's models had it, instead of padding it. The draw is fixed by the genes of the cell alone.
+    registry
+        What a saved model knows of its data.
     network
         Any other field of :class:`virtualcell.models.SEConfig`.
 
     Examples
     --------
     >>> vc.models.SE.setup_anndata(adata)
-    >>> se = vc.models.SE(adata, vc.pp.expression_gene_embeddings(adata))
-    >>> se.train(max_steps=1000)
+    >>> se = vc.models.SE(adata, vc.pp.expression_gene_embeddings(adata, n_comps=8))
+    >>> se.train(max_steps=2)  # leave it out for as many as the data need
     >>> adata.obsm["X_state"] = se.get_latent_representation(adata)
     """
 

@@ -50,6 +50,11 @@ class SETrainOptions(TrainOptions):
     ----------
     val_fraction
         Share of the cells kept for validation.
+
+    Examples
+    --------
+    >>> vc.models.SETrainOptions(max_steps=500, val_fraction=0.05).stated
+    {'max_steps': 500, 'val_fraction': 0.05}
     """
 
     val_fraction: float | None = None

@@ -97,10 +97,10 @@ class ST(PerturbationModel):
 
     Examples
     --------
-    >>> vc.models.ST.setup_anndata(adata, perturbation_key="target_gene", control="non-targeting", layer="lognorm")
-    >>> st = vc.models.ST(adata)
-    >>> st.train(max_steps=600)
-    >>> cells = st.predict(adata, "STAT1")
+    >>> vc.models.ST.setup_anndata(logged, perturbation_key="target_gene", control="non-targeting")
+    >>> st = vc.models.ST(logged)
+    >>> st.train(max_steps=2)  # leave it out for as many as the data need
+    >>> cells = st.predict(logged, name)
     """
 
     def __init__(

@@ -52,6 +52,11 @@ class STTrainOptions(TrainOptions):
         `virtualcell.modules._losses.contrast`.
     val_fraction
         Share of the cells of each context and perturbation kept for validation, where the data has no split of its own.
+
+    Examples
+    --------
+    >>> vc.models.STTrainOptions(max_steps=500, mean_weight=0).stated
+    {'max_steps': 500, 'mean_weight': 0}
     """
 
     loss: str | None = None

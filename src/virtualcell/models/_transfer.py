@@ -77,6 +77,19 @@ class Transfer(Baseline):
         Factor of centred effects, from 0 to 1, in place of the fitted one. Between experiments, .1 to .5 is usual.
     registry
         What a saved model knows of its data.
+
+    Examples
+    --------
+    >>> sources = {"other": {"adata": other, "perturbation_key": "target_gene", "control": "non-targeting"}}
+    >>> transfer = vc.models.Transfer.fit(
+    ...     sources,
+    ...     genes=adata.var_names,
+    ...     perturbation_key="target_gene",
+    ...     control="non-targeting",
+    ...     scale="counts",
+    ...     slope=0.3,
+    ... )
+    >>> predicted = vc.tl.predict_perturbation(adata, name, model=transfer)
     """
 
     def __init__(

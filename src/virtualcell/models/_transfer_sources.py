@@ -58,6 +58,12 @@ class TransferSource:
         Layer with the standard errors of effects, by which they are shrunken.
     modality
         Expression modality of a MuData.
+
+    Examples
+    --------
+    >>> source = vc.models.TransferSource(adata=other, perturbation_key="target_gene", control="non-targeting")
+    >>> source.kind
+    'cells'
     """
 
     adata: AnnData | MuData

@@ -36,6 +36,11 @@ class SEConfig:
         Width of the dataset embedding.
     n_datasets
         Classes of the dataset classifier that trains it.
+
+    Examples
+    --------
+    >>> vc.models.SEConfig(n_token=64, n_hidden=128, n_layers=2).n_hidden
+    128
     """
 
     n_token: int

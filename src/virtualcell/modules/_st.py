@@ -46,6 +46,11 @@ class STConfig:
         Embedding of the experiment's batch; learned tokens in front of and behind the set.
     n_genes, decoder_hidden, decoder_residual, decoder_dropout
         Gene decoder of a model in embedding space; none where `n_genes` is 0.
+
+    Examples
+    --------
+    >>> vc.models.STConfig(n_input=60, n_output=60, n_perturbation=5, head="level").head
+    'level'
     """
 
     n_input: int

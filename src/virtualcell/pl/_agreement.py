@@ -80,6 +80,10 @@ def de_agreement(
         If there are no predicted or no measured cells of this perturbation and context, or no control cells.
     ValueError
         If `n_top` is not between 1 and the number of genes.
+
+    Examples
+    --------
+    >>> ax = vc.pl.de_agreement(predicted, fitted, perturbation=name, context="type_3")
     """
     design = observed_design(
         observed, modality, perturbation_key=perturbation_key, control=control, context_key=context_key, layer=layer,

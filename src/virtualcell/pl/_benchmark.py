@@ -81,6 +81,13 @@ def benchmark(
         For a metric or model that `scores` does not have.
     ValueError
         If `scores` is not a table of a benchmark, or there are not as many axes as metrics.
+
+    Examples
+    --------
+    >>> scores = vc.tl.benchmark(
+    ...     adata, ["Additive", "NoChange"], **design, splits={"new": {"contexts": ["type_3"]}}, suite=["mae"]
+    ... )
+    >>> ax = vc.pl.benchmark(scores)
     """
     if missing := [c for c in _NEEDED if c not in scores]:
         raise ValueError(f"scores lacks the columns {missing}: give what `vc.tl.benchmark` returned.")

@@ -45,6 +45,10 @@ def training_history(
         If an entry of `metrics` is not in the history.
     ValueError
         If the model has not been trained, or nothing of the history can be drawn.
+
+    Examples
+    --------
+    >>> ax = vc.pl.training_history(st)
     """
     history = model if isinstance(model, Mapping) else getattr(model, "history", None)
     if not history:

@@ -83,6 +83,10 @@ def perturbation_shift(
         If there are no predicted cells of this perturbation or context, or no control cells in a context.
     ValueError
         If `predicted` holds several perturbations and none was named.
+
+    Examples
+    --------
+    >>> ax = vc.pl.perturbation_shift(fitted, predicted, perturbation=name, context="type_3")
     """
     design = observed_design(
         adata, modality, perturbation_key=perturbation_key, control=control, context_key=context_key, layer=layer,

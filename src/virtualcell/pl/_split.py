@@ -61,6 +61,11 @@ def split(
     ------
     UnknownNameError
         If a column is not in `obs`, or the split has parts other than train, val and test.
+
+    Examples
+    --------
+    >>> vc.pp.split(adata, **design, holdout={"contexts": ["type_3"]})
+    >>> ax = vc.pl.split(adata, **design)
     """
     stated = {"perturbation_key": perturbation_key, "control": control, "context_key": context_key}
     manifest = (

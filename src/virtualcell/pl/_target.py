@@ -68,6 +68,10 @@ def target_expression(
         If the gene was not measured, no cell has this perturbation or context, or there are no control cells in it.
     ValueError
         If raw counts are asked for and the data holds log1p values.
+
+    Examples
+    --------
+    >>> ax = vc.pl.target_expression(fitted, name)
     """
     design = observed_design(
         adata, modality, perturbation_key=perturbation_key, control=control, context_key=context_key, layer=layer,

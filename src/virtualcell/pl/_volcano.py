@@ -81,6 +81,10 @@ def de_volcano(
     ------
     UnknownNameError
         If no cell has this perturbation or context, or there are no control cells in the context.
+
+    Examples
+    --------
+    >>> ax = vc.pl.de_volcano(fitted, perturbation=name, context="type_3")
     """
     design = observed_design(
         adata, modality, perturbation_key=perturbation_key, control=control, context_key=context_key, layer=layer,

@@ -67,6 +67,12 @@ def expression_gene_embeddings(
         If `layer`, `library_size_key` or `modality` does not exist.
     ValueError
         If the values are not on the stated scale, gene names repeat, or fewer than two genes vary.
+
+    Examples
+    --------
+    >>> table = vc.pp.expression_gene_embeddings(adata, n_comps=8)
+    >>> table.shape  # genes x dimensions
+    (60, 8)
     """
     expression = read_expression(adata, modality=modality, layer=layer, scale=scale, library_size_key=library_size_key)
     return coexpression_vectors(expression, n_comps=n_comps, seed=seed_of(seed))

@@ -91,6 +91,11 @@ def gene_embeddings(
         If `model` is no ESM-2 model.
     ValueError
         If no header names a gene, a sequence is empty or holds other characters, or a weight file is not ESM-2's.
+
+    Examples
+    --------
+    >>> table = vc.pp.gene_embeddings("proteins.fasta", model="esm2_t6_8M_UR50D")  # doctest: +SKIP
+    >>> table.to_parquet("gene_embeddings.parquet")  # doctest: +SKIP
     """
     if max_length < 1 or residues_per_batch < 1:
         raise ValueError(f"max_length={max_length} and residues_per_batch={residues_per_batch} must be at least 1.")

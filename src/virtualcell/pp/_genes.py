@@ -193,6 +193,13 @@ def read_gene_embeddings(path: str | Path) -> pd.DataFrame:
     ------
     ValueError
         If the suffix is unknown, the layout is another, a gene is named twice, or a value is missing or no number.
+
+    Examples
+    --------
+    >>> table = pd.DataFrame(np.eye(3), index=["STAT1", "JAK2", "IRF1"])
+    >>> table.rename(columns=str).to_parquet("embeddings.parquet")
+    >>> vc.pp.read_gene_embeddings("embeddings.parquet").shape
+    (3, 3)
     """
     path = Path(path)
     name = path.name.removesuffix(".gz") if path.name.endswith(".csv.gz") else path.name

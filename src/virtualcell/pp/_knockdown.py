@@ -101,6 +101,12 @@ def knockdown_efficiency(
         A column or the control label is not there.
     ValueError
         No target is among the genes, a name stands for several genes, or a context has no control cells.
+
+    Examples
+    --------
+    >>> table = vc.pp.knockdown_efficiency(adata, perturbation_key="target_gene", control="non-targeting")
+    >>> bool((table["residual"] < 0.5).all())  # of the target's expression in control cells
+    True
     """
     if direction not in _THRESHOLDS:
         raise ValueError(

@@ -53,6 +53,13 @@ def gene_positions(gtf: str | Path | pd.DataFrame) -> pd.DataFrame:
         If there is no such file.
     ValueError
         If the file is of another kind, holds no genes, or lacks a column or a position.
+
+    Examples
+    --------
+    >>> table = pd.DataFrame({"gene": ["JAK2", "STAT1"], "chromosome": ["9", "2"], "tss": [4984390, 191020960]})
+    >>> vc.pp.gene_positions(table)["start"].to_dict()
+    {'JAK2': 4984390, 'STAT1': 191020960}
+    >>> positions = vc.pp.gene_positions("gencode.v47.annotation.gtf.gz")  # doctest: +SKIP
     """
     table = _of_table(gtf) if isinstance(gtf, pd.DataFrame) else _read(Path(gtf))
     out = _one_place_each(table)

@@ -68,6 +68,14 @@ def cell_sentences(
         If `layer`, `gene_key` or `modality` does not exist.
     ValueError
         If no gene matches, two genes match the same row, or the values are not on the stated scale.
+
+    Examples
+    --------
+    >>> table = vc.pp.expression_gene_embeddings(adata, n_comps=8)
+    >>> vc.pp.cell_sentences(adata, table, length=16)
+    >>> first = adata.obsm["cell_sentence"][0]  # rows of the table, the most expressed gene first
+    >>> bool(adata[0, table.index[first[0]]].X.max() == adata[0].X.max())
+    True
     """
     if length < 1:
         raise ValueError(f"length={length} must be at least 1.")

@@ -98,6 +98,19 @@ def split(
         A column, context or perturbation of that name is not there.
     ValueError
         The control is held out, a context with test cells has no control cells, or nothing is left to train or test on.
+
+    Examples
+    --------
+    >>> vc.pp.split(
+    ...     adata,
+    ...     perturbation_key="target_gene",
+    ...     control="non-targeting",
+    ...     context_key="cell_type",
+    ...     holdout={"contexts": ["type_3"]},
+    ... )
+    >>> held_out = adata.obs["split"] == "test"
+    >>> sorted(adata.obs.loc[held_out, "cell_type"].unique())
+    ['type_3']
     """
     kind, seed = _kind(holdout, val_fraction, context_key), seed_of(seed)
     cells = _cells(adata, perturbation_key, context_key, modality)
@@ -189,6 +202,11 @@ def save_split(
     ------
     KeyError
         There is no split of that name.
+
+    Examples
+    --------
+    >>> vc.pp.split(adata, perturbation_key="target_gene", control="non-targeting", holdout={"fraction": 0.2})
+    >>> vc.pp.save_split(adata, "split.json")
     """
     expression = expression_modality(adata, modality)
     manifests = expression.uns.get(_keys.UNS, {}).get(_keys.SPLIT_MANIFEST, {})
@@ -225,6 +243,15 @@ def apply_split(
     ------
     ValueError
         Cells of `adata` are not in the saved split.
+
+    Examples
+    --------
+    >>> vc.pp.split(adata, perturbation_key="target_gene", control="non-targeting", holdout={"fraction": 0.2})
+    >>> vc.pp.save_split(adata, "split.json")
+    >>> again = adata[::-1].copy()  # cells are matched by name
+    >>> vc.pp.apply_split(again, "split.json", key_added="replayed")
+    >>> bool((again.obs["replayed"] == again.obs["split"]).all())
+    True
     """
     manifest = json.loads(Path(path).read_text())
     saved = {cell: name for name, members in manifest.pop("cells").items() for cell in members}

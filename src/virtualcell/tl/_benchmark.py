@@ -143,6 +143,20 @@ def benchmark(
         For an unknown model, metric, column or label.
     ValueError
         If no split or no seed is given, or the data does not fit what was stated.
+
+    Examples
+    --------
+    >>> scores = vc.tl.benchmark(
+    ...     adata,
+    ...     ["Additive", "NearestContext"],
+    ...     perturbation_key="target_gene",
+    ...     control="non-targeting",
+    ...     context_key="cell_type",
+    ...     splits={"type_3 unseen": {"contexts": ["type_3"]}},
+    ...     suite=["pearson_delta", "mae"],
+    ... )
+    >>> sorted(scores.loc[scores["source"] == "model", "model"].unique())
+    ['Additive', 'NearestContext']
     """
     specs = model_specs(models, floor, perturbation_features)
     metric_names(suite)  # a wrong name shows now, and not when all is fitted

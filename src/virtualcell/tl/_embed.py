@@ -50,6 +50,12 @@ def embed(
     ------
     ValueError
         If too few genes of the data are in the gene table, or a cell expresses none of them.
+
+    Examples
+    --------
+    >>> vc.tl.embed(adata, se)
+    >>> adata.obsm["X_state"].shape[0] == adata.n_obs
+    True
     """
     expression_modality(adata, modality).obsm[key_added] = model.get_latent_representation(
         adata,

@@ -115,6 +115,12 @@ def evaluate(
         For an unknown metric, gene, column, or a perturbation or context that `observed` does not have.
     ValueError
         If a matrix is not on the stated scale.
+
+    Examples
+    --------
+    >>> scores = vc.tl.evaluate(predicted, fitted, suite=["pearson_delta", "mae"])
+    >>> sorted(scores["metric"].unique())
+    ['mae', 'pearson_delta']
     """
     seed = seed_of(seed)
     stated = {"perturbation_key": perturbation_key, "control": control, "context_key": context_key}

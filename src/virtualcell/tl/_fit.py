@@ -157,6 +157,20 @@ def fit_state(
         context without control cells, nothing to train on.
     FloatingPointError
         If a loss is not finite.
+
+    Examples
+    --------
+    >>> st = vc.tl.fit_state(
+    ...     adata,
+    ...     perturbation_key="target_gene",
+    ...     control="non-targeting",
+    ...     context_key="cell_type",
+    ...     se=False,
+    ...     validate=False,
+    ...     training={"max_steps": 20},  # for a first look
+    ... )
+    >>> len(st.genes), "virtualcell" in adata.uns
+    (60, True)
     """
     check_library_sizes(scale, library_size_key)
     options, networks = FitOptions.from_(training, seed=seed), NetworkOptions.of(network)

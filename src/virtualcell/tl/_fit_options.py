@@ -53,6 +53,12 @@ class FitOptions(STTrainOptions):
         added to the weights, so that the model is an ordinary one. Options are `r` (rank), `alpha`, `dropout` and
         `target_modules` (names of layers, all by default), as in `peft`, which `pip install "virtualcell[lora]"`
         brings.
+
+    Examples
+    --------
+    >>> options = vc.tl.FitOptions(max_steps=500, min_cells=5)
+    >>> options.stated
+    {'max_steps': 500, 'min_cells': 5}
     """
 
     min_cells: int | None = None

@@ -136,6 +136,14 @@ def predict_perturbation(
         For an unknown perturbation, context, gene or column; the message names the closest ones and the remedy.
     ValueError
         If there is no fitted model, the matrix is not on the stated scale, or there are no counts to make cells of.
+
+    Examples
+    --------
+    >>> predicted = vc.tl.predict_perturbation(fitted, name, context="type_3")
+    >>> predicted.layers["counts"].shape == predicted.shape
+    True
+    >>> predicted.obs["target_gene"].unique().tolist() == [name]
+    True
     """
     check_emit(emit)
     seed = seed_of(seed)

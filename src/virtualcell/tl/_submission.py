@@ -144,6 +144,14 @@ def prepare_submission(
         If the file would break a rule, or an argument is missing or has no use in that year.
     FileExistsError
         If there is a file and `overwrite` is not set.
+
+    Examples
+    --------
+    >>> genes, targets = pd.read_csv("gene_names.csv")["gene_name"], ["STAT1", "JAK2"]  # doctest: +SKIP
+    >>> predicted = vc.tl.predict_perturbation(adata, targets, n_cells=400)  # doctest: +SKIP
+    >>> vc.tl.prepare_submission(
+    ...     predicted, "a.vcc", year=2026, genes=genes, perturbations=targets, contexts=["A", "B", "C"]
+    ... )  # doctest: +SKIP
     """
     path = check_path(path, overwrite)
     check_arguments(year, perturbations, contexts, depths, sampling, missing_genes)

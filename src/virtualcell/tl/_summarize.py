@@ -44,6 +44,13 @@ def summarize(scores: pd.DataFrame) -> pd.DataFrame:
     TypeError, ValueError
         If this is not such a table, if it holds several predictions (of several models, splits or seeds), or lacks
         metrics that the suite's score is made of.
+
+    Examples
+    --------
+    >>> scores = vc.tl.evaluate(predicted, fitted, suite=["pearson_delta", "mae"], ceiling=True)
+    >>> table = vc.tl.summarize(scores)
+    >>> sorted(table["metric"])
+    ['mae', 'pearson_delta']
     """
     check_scores(scores, "scores")
     if not (scores["source"] == "model").any():

@@ -96,6 +96,11 @@ class TrainOptions:
         Seed of dropout and of whatever else is drawn while training; by default `vc.settings.seed`.
     progress_bar
         Whether a bar shows steps and loss; by default what `vc.settings.progress` says.
+
+    Examples
+    --------
+    >>> vc.models.TrainOptions(max_steps=500, lr=1e-3).stated
+    {'max_steps': 500, 'lr': 0.001}
     """
 
     max_steps: int | None = None
