@@ -60,6 +60,10 @@ def effect_heatmap(
         For an unknown column.
     ValueError
         For another number of axes than heatmaps, or fewer than one gene or perturbation.
+
+    Examples
+    --------
+    >>> axes = vc.pl.effect_heatmap(vc.tl.effects(fitted, context="type_3"))
     """
     if value not in _VALUES or value not in effects:
         raise unknown_name("value", value, [v for v in _VALUES if v in effects], "Name a column of `vc.tl.effects`.")

@@ -61,6 +61,10 @@ def screen(table: pd.DataFrame, *, n_labels: int = 20, highlight: Sequence[str] 
     ------
     KeyError
         For a perturbation to highlight that is not in the table, or a table without scores.
+
+    Examples
+    --------
+    >>> ax = vc.pl.screen(vc.tl.screen(fitted, context="type_3"))
     """
     if missing := [c for c in ("score", "score_error", "measured") if c not in table]:
         raise unknown_name("table", missing[0], table.columns, "Give what `vc.tl.screen` returned.")

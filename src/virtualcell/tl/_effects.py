@@ -82,6 +82,12 @@ def effects(
         For an unknown perturbation, context, gene or column.
     ValueError
         If no context is stated where there are several.
+
+    Examples
+    --------
+    >>> table = vc.tl.effects(fitted, name, context="type_3", observed=True)
+    >>> len(table) == fitted.n_vars, "observed_log2_fold_change" in table.columns
+    (True, True)
     """
     seed = seed_of(seed)
     check_numbers(context, n_cells, None, seed)

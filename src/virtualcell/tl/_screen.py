@@ -119,6 +119,14 @@ def screen(
         For an unknown perturbation, context, target, gene or column.
     ValueError
         If no context is stated where there are several, or a target is lacking, or cannot be told from the control.
+
+    Examples
+    --------
+    >>> table = vc.tl.screen(fitted, context="type_3")
+    >>> bool(table["score"].is_monotonic_decreasing)
+    True
+    >>> target = {"down": list(fitted.var_names[:5])}  # a signature
+    >>> table = vc.tl.screen(fitted, context="type_3", objective="toward", target=target)
     """
     seed = seed_of(seed)
     check_numbers(context, n_cells, None, seed)
