@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterator
 from typing import Literal
@@ -79,7 +80,7 @@ def _add_norm(network: SENetwork, device: torch.device, dtype: torch.dtype) -> C
     width = network.config.n_hidden
     if device.type not in COMPILED_ON or width < _WIDE:
         return add_norm
-    compiled, norm = torch.compile(add_norm), network.transformer_encoder.layers[0].norm1
+    compiled, norm = torch.compile(add_norm), copy.deepcopy(network.transformer_encoder.layers[0].norm1)
     try:
         for n in (3, 5):  # after which the numbers of cells and places are known to vary
             x = torch.ones(n, n + 4, width, device=device)
