@@ -11,7 +11,7 @@ from anndata import AnnData
 from mudata import MuData
 
 from virtualcell import _keys
-from virtualcell.data._labels import expression_modality
+from virtualcell.data._labels import expression_modality, obs_column
 
 Scale = Literal["counts", "log1p"]
 
@@ -111,6 +111,17 @@ def note_design(data: AnnData | MuData, found: Mapping[str, object], modality: s
     if not adata.is_view:
         found = {k: v for k, v in found.items() if v is not None}
         adata.uns[_keys.UNS] = {**adata.uns.get(_keys.UNS, {}), "design": {**noted_design(adata), **found}}
+
+
+def note_unused(data: AnnData | MuData, modality: str = "rna", **stated: str | None) -> None:
+    """Note what a call was told of the design and has no use for, so that later calls have it; columns must be there.
+
+    This is what lets every call take a whole design.
+    """
+    for argument, value in stated.items():
+        if value is not None and argument.endswith("_key"):
+            obs_column(data, value, argument=argument, modality=modality)
+    note_design(data, stated, modality)
 
 
 def check_scale(scale: str, argument: str = "scale") -> None:

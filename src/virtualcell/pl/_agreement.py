@@ -35,6 +35,7 @@ def de_agreement(
     perturbation_key: str | None = None,
     control: str | None = None,
     context_key: str | None = None,
+    batch_key: str | None = None,
     layer: str | None = None,
     scale: Scale | None = None,
     library_size_key: str | None = None,
@@ -64,8 +65,9 @@ def de_agreement(
         Number of genes to label: those with the largest absolute change in either.
     modality
         Modality of a MuData that holds gene expression.
-    perturbation_key, control, context_key, layer, scale, library_size_key
-        As in :func:`virtualcell.tl.fit_state`; as it noted them in `uns["virtualcell"]` of `observed` unless stated.
+    perturbation_key, control, context_key, batch_key, layer, scale, library_size_key
+        As in :func:`virtualcell.tl.fit_state`; as it noted them in `uns["virtualcell"]` of `observed` unless stated; the batch plays
+        no part and is noted for later calls.
     ax
         Axes to draw in; a new figure by default.
 
@@ -87,7 +89,7 @@ def de_agreement(
     """
     design = observed_design(
         observed, modality, perturbation_key=perturbation_key, control=control, context_key=context_key, layer=layer,
-        scale=scale, library_size_key=library_size_key,
+        scale=scale, library_size_key=library_size_key, batch_key=batch_key,
     )  # fmt: skip
     if not 1 <= n_top <= predicted.n_vars:
         raise ValueError(f"n_top={n_top} must lie between 1 and {predicted.n_vars}, the number of predicted genes.")

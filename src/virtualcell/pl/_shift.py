@@ -36,6 +36,7 @@ def perturbation_shift(
     perturbation_key: str | None = None,
     control: str | None = None,
     context_key: str | None = None,
+    batch_key: str | None = None,
     layer: str | None = None,
     scale: Scale | None = None,
     library_size_key: str | None = None,
@@ -64,8 +65,9 @@ def perturbation_shift(
         Which two principal components to draw, counted from 1.
     modality
         Modality of a MuData that holds gene expression.
-    perturbation_key, control, context_key, layer, scale, library_size_key
-        As in :func:`virtualcell.tl.fit_state`; as it noted them in `uns["virtualcell"]` unless stated.
+    perturbation_key, control, context_key, batch_key, layer, scale, library_size_key
+        As in :func:`virtualcell.tl.fit_state`; as it noted them in `uns["virtualcell"]` unless stated; the batch plays
+        no part and is noted for later calls.
     seed
         Starts the decomposition and orders the points, so that no group covers the others; by default
         `vc.settings.seed`.
@@ -90,7 +92,7 @@ def perturbation_shift(
     """
     design = observed_design(
         adata, modality, perturbation_key=perturbation_key, control=control, context_key=context_key, layer=layer,
-        scale=scale, library_size_key=library_size_key,
+        scale=scale, library_size_key=library_size_key, batch_key=batch_key,
     )  # fmt: skip
     guess = predicted_screen(predicted, design)
     if perturbation is None:

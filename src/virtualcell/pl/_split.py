@@ -14,6 +14,7 @@ from mudata import MuData
 
 from virtualcell import _keys
 from virtualcell._errors import unknown_name
+from virtualcell.data._design import note_unused
 from virtualcell.data._labels import expression_modality, read_labels
 from virtualcell.data._screen import Screen
 from virtualcell.pl._common import observed_design
@@ -31,6 +32,8 @@ def split(
     perturbation_key: str | None = None,
     control: str | None = None,
     context_key: str | None = None,
+    batch_key: str | None = None,
+    library_size_key: str | None = None,
     ax: Axes | None = None,
 ) -> Axes:
     """Draw perturbations x contexts, coloured by the part of the split, with the number of cells in each tile.
@@ -49,6 +52,8 @@ def split(
     perturbation_key, control, context_key
         As in :func:`virtualcell.pp.split`; as that or `fit_state` noted them in `uns["virtualcell"]` unless
         stated.
+    batch_key, library_size_key
+        Play no part here; noted for later calls, so that a whole design can be passed.
     ax
         Axes to draw in; a new figure, as high as the list is long, by default.
 
@@ -72,6 +77,7 @@ def split(
         expression_modality(adata, modality).uns.get(_keys.UNS, {}).get(_keys.SPLIT_MANIFEST, {}).get(split_key, {})
     )
     stated = {k: manifest.get(k) if v is None else v for k, v in stated.items()}
+    note_unused(adata, modality, batch_key=batch_key, library_size_key=library_size_key)
     design = observed_design(adata, modality, **stated)
     screen = Screen.from_anndata(adata, design, modality=modality)
     part = read_labels(adata, split_key, argument="split_key", modality=modality)

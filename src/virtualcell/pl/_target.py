@@ -28,6 +28,7 @@ def target_expression(
     perturbation_key: str | None = None,
     control: str | None = None,
     context_key: str | None = None,
+    batch_key: str | None = None,
     layer: str | None = None,
     scale: Scale | None = None,
     library_size_key: str | None = None,
@@ -52,8 +53,9 @@ def target_expression(
         `"log1p"` for log1p CP10k, `"counts"` for the raw counts.
     modality
         Modality of a MuData that holds gene expression.
-    perturbation_key, control, context_key, layer, scale, library_size_key
-        As in :func:`virtualcell.tl.fit_state`; as it noted them in `uns["virtualcell"]` unless stated.
+    perturbation_key, control, context_key, batch_key, layer, scale, library_size_key
+        As in :func:`virtualcell.tl.fit_state`; as it noted them in `uns["virtualcell"]` unless stated; the batch plays
+        no part and is noted for later calls.
     ax
         Axes to draw in; a new figure by default.
 
@@ -75,7 +77,7 @@ def target_expression(
     """
     design = observed_design(
         adata, modality, perturbation_key=perturbation_key, control=control, context_key=context_key, layer=layer,
-        scale=scale, library_size_key=library_size_key,
+        scale=scale, library_size_key=library_size_key, batch_key=batch_key,
     )  # fmt: skip
     if values not in ("log1p", "counts"):
         raise ValueError(f"values={values!r} is unknown. Say 'log1p' or 'counts'.")

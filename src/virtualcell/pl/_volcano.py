@@ -37,6 +37,7 @@ def de_volcano(
     perturbation_key: str | None = None,
     control: str | None = None,
     context_key: str | None = None,
+    batch_key: str | None = None,
     layer: str | None = None,
     scale: Scale | None = None,
     library_size_key: str | None = None,
@@ -67,8 +68,9 @@ def de_volcano(
         False discovery rate below which a gene is coloured.
     modality
         Modality of a MuData that holds gene expression.
-    perturbation_key, control, context_key, layer, scale, library_size_key
-        As in :func:`virtualcell.tl.fit_state`; as it noted them in `uns["virtualcell"]` unless stated.
+    perturbation_key, control, context_key, batch_key, layer, scale, library_size_key
+        As in :func:`virtualcell.tl.fit_state`; as it noted them in `uns["virtualcell"]` unless stated; the batch plays
+        no part and is noted for later calls.
     ax
         Axes to draw in; a new figure by default.
 
@@ -88,7 +90,7 @@ def de_volcano(
     """
     design = observed_design(
         adata, modality, perturbation_key=perturbation_key, control=control, context_key=context_key, layer=layer,
-        scale=scale, library_size_key=library_size_key,
+        scale=scale, library_size_key=library_size_key, batch_key=batch_key,
     )  # fmt: skip
     cells, is_control, genes = _both_groups(adata, design, perturbation, context, modality)
     table = differential_expression(

@@ -13,7 +13,7 @@ from scipy import sparse
 from scipy.linalg import lu
 
 from virtualcell._settings import seed_of
-from virtualcell.data._design import Scale
+from virtualcell.data._design import Scale, note_unused
 from virtualcell.data._expression import Expression
 from virtualcell.data._read_expression import read_expression
 
@@ -31,6 +31,10 @@ def expression_gene_embeddings(
     layer: str | None = None,
     scale: Scale = "counts",
     library_size_key: str | None = None,
+    perturbation_key: str | None = None,
+    control: str | None = None,
+    context_key: str | None = None,
+    batch_key: str | None = None,
     modality: str = "rna",
     seed: int | None = None,
 ) -> pd.DataFrame:
@@ -51,6 +55,8 @@ def expression_gene_embeddings(
     layer, scale, library_size_key
         Matrix to read, `"counts"` (normalised to log1p of counts per 10,000) or `"log1p"`, and the column of `obs`
         with the library size where it is not the row sum.
+    perturbation_key, control, context_key, batch_key
+        Play no part here; noted for later calls, so that a whole design can be passed.
     modality
         Modality with gene expression, of a MuData.
     seed
@@ -75,6 +81,10 @@ def expression_gene_embeddings(
     (60, 8)
     """
     expression = read_expression(adata, modality=modality, layer=layer, scale=scale, library_size_key=library_size_key)
+    note_unused(
+        adata, modality, perturbation_key=perturbation_key, control=control, context_key=context_key,
+        batch_key=batch_key, library_size_key=library_size_key,
+    )  # fmt: skip
     return coexpression_vectors(expression, n_comps=n_comps, seed=seed_of(seed))
 
 

@@ -14,7 +14,7 @@ from scipy import sparse, stats
 
 from virtualcell import _keys
 from virtualcell._errors import unknown_name
-from virtualcell.data._design import Design, Scale, note_design
+from virtualcell.data._design import Design, Scale, note_design, note_unused
 from virtualcell.data._labels import expression_modality, parts
 from virtualcell.data._screen import Screen
 
@@ -32,6 +32,7 @@ def knockdown_efficiency(
     perturbation_key: str,
     control: str,
     context_key: str | None = None,
+    batch_key: str | None = None,
     layer: str | None = None,
     scale: Scale = "counts",
     library_size_key: str | None = None,
@@ -68,6 +69,8 @@ def knockdown_efficiency(
         context, "(all)".
     control
         Label of the control cells.
+    batch_key
+        Plays no part here; noted for later calls, so that a whole design can be passed.
     layer, scale
         Where the expression is, and whether it is raw "counts" or "log1p" of counts per 10,000.
     library_size_key
@@ -140,6 +143,7 @@ def knockdown_efficiency(
     expression.obs[_keys.RESPONDED] = keep
     expression.uns[_keys.UNS] = {**expression.uns.get(_keys.UNS, {}), _keys.KNOCKDOWN: table.copy()}
     note_design(adata, design.to_uns(), modality)
+    note_unused(adata, modality, batch_key=batch_key)
     logger.info(
         "%d of %d targets are measured; %d of %d (context, target) pairs that can be judged responded; %d of %d "
         "perturbed cells are kept.",

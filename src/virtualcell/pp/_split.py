@@ -17,7 +17,7 @@ from virtualcell import _keys
 from virtualcell._errors import unknown_name
 from virtualcell._keys import SPLITS
 from virtualcell._settings import seed_of
-from virtualcell.data._design import note_design
+from virtualcell.data._design import note_design, note_unused
 from virtualcell.data._labels import expression_modality, parts, read_labels
 
 logger = logging.getLogger(__name__)
@@ -37,6 +37,8 @@ def split(
     control: str,
     holdout: Mapping[str, Sequence[str] | int | float],
     context_key: str | None = None,
+    batch_key: str | None = None,
+    library_size_key: str | None = None,
     val_fraction: float = 0.1,
     key_added: str = _keys.SPLIT,
     seed: int | None = None,
@@ -74,6 +76,8 @@ def split(
         Columns of `obs`. Without `context_key` all cells are one context, "(all)".
     control
         Label of the control cells in `perturbation_key`.
+    batch_key, library_size_key
+        Play no part in a split; noted for later calls, so that a whole design can be passed.
     holdout
         What to hold out, as in the table above.
     val_fraction
@@ -159,6 +163,7 @@ def split(
     }
     if context_key is not None:
         manifest["context_key"] = context_key
+    note_unused(adata, modality, batch_key=batch_key, library_size_key=library_size_key)
     _write(adata, cells, assigned, manifest, key_added, modality)
     _report(cells, assigned, manifest)
 

@@ -16,7 +16,7 @@ from mudata import MuData
 from virtualcell import __version__
 from virtualcell._settings import seed_of
 from virtualcell._threads import count_threads
-from virtualcell.data._design import Design, Scale, check_library_sizes, check_scale, note_design, noted_design
+from virtualcell.data._design import Design, Scale, check_library_sizes, check_scale, note_design, note_unused, noted_design
 from virtualcell.tl._ceiling import CEILING, CORRECTED_CEILING, ceilings
 from virtualcell.tl._evaluate_checks import (
     COLUMNS,
@@ -37,6 +37,7 @@ def evaluate(
     perturbation_key: str | None = None,
     control: str | None = None,
     context_key: str | None = None,
+    batch_key: str | None = None,
     suite: Suite | Sequence[str] = "standard",
     scale: Scale | None = None,
     predicted_scale: Scale = "log1p",
@@ -67,6 +68,8 @@ def evaluate(
         one context.
     control
         Label that control cells have.
+    batch_key
+        Plays no part in scores; noted for later calls, so that a whole design can be passed.
     suite
         "standard", the metrics that the page "Evaluation" recommends, Pearson delta and MAE first; "full", all of them;
         "vcc2025", the three metrics of the Virtual Cell Challenge 2025 and discrimination by cosine; "vcc2026", those
@@ -149,6 +152,7 @@ def evaluate(
         parts = [_defined_alike(pd.concat(_score(task, names), ignore_index=True))]
     counted = task.counted()
     note_design(observed, design.to_uns(), modality)
+    note_unused(observed, modality, batch_key=batch_key)
     if isinstance(baseline, pd.DataFrame):
         parts.append(scored_before(baseline, parts, counted))
     scores = pd.concat(parts, ignore_index=True)[COLUMNS]

@@ -19,7 +19,7 @@ from virtualcell import _keys
 from virtualcell._errors import unknown_name
 from virtualcell._settings import seed_of
 from virtualcell.data._counts import Sampling, averaged, depth_matched_counts
-from virtualcell.data._design import Design, Scale
+from virtualcell.data._design import Design, Scale, note_unused
 from virtualcell.data._emit import with_totals
 from virtualcell.data._expression import columns_of
 from virtualcell.data._labels import expression_modality, obs_column
@@ -60,6 +60,8 @@ def prepare_submission(
     perturbation_key: str | None = None,
     control: str | None = None,
     context_key: str | None = None,
+    batch_key: str | None = None,
+    library_size_key: str | None = None,
     layer: str | None = None,
     scale: Scale | None = None,
     overwrite: bool = False,
@@ -125,6 +127,9 @@ def prepare_submission(
         Columns of `obs`, label of the control cells, and where and how expression is stored in `predicted`; as noted by
         `predict_perturbation` where left out. The file has the challenge's own names whatever they are. In 2025 a
         `context_key` given here becomes the column `celltype`.
+    batch_key, library_size_key
+        Columns of `controls`. The library size divides its counts, where row sums are not those of all genes; the batch
+        plays no part and is noted for later calls, so that a whole design can be passed.
     overwrite
         Whether a file that is there is replaced.
     seed
@@ -170,7 +175,8 @@ def prepare_submission(
     predicted = expression_modality(predicted, modality)
     if controls is not None:
         stated = {"perturbation_key": design.perturbation_key, "control": design.control, "context_key": context_key}
-        stated |= {"layer": controls_layer, "scale": controls_scale}
+        stated |= {"layer": controls_layer, "scale": controls_scale, "library_size_key": library_size_key}
+        note_unused(controls, modality, batch_key=batch_key)
         of_controls = Design.from_data(controls, modality=modality, **stated)
         controls = _read("controls", controls, of_controls, column if year == 2025 else None, modality)
         check_genes("controls", controls.genes, genes)

@@ -1,0 +1,123 @@
+"""A design is stated once and passed to every call, whichever of its columns the call has a use for."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+from anndata import AnnData
+
+import virtualcell as vc
+
+matplotlib.use("Agg")
+
+DESIGN = {
+    "perturbation_key": "target_gene",
+    "control": "non-targeting",
+    "context_key": "cell_type",
+    "batch_key": "lane",
+    "library_size_key": "depth",
+}
+QUICK = {
+    "se": False,
+    "validate": False,
+    "network": {"n_hidden": 16, "n_feedforward": 32, "n_layers": 1, "set_size": 8},
+    "training": {"max_steps": 2, "progress_bar": False},
+}
+
+
+@pytest.fixture(scope="module")
+def cells() -> AnnData:
+    adata = vc.datasets.synthetic(
+        n_contexts=3, n_perturbations=4, n_genes=60, n_cells_per_group=12, n_control_cells=24, effect_size=0.5, seed=2
+    )
+    adata.obs["lane"] = ["one", "two"] * (adata.n_obs // 2)
+    adata.obs["depth"] = 2 * np.asarray(adata.X.sum(axis=1)).ravel().astype(int)
+    return adata
+
+
+@pytest.fixture(scope="module")
+def fitted(cells) -> tuple[AnnData, AnnData]:
+    adata = cells.copy()
+    vc.pp.split(adata, **DESIGN, holdout={"contexts": ["type_3"]})
+    vc.tl.fit_state(adata, **DESIGN, split_key="split", **QUICK)
+    return adata, vc.tl.predict_perturbation(adata, list(adata.obs["target_gene"].unique())[:2], context="type_3")
+
+
+def calls() -> dict[str, Callable[[AnnData, AnnData, Path], object]]:
+    """Every call that takes columns of a design, on measured and predicted cells."""
+
+    def one(predicted: AnnData) -> str:
+        return sorted(set(predicted.obs["target_gene"]) - {"non-targeting"})[0]
+
+    return {
+        "pp.split": lambda a, p, _: vc.pp.split(a, **DESIGN, holdout={"contexts": ["type_3"]}),
+        "pp.knockdown_efficiency": lambda a, p, _: vc.pp.knockdown_efficiency(a, **DESIGN),
+        "pp.expression_gene_embeddings": lambda a, p, _: vc.pp.expression_gene_embeddings(a, **DESIGN),
+        "tl.fit_state": lambda a, p, _: vc.tl.fit_state(a, **DESIGN, **QUICK),
+        "tl.predict_perturbation": lambda a, p, _: vc.tl.predict_perturbation(a, one(p), **DESIGN),
+        "tl.evaluate": lambda a, p, _: vc.tl.evaluate(
+            p, a, **DESIGN, scale="counts", suite=["mae"], genes=p.var_names
+        ),
+        "tl.benchmark": lambda a, p, _: vc.tl.benchmark(
+            a, ["NoChange"], **DESIGN, splits={"new": {"contexts": ["type_3"]}}, suite=["mae"], seeds=(0,)
+        ),
+        "tl.prepare_submission": lambda a, p, folder: vc.tl.prepare_submission(
+            p, folder / "a.vcc", **DESIGN, year=2026, genes=list(p.var_names), contexts=["type_3"]
+        ),
+        "pl.split": lambda a, p, _: vc.pl.split(a, **DESIGN),
+        "pl.perturbation_shift": lambda a, p, _: vc.pl.perturbation_shift(a, p, perturbation=one(p), **DESIGN),
+        "pl.de_agreement": lambda a, p, _: vc.pl.de_agreement(p, a, perturbation=one(p), **DESIGN),
+        "pl.de_volcano": lambda a, p, _: vc.pl.de_volcano(a, perturbation=one(p), **DESIGN),
+        "pl.target_expression": lambda a, p, _: vc.pl.target_expression(a, one(p), **DESIGN),
+    }
+
+
+def with_columns() -> dict[str, set[str]]:
+    """Public calls on data that take some column of a design, and what they lack of the whole."""
+    found = {}
+    for name in ("pp", "tl", "pl"):
+        module = getattr(vc, name)
+        for call in filter(inspect.isfunction, (getattr(module, n) for n in module.__all__)):
+            taken = set(inspect.signature(call).parameters)
+            if taken & set(DESIGN):
+                found[f"{name}.{call.__name__}"] = set(DESIGN) - taken
+    return found
+
+
+def test_what_takes_a_column_of_a_design_takes_all() -> None:
+    lacking = {name: sorted(missing) for name, missing in with_columns().items() if missing}
+    assert not lacking, f"`**design` must fit; note what has no use with `note_unused`: {lacking}"
+    assert set(calls()) <= set(with_columns())
+
+
+@pytest.mark.parametrize("name", calls())
+def test_whole_design_is_taken_and_noted(fitted, name: str, tmp_path: Path) -> None:
+    adata, predicted = fitted[0].copy(), fitted[1].copy()
+    del adata.uns["virtualcell"]["design"]
+    if name == "tl.prepare_submission":  # reads predicted cells, of which the columns of others are not asked
+        assert calls()[name](adata, predicted, tmp_path).n_obs == predicted.n_obs
+        return
+    calls()[name](adata, predicted, tmp_path)
+    noted = adata.uns["virtualcell"].get("design", {})
+    assert {k: noted.get(k) for k in ("batch_key", "library_size_key")} == {"batch_key": "lane", "library_size_key": "depth"}
+
+
+def test_a_column_without_use_must_be_there_all_the_same(cells) -> None:
+    with pytest.raises(KeyError, match="batch_key='lanes'"):
+        vc.pp.split(cells.copy(), **{**DESIGN, "batch_key": "lanes"}, holdout={"contexts": ["type_3"]})
+
+
+def test_library_sizes_divide_control_cells_of_a_submission(fitted, tmp_path: Path) -> None:
+    adata, predicted = fitted
+    controls = adata[adata.obs["target_gene"] == "non-targeting"].copy()
+    controls.uns.clear()
+    arguments = {**DESIGN, "year": 2025, "genes": list(predicted.var_names), "controls": controls}
+    written = vc.tl.prepare_submission(predicted, tmp_path / "a.vcc", controls_scale="counts", **arguments)
+    first = written[-controls.n_obs].X.toarray().ravel()
+    counts = controls[0, written.var_names].X.toarray().ravel()
+    assert first == pytest.approx(np.log1p(1e4 * counts / controls.obs["depth"].iloc[0]), rel=1e-5)
