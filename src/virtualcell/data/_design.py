@@ -113,8 +113,8 @@ def note_design(data: AnnData | MuData, found: Mapping[str, object], modality: s
         adata.uns[_keys.UNS] = {**adata.uns.get(_keys.UNS, {}), "design": {**noted_design(adata), **found}}
 
 
-def note_unused(data: AnnData | MuData, modality: str = "rna", **stated: str | None) -> None:
-    """Note what a call was told of the design and has no use for, so that later calls have it; columns must be there.
+def note_columns(data: AnnData | MuData, modality: str = "rna", **stated: object) -> None:
+    """Note columns for later calls, whether this one has a use for them or not; they must be there.
 
     This is what lets every call take a whole design.
     """

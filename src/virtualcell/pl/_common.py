@@ -10,13 +10,15 @@ from mudata import MuData
 
 from virtualcell import _keys
 from virtualcell._errors import unknown_name
-from virtualcell.data._design import Design, note_unused
+from virtualcell.data._design import Design, note_columns
 from virtualcell.data._screen import Screen
+
+_COLUMNS = ("perturbation_key", "control", "context_key", "batch_key", "library_size_key")
 
 
 def observed_design(data: AnnData | MuData, modality: str, **stated: object) -> Design:
     """Return the design that a picture needs: what the caller stated, and the rest as `fit_state` noted it."""
-    note_unused(data, modality, batch_key=stated.get("batch_key"))  # no picture has a use for it
+    note_columns(data, modality, **{k: v for k, v in stated.items() if k in _COLUMNS})
     return Design.from_data(data, modality=modality, **stated).plain()
 
 

@@ -14,7 +14,7 @@ from mudata import MuData
 
 from virtualcell import _keys
 from virtualcell._errors import unknown_name
-from virtualcell.data._design import note_unused
+from virtualcell.data._design import note_columns
 from virtualcell.data._labels import expression_modality, read_labels
 from virtualcell.data._screen import Screen
 from virtualcell.pl._common import observed_design
@@ -76,8 +76,8 @@ def split(
     manifest = (
         expression_modality(adata, modality).uns.get(_keys.UNS, {}).get(_keys.SPLIT_MANIFEST, {}).get(split_key, {})
     )
+    note_columns(adata, modality, **stated, batch_key=batch_key, library_size_key=library_size_key)
     stated = {k: manifest.get(k) if v is None else v for k, v in stated.items()}
-    note_unused(adata, modality, batch_key=batch_key, library_size_key=library_size_key)
     design = observed_design(adata, modality, **stated)
     screen = Screen.from_anndata(adata, design, modality=modality)
     part = read_labels(adata, split_key, argument="split_key", modality=modality)

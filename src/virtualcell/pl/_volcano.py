@@ -69,8 +69,8 @@ def de_volcano(
     modality
         Modality of a MuData that holds gene expression.
     perturbation_key, control, context_key, batch_key, layer, scale, library_size_key
-        As in :func:`virtualcell.tl.fit_state`; as it noted them in `uns["virtualcell"]` unless stated; the batch plays
-        no part and is noted for later calls.
+        As in :func:`virtualcell.tl.fit_state`; as it noted them in `uns["virtualcell"]` unless stated; noted for
+        later calls if stated. The batch plays no part.
     ax
         Axes to draw in; a new figure by default.
 

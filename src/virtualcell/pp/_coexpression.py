@@ -13,7 +13,7 @@ from scipy import sparse
 from scipy.linalg import lu
 
 from virtualcell._settings import seed_of
-from virtualcell.data._design import Scale, note_unused
+from virtualcell.data._design import Scale, note_columns
 from virtualcell.data._expression import Expression
 from virtualcell.data._read_expression import read_expression
 
@@ -81,7 +81,7 @@ def expression_gene_embeddings(
     (60, 8)
     """
     expression = read_expression(adata, modality=modality, layer=layer, scale=scale, library_size_key=library_size_key)
-    note_unused(
+    note_columns(
         adata, modality, perturbation_key=perturbation_key, control=control, context_key=context_key,
         batch_key=batch_key, library_size_key=library_size_key,
     )  # fmt: skip

@@ -14,7 +14,7 @@ from scipy import sparse, stats
 
 from virtualcell import _keys
 from virtualcell._errors import unknown_name
-from virtualcell.data._design import Design, Scale, note_design, note_unused
+from virtualcell.data._design import Design, Scale, note_columns, note_design
 from virtualcell.data._labels import expression_modality, parts
 from virtualcell.data._screen import Screen
 
@@ -143,7 +143,7 @@ def knockdown_efficiency(
     expression.obs[_keys.RESPONDED] = keep
     expression.uns[_keys.UNS] = {**expression.uns.get(_keys.UNS, {}), _keys.KNOCKDOWN: table.copy()}
     note_design(adata, design.to_uns(), modality)
-    note_unused(adata, modality, batch_key=batch_key)
+    note_columns(adata, modality, batch_key=batch_key)
     logger.info(
         "%d of %d targets are measured; %d of %d (context, target) pairs that can be judged responded; %d of %d "
         "perturbed cells are kept.",

@@ -17,7 +17,7 @@ from virtualcell import _keys
 from virtualcell._errors import unknown_name
 from virtualcell._keys import SPLITS
 from virtualcell._settings import seed_of
-from virtualcell.data._design import note_design, note_unused
+from virtualcell.data._design import note_columns, note_design
 from virtualcell.data._labels import expression_modality, parts, read_labels
 
 logger = logging.getLogger(__name__)
@@ -163,7 +163,7 @@ def split(
     }
     if context_key is not None:
         manifest["context_key"] = context_key
-    note_unused(adata, modality, batch_key=batch_key, library_size_key=library_size_key)
+    note_columns(adata, modality, batch_key=batch_key, library_size_key=library_size_key)
     _write(adata, cells, assigned, manifest, key_added, modality)
     _report(cells, assigned, manifest)
 

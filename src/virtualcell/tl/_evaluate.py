@@ -16,7 +16,15 @@ from mudata import MuData
 from virtualcell import __version__
 from virtualcell._settings import seed_of
 from virtualcell._threads import count_threads
-from virtualcell.data._design import Design, Scale, check_library_sizes, check_scale, note_design, note_unused, noted_design
+from virtualcell.data._design import (
+    Design,
+    Scale,
+    check_library_sizes,
+    check_scale,
+    note_columns,
+    note_design,
+    noted_design,
+)
 from virtualcell.tl._ceiling import CEILING, CORRECTED_CEILING, ceilings
 from virtualcell.tl._evaluate_checks import (
     COLUMNS,
@@ -152,7 +160,7 @@ def evaluate(
         parts = [_defined_alike(pd.concat(_score(task, names), ignore_index=True))]
     counted = task.counted()
     note_design(observed, design.to_uns(), modality)
-    note_unused(observed, modality, batch_key=batch_key)
+    note_columns(observed, modality, batch_key=batch_key)
     if isinstance(baseline, pd.DataFrame):
         parts.append(scored_before(baseline, parts, counted))
     scores = pd.concat(parts, ignore_index=True)[COLUMNS]
