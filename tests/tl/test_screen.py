@@ -183,6 +183,19 @@ def test_a_baseline_knows_no_errors(screen, targets, baseline):
     assert (table["effect"] > 0).all()
 
 
+@pytest.mark.parametrize("network", [{"preset": "published"}, {"use_rep": "X_state"}])
+def test_a_network_alone_knows_no_errors(screen, targets, fit, network):
+    """Neither in genes nor in embeddings, of which the predicted means are those of decoded cells."""
+    se = {"max_steps": 2} if "use_rep" in network else False
+    model = fit(screen, network=network, se=se, n_top_genes=40)
+    table = quiet_screen(screen, context="type_1", model=model)
+    assert table[["score_error", "effect_error", "n_genes"]].isna().all(axis=None)
+    means = vc.tl.predict_perturbation(screen, targets, context="type_1", model=model, n_cells=N, emit="mean")
+    changes = (means.X - means.layers["control"]).toarray() / np.log(2)
+    sizes = pd.Series(np.sqrt((changes**2).mean(axis=1)), targets)
+    np.testing.assert_allclose(table["effect"], sizes[table.index], rtol=1e-3)
+
+
 # -- real cells -------------------------------------------------------------------------------------------------------
 
 

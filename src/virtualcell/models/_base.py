@@ -255,7 +255,10 @@ class PerturbationModel(BaseModelClass):
 
     where_measured = where_measured
 
-    knows_error = False  # whether the model tells how wrong it is
+    @property
+    def knows_error(self) -> bool:
+        """Whether the model knows how wrong its predictions were where cells were left out."""
+        return False
 
     def trust(self, start: Start, perturbation: str) -> dict[str, float]:
         """Return what is known of how far a prediction from `start` can be trusted, by name; nothing by default."""

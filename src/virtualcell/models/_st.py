@@ -349,7 +349,6 @@ class ST(PerturbationModel):
     predict_cells = predict_cells
     predict_parts = predict_parts
     apart = apart
-    knows_error = True
     means_from = means_from
     error_from = error_from
     trust = trust
@@ -357,6 +356,11 @@ class ST(PerturbationModel):
     shared_error = shared_error
     shared_error_along = shared_error_along
     where_measured = where_measured
+
+    @property
+    def knows_error(self) -> bool:
+        """Whether the model knows how wrong its predictions were, which comes with the transferred effect."""
+        return self.transferred is not None
 
     @property
     def known_names(self) -> list[str]:

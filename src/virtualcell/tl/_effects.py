@@ -74,7 +74,8 @@ def effects(
         With `observed`, the same of the measured cells, against the control cells of their context and batch; missing
         where there are none.
 
-    Baselines know no errors, so that these are missing, and what follows from them.
+    Baselines, and an ST without a transferred effect, know no errors, so that these are missing, and what follows from
+    them.
 
     Raises
     ------

@@ -108,7 +108,8 @@ def screen(
 
     Standard errors hold the disagreement of the model's parts, the draw of control cells and the error that predictions
     of this kind had where cells were left out; errors of genes are taken to go together as their measured effects do.
-    Baselines know no errors, so that these are missing, and so is the number of genes.
+    Baselines, and an ST without a transferred effect, know no errors, so that these are missing, and so is the number
+    of genes.
 
     `.attrs` has the objective, the context, `alpha`, and `mean_correlation`, that of the changes of every two
     perturbations over genes. A warning says where it is so high that the ranking is one of strength alone.
