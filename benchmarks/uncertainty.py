@@ -102,13 +102,14 @@ def run(name: str, label: str, seed: int, args) -> tuple[pd.DataFrame, float]:
         base = matrix[perturbation == "non-targeting"].mean(axis=0)
         for target in names:
             cells = predicted[(predicted.obs["target_gene"] == target).to_numpy()]
-            row = compare(cells, matrix[perturbation == target], base)
+            column = list(predicted.uns["virtualcell"]["groups"]["perturbation"]).index(target)
+            row = compare(cells, column, matrix[perturbation == target], base)
             rows.append({"split": split, "model": label, "seed": seed, "perturbation": target, **row})
     return pd.DataFrame(rows), seconds
 
 
-def compare(cells: ad.AnnData, observed: np.ndarray, base: np.ndarray) -> dict[str, float]:
-    mean, error = cells.X.mean(axis=0), np.asarray(cells.layers["standard_error"][0])
+def compare(cells: ad.AnnData, column: int, observed: np.ndarray, base: np.ndarray) -> dict[str, float]:
+    mean, error = cells.X.mean(axis=0), cells.varm["standard_error"][:, column]
     noise = observed.std(axis=0, ddof=1) / np.sqrt(len(observed))
     wrong = np.abs(mean - observed.mean(axis=0))
     used = (base > 0) | (noise > 0)

@@ -164,11 +164,11 @@ def draw(adata: ad.AnnData, predicted: ad.AnnData, st: vc.models.ST, scores: pd.
     plots = {
         "split": vc.pl.split(adata),
         "training_history": vc.pl.training_history(st),
-        "perturbation_shift": vc.pl.perturbation_shift(adata, predicted, **shown),
+        "perturbation_shift": vc.pl.perturbation_shift(predicted, adata, **shown),
         "de_agreement": vc.pl.de_agreement(predicted, adata, **shown),
     }
     if perturbation in adata.var_names:
-        plots["target_expression"] = vc.pl.target_expression(adata, perturbation, context=context)
+        plots["target_expression"] = vc.pl.target_expression(adata, **shown)
     (out / "target_expression.png").unlink(missing_ok=True)  # of an earlier run, whose target may have been measured
     for name, ax in plots.items():
         ax.figure.savefig(out / f"{name}.png", dpi=150, bbox_inches="tight")

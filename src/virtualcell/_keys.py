@@ -29,8 +29,12 @@ GENE_TOKEN = "gene_token"
 # layers of a prediction
 COUNTS_LAYER = "counts"
 CONTROL_LAYER = "control"
-STANDARD_ERROR = "standard_error"  # of the predicted mean of each gene, the same for all cells of a group
+
+# varm of a prediction, genes x groups
+CHANGE = "change"  # of each gene's mean from the control cells
+STANDARD_ERROR = "standard_error"  # of that change
 
 # uns
 UNS = "virtualcell"
+GROUPS = "groups"  # of a prediction, uns["virtualcell"]["groups"]: perturbation and context of the columns of varm
 SPLIT_MANIFEST = "split_manifest"  # uns["virtualcell"]["split_manifest"][key of obs]

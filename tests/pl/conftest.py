@@ -70,7 +70,11 @@ def predict():
                 )
             )
         predicted = ad.concat(parts)[:, ::-1].copy()  # genes in another order: they must be matched by name
-        predicted.uns["virtualcell"] = {"design": design.to_uns()}
+        groups = pd.DataFrame({"perturbation": perturbation, "context": contexts})
+        change = [p.X.mean(axis=0) - p.layers["control"].mean(axis=0) for p in parts]
+        predicted.varm["change"] = np.stack(change, axis=1)[::-1]
+        predicted.varm["standard_error"] = np.full(predicted.varm["change"].shape, 0.02)
+        predicted.uns["virtualcell"] = {"design": design.to_uns(), "groups": groups}
         return predicted
 
     return predict

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 
+import anndata as ad
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -73,6 +74,24 @@ def test_prediction_of_no_effect_has_no_correlation(papalexi, predicted):
     flat.X[:] = 0
     ax = vc.pl.de_agreement(flat, observed, perturbation="STAT1")
     assert "Pearson r undefined (constant effect), top 50: " in ax.get_title()
+
+
+def test_all_perturbations_by_default(papalexi, predict, assert_readable):
+    made = {name: predict(papalexi, name, contexts=["rep_1"]) for name in ("JAK2", "STAT1")}
+    both = ad.concat(made.values(), index_unique="-")
+    both.uns["virtualcell"] = papalexi.uns["virtualcell"]
+    ax = vc.pl.de_agreement(both, papalexi, n_labels=6)
+    found, r = np.vstack([c.get_offsets() for c in ax.collections]), []
+    singles = []
+    for name, one in made.items():
+        single = vc.pl.de_agreement(one, papalexi, perturbation=name)
+        points = np.vstack([c.get_offsets() for c in single.collections])
+        r.append(np.corrcoef(points.T)[0, 1])
+        singles.append(points)
+    np.testing.assert_allclose(np.sort(found, axis=0), np.sort(np.vstack(singles), axis=0), atol=1e-5)
+    assert ax.get_title().replace("\n", " ").startswith(f"JAK2, STAT1 in rep_1 mean Pearson r = {np.mean(r):.2f}")
+    assert {t.get_text().split(" ")[1] for t in ax.texts} <= {"(JAK2)", "(STAT1)"}
+    assert_readable(ax)
 
 
 def test_given_axes_are_used(papalexi, predicted):

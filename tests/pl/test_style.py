@@ -4,9 +4,11 @@ import logging
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pytest
 from matplotlib.text import Text
 
-from virtualcell.pl._style import place_labels
+import virtualcell as vc
+from virtualcell.pl._style import balanced_alphas, contrast, ink_of, place_labels, write_title
 
 
 def test_labels_of_crowded_points_do_not_collide(assert_readable):
@@ -40,3 +42,40 @@ def test_labels_without_room_are_counted(caplog, assert_readable):
         placed = place_labels(ax, np.full((9, 2), 0.5), ["LONGGENENAME"] * 9)
     assert f"{9 - len(placed)} of 9 labels found no room" in caplog.text
     assert_readable(ax)
+
+
+@pytest.mark.parametrize("style", ["default", "dark_background", "ggplot", "seaborn-v0_8-darkgrid", "Solarize_Light2"])
+def test_everything_can_be_told_from_the_background_of_the_style(style, papalexi, predicted):
+    with plt.style.context(style):
+        axes = [
+            vc.pl.perturbation_shift(predicted, papalexi),
+            vc.pl.de_agreement(predicted, papalexi),
+            vc.pl.de_volcano(predicted),
+            vc.pl.target_expression(papalexi, perturbation="STAT1"),
+        ]
+        for ax in axes:
+            ink = ink_of(ax)
+            for points in (c for c in ax.collections if len(c.get_facecolor())):
+                assert all(contrast(c[:3], ink.background) >= 2 for c in np.unique(points.get_facecolor(), axis=0))
+            for label in (t for t in ax.texts if t.get_text()):
+                halo = label.get_path_effects()[0]._gc["foreground"]
+                assert contrast(label.get_color(), ink.background) >= 4.5
+                assert contrast(halo, ink.background) == pytest.approx(1)
+            assert "STAT1 in rep_" in ax.get_title()
+    assert contrast("black", "white") == pytest.approx(21)
+
+
+def test_large_classes_are_fainter_than_small_ones():
+    alphas = balanced_alphas([10_000, 100, 20, 0])
+    assert alphas[0] < alphas[1] < alphas[2]
+    assert min(alphas) >= 0.35
+
+
+def test_a_title_is_broken_where_the_axes_end():
+    _, axes = plt.subplots(2, 3, figsize=(9, 6))
+    write_title(
+        axes[0, 0], "a perturbation with a long name in a context with a long name: expression at 20% of control"
+    )
+    title = axes[0, 0].title
+    assert "\n" in title.get_text()
+    assert title.get_window_extent().width <= 1.1 * axes[0, 0].get_window_extent().width

@@ -36,7 +36,7 @@ def test_observed_points_are_wilcoxon_and_log2_fold_change(papalexi, context):
     target = papalexi.obs["target_gene"].to_numpy()
     expected = by_scipy(x[here & (target == "STAT1")], x[here & (target == "non-targeting")])
     np.testing.assert_allclose(drawn(ax), expected, rtol=1e-4, atol=1e-5)
-    assert ax.get_title().startswith("STAT1, rep_2\nobserved, " if context else "STAT1\nobserved, ")
+    assert ax.get_title().startswith(f"STAT1 in {context or 'rep_1, rep_2, rep_3'}\nobserved, ")
 
 
 def test_known_targets_are_named_and_labels_do_not_collide(papalexi, assert_readable):
@@ -48,13 +48,41 @@ def test_known_targets_are_named_and_labels_do_not_collide(papalexi, assert_read
     assert_readable(ax)
 
 
-def test_prediction_is_compared_with_its_own_control_cells(predicted, assert_readable):
-    ax = vc.pl.de_volcano(predicted, perturbation="STAT1", context="rep_1")
-    here = (predicted.obs["batch"] == "rep_1").to_numpy()
-    expected = by_scipy(predicted.X[here].astype(float), predicted.layers["control"][here].astype(float))
-    np.testing.assert_allclose(drawn(ax), expected, rtol=1e-4, atol=1e-5)
-    assert ax.get_title() == "STAT1, rep_1\npredicted, 60 against 60 cells"
+def test_a_prediction_is_drawn_by_its_change_and_error(predicted, assert_readable):
+    ax = vc.pl.de_volcano(predicted, context="rep_1")
+    change, error = predicted.varm["change"][:, 0], predicted.varm["standard_error"][:, 0]
+    expected = np.column_stack([change / np.log(2), np.abs(change) / error])
+    np.testing.assert_allclose(drawn(ax), expected[np.lexsort(expected.T)], rtol=1e-4, atol=1e-5)
+    assert ax.get_title() == "STAT1 in rep_1\npredicted, change and its standard error"
+    assert "standard errors" in ax.get_ylabel()
     assert_readable(ax)
+    both = drawn(vc.pl.de_volcano(predicted))  # contexts count the same
+    means = predicted.varm["change"].mean(axis=1) / np.log(2)
+    np.testing.assert_allclose(np.sort(both[:, 0]), np.sort(means), rtol=1e-4, atol=1e-6)
+
+
+def test_more_predicted_cells_do_not_make_a_weak_effect_sure(predicted):
+    weak = predicted.copy()
+    weak.varm["change"] = 0.02 * weak.varm["change"]
+    ax = vc.pl.de_volcano(weak)
+    assert ax.get_legend().texts[0].get_text() == f"not significant ({predicted.n_vars})"
+    assert not ax.texts
+    many = weak[np.tile(np.arange(weak.n_obs), 20)].copy()
+    np.testing.assert_array_equal(drawn(ax), drawn(vc.pl.de_volcano(many)))
+
+
+def test_predictions_without_errors_say_how_to_get_them(predicted):
+    blind = predicted.copy()
+    blind.varm["standard_error"] = np.full(blind.varm["change"].shape, np.nan)
+    with pytest.raises(ValueError, match=r"knows no standard error.*n_samples=20"):
+        vc.pl.de_volcano(blind)
+    del blind.varm["change"]
+    with pytest.raises(ValueError, match=r"no varm\['change'\].*anndata\.concat"):
+        vc.pl.de_volcano(blind)
+    with pytest.raises(KeyError, match=r"perturbation='STAT2' is unknown. Did you mean 'STAT1'"):
+        vc.pl.de_volcano(predicted, perturbation="STAT2")
+    with pytest.raises(KeyError, match=r"context='rep_3' is unknown.*'STAT1' has cells only there"):
+        vc.pl.de_volcano(predicted, context="rep_3")
 
 
 def test_pooled_controls_come_from_the_contexts_of_the_perturbation(papalexi):
@@ -86,3 +114,5 @@ def test_errors(papalexi):
         vc.pl.de_volcano(papalexi, perturbation="non-targeting")
     with pytest.raises(KeyError, match=r"context='rep_9' is unknown. Did you mean 'rep_3', 'rep_2', 'rep_1'\?"):
         vc.pl.de_volcano(papalexi, perturbation="STAT1", context="rep_9")
+    with pytest.raises(ValueError, match=r"adata holds 2 perturbations \(JAK2, STAT1\)\. Name one: perturbation="):
+        vc.pl.de_volcano(papalexi)

@@ -379,6 +379,9 @@ def test_logarithms_that_hold_no_counts_have_mean_profiles_only(screen, design, 
     means = vc.tl.predict_perturbation(screen, targets[0], model=model, emit="mean", n_samples=2)
     assert means.n_obs == 3
     assert list(means.obs) == ["target_gene", "cell_type", "expected_error"]
+    # a row of the means is the mean of the control cells and the change of its column
+    np.testing.assert_allclose(dense(means.layers["control"]) + means.varm["change"].T, dense(means.X), atol=1e-5)
+    assert list(means.uns["virtualcell"]["groups"]["context"]) == list(means.obs["cell_type"])
     expected = model.predict(screen, targets[0], context="type_2").mean(axis=0)
     np.testing.assert_allclose(dense(means["type_2-" + targets[0]].X)[0], expected, atol=1e-5)
 
@@ -491,7 +494,8 @@ def test_copies_views_and_files_predict_the_same_bits(fitted, model, targets, tm
     for data, of_file in again.values():
         found = vc.tl.predict_perturbation(data, names, model=of_file, n_samples=3)
         assert_same(found.X, expected.X)
-        np.testing.assert_array_equal(found.layers["standard_error"], expected.layers["standard_error"])
+        for key in ("change", "standard_error"):
+            np.testing.assert_array_equal(found.varm[key], expected.varm[key])
         assert list(found.obs_names) == list(expected.obs_names)
 
 

@@ -467,15 +467,25 @@ def test_what_was_not_validated_has_no_better_one(screen, fit, targets):
 def test_standard_errors_of_a_prediction(screen, fit, targets):
     fit(screen, split_key="split", training={"max_steps": 40, "lr": 3e-3})
     predicted = vc.tl.predict_perturbation(screen, targets[:2], n_samples=8)
-    error = dense(predicted.layers["standard_error"])
-    assert error.shape == predicted.shape
-    assert (error >= 0).all()
-    for _, rows in predicted.obs.groupby(["target_gene", "cell_type"], observed=True).indices.items():
-        assert np.ptp(error[rows], axis=0).max() == 0  # one for the mean of a perturbation in a context
-        expected = np.sqrt(2 / np.pi) * error[rows[0]].mean()
+    groups = predicted.obs.groupby(["target_gene", "cell_type"], observed=True).indices
+    error, named = predicted.varm["standard_error"], predicted.uns["virtualcell"]["groups"]
+    assert error.shape == (predicted.n_vars, len(groups)) == predicted.varm["change"].shape
+    assert (error > 0).any(axis=0).all()
+    assert list(named) == ["perturbation", "context"]
+    for column, group in enumerate(named.itertuples(index=False)):
+        rows = groups[tuple(group)]
+        expected = np.sqrt(2 / np.pi) * error[:, column].mean()
         np.testing.assert_allclose(predicted.obs["expected_error"].to_numpy()[rows], expected, rtol=1e-5)
-    assert "standard_error" not in vc.tl.predict_perturbation(screen, targets[0]).layers
+        moved = dense(predicted.X)[rows].mean(axis=0) - dense(predicted.layers["control"])[rows].mean(axis=0)
+        assert np.corrcoef(moved, predicted.varm["change"][:, column])[0, 1] > 0.8  # cells are drawn
     again = vc.tl.predict_perturbation(screen, targets[:2], n_samples=8)
-    np.testing.assert_array_equal(dense(again.layers["standard_error"]), error)
+    np.testing.assert_array_equal(again.varm["standard_error"], error)
+    # without draws, the error of cells that were left out, which is a part of the other
+    known = vc.tl.predict_perturbation(screen, [*targets[:2], "non-targeting"])
+    assert "expected_error" not in known.obs
+    of_control = (known.uns["virtualcell"]["groups"]["perturbation"] == "non-targeting").to_numpy()
+    assert not known.varm["standard_error"][:, of_control].any()
+    assert (known.varm["standard_error"][:, ~of_control] > 0).any(axis=0).all()
+    assert known.varm["standard_error"][:, ~of_control].sum() < error.sum()
     with pytest.raises(ValueError, match="n_samples=1: at least 2 draws"):
         vc.tl.predict_perturbation(screen, targets[0], n_samples=1)

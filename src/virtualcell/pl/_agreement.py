@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 from anndata import AnnData
 from matplotlib.axes import Axes
@@ -14,20 +16,35 @@ from virtualcell.metrics._profiles import largest
 from virtualcell.pl._common import (
     chosen,
     contexts_of,
+    in_context,
     mean_profile,
     observed_design,
     predicted_screen,
     title,
     with_controls,
 )
-from virtualcell.pl._style import BLACK, BLUE, GREY, VERMILLION, axes_or_new, despine, legend_below, place_labels
+from virtualcell.pl._style import (
+    BLACK,
+    BLUE,
+    GREY,
+    VERMILLION,
+    axes_or_new,
+    balanced_alphas,
+    despine,
+    ink_of,
+    legend_below,
+    place_labels,
+    write_title,
+)
+
+logger = logging.getLogger(__name__)
 
 
 def de_agreement(
     predicted: AnnData,
     observed: AnnData | MuData,
     *,
-    perturbation: str,
+    perturbation: str | None = None,
     context: str | None = None,
     n_top: int = 50,
     n_labels: int = 10,
@@ -45,7 +62,8 @@ def de_agreement(
 
     The log fold change is that of :func:`virtualcell.pl.de_volcano`. Both are taken against the measured control cells
     of the same context; over several contexts the effects are averaged, each context counting the same, so that how
-    the cells are spread over contexts does not enter. The genes are those of `predicted`.
+    the cells are spread over contexts does not enter. The genes are those of `predicted`. Of several perturbations,
+    every gene of each is a point, and the title gives means over perturbations.
 
     Parameters
     ----------
@@ -54,7 +72,7 @@ def de_agreement(
     observed
         Measured cells, with the perturbation and the control.
     perturbation
-        Perturbation to compare.
+        Perturbation to compare; all that were predicted and measured by default.
     context
         Context to compare in; by default the contexts with predicted and with measured cells of this perturbation.
     n_top
@@ -66,8 +84,8 @@ def de_agreement(
     modality
         Modality of a MuData that holds gene expression.
     perturbation_key, control, context_key, batch_key, layer, scale, library_size_key
-        As in :func:`virtualcell.tl.fit_state`; as it noted them in `uns["virtualcell"]` of `observed` unless stated;
-        noted for later calls if stated. The batch plays no part.
+        As in :func:`virtualcell.tl.fit_state`; as earlier calls noted them in `uns["virtualcell"]` of `observed` unless
+        stated; noted for later calls if stated. The batch plays no part.
     ax
         Axes to draw in; a new figure by default.
 
@@ -88,53 +106,91 @@ def de_agreement(
     >>> ax = vc.pl.de_agreement(predicted, fitted, perturbation=name, context="type_3")
     """
     design = observed_design(
-        observed, modality, perturbation_key=perturbation_key, control=control, context_key=context_key, layer=layer,
-        scale=scale, library_size_key=library_size_key, batch_key=batch_key,
+        observed, modality, predicted=predicted, perturbation_key=perturbation_key, control=control,
+        context_key=context_key, layer=layer, scale=scale, library_size_key=library_size_key, batch_key=batch_key,
     )  # fmt: skip
     if not 1 <= n_top <= predicted.n_vars:
         raise ValueError(f"n_top={n_top} must lie between 1 and {predicted.n_vars}, the number of predicted genes.")
     guess = predicted_screen(predicted, design)
-    remedy = "Predict it first: `vc.tl.predict_perturbation`."
-    guess = guess.take(chosen(guess, perturbation=perturbation, context=context, remedy=remedy))
     screen = Screen.from_anndata(observed, design, modality=modality)
-    remedy = "It was predicted, but there are no measured cells to compare with."
-    chosen(screen, perturbation=perturbation, context=context, remedy=remedy)
-    predicted_in, measured_in = contexts_of(guess, perturbation), contexts_of(screen, perturbation)
-    contexts = [c for c in predicted_in if c in measured_in]
-    if not contexts:
-        raise ValueError(
-            f"perturbation={perturbation!r} was predicted in {predicted_in}, but measured only in {measured_in}. "
-            "Predict it in one of these."
-        )
-    screen = with_controls(screen, perturbation, contexts).select(predicted.var_names)
+    contexts_by = _compared(guess, screen, perturbation, context)
+    names, contexts = list(contexts_by), sorted({c for of_one in contexts_by.values() for c in of_one})
+    screen = with_controls(screen, names, contexts).select(predicted.var_names)
 
-    expected, measured = (_effect(cells, screen, perturbation, contexts) for cells in (guess, screen))
-    top_expected, top_measured = (_largest(e, n_top) for e in (expected, measured))
-    both = top_expected & top_measured
+    expected, measured = (
+        np.stack([_effect(cells, screen, name, where) for name, where in contexts_by.items()])
+        for cells in (guess, screen)
+    )
+    top_expected, top_measured = (np.stack([_largest(e, n_top) for e in effects]) for effects in (expected, measured))
+    shared = (top_expected & top_measured).sum(axis=1).mean()
 
     ax = axes_or_new(ax, figsize=(5.2, 5.2))
-    for label, rows, colour in (
-        ("neither", ~(top_expected | top_measured), GREY),
-        ("observed only", top_measured & ~both, BLUE),
-        ("predicted only", top_expected & ~both, VERMILLION),
-        ("both", both, BLACK),
-    ):
-        ax.scatter(measured[rows], expected[rows], s=16, c=colour, alpha=0.7, lw=0, label=f"{label} ({rows.sum():,})")
-    points = np.column_stack([measured, expected])
+    _scatter(ax, measured, expected, top_measured, top_expected)
+    overlap = f"top {n_top}: {shared:.3g} shared ({n_top**2 / predicted.n_vars:.1f} by chance)"
+    write_title(ax, f"{title(names, contexts)}\n{_correlation(expected, measured)}, {overlap}")
+    despine(ax)
+    legend_below(ax, columns=2, title=f"among the {n_top} largest changes")
+    points = np.column_stack([measured.ravel(), expected.ravel()])
+    top = largest(np.abs(points).max(axis=1), n_labels)
+    labels = [f"{gene} ({name})" if len(names) > 1 else gene for name in names for gene in predicted.var_names]
+    place_labels(ax, points[top], [labels[i] for i in top], avoid=points)
+    return ax
+
+
+def _compared(guess: Screen, screen: Screen, perturbation: str | None, context: str | None) -> dict[str, list[str]]:
+    """Return the contexts to compare each perturbation in; of those that were not named, the measured ones."""
+    names = guess.perturbation_names if perturbation is None else [perturbation]
+    found, without = {}, []
+    for name in names:
+        if perturbation is None:
+            predicted_in, measured_in = (
+                [c for c in contexts_of(cells, name) if context in (None, c)] for cells in (guess, screen)
+            )
+        else:
+            chosen(guess, perturbation=name, context=context, remedy="Predict it first: `vc.tl.predict_perturbation`.")
+            remedy = "It was predicted, but there are no measured cells to compare with."
+            chosen(screen, perturbation=name, context=context, remedy=remedy)
+            predicted_in, measured_in = (
+                contexts_of(cells, name) if context is None else [context] for cells in (guess, screen)
+            )
+        both = [c for c in predicted_in if c in measured_in]
+        if both:
+            found[name] = both
+        else:
+            without.append(f"{name!r} was predicted in {predicted_in}, but measured only in {measured_in}")
+    if not found:
+        if context is not None:
+            in_context(guess, context)
+        raise ValueError(f"perturbation={without[0]}. Predict it in one of these.")
+    if without:
+        logger.warning("%d perturbations are not drawn: %s.", len(without), "; ".join(without[:3]))
+    return found
+
+
+def _scatter(
+    ax: Axes, measured: np.ndarray, expected: np.ndarray, top_measured: np.ndarray, top_expected: np.ndarray
+) -> None:
+    """Draw the effects, coloured by the side on which they are among the largest."""
+    ink, both = ink_of(ax), top_expected & top_measured
+    classes = {
+        "neither": (~(top_expected | top_measured), ink.visible(GREY)),
+        "observed only": (top_measured & ~both, ink.visible(BLUE)),
+        "predicted only": (top_expected & ~both, ink.visible(VERMILLION)),
+        "both": (both, ink.visible(BLACK)),
+    }
+    alphas = balanced_alphas([marked.sum() for marked, _ in classes.values()])
+    for (label, (marked, colour)), alpha in zip(classes.items(), alphas, strict=True):
+        ax.scatter(
+            measured[marked], expected[marked], s=16, color=colour, alpha=alpha, lw=0,
+            label=f"{label} ({marked.sum():,})", rasterized=marked.size > 20_000,
+        )  # fmt: skip
+    points = np.column_stack([measured.ravel(), expected.ravel()])
     margin = 0.12 * np.ptp(points) or 1.0
     limits = (points.min() - margin, points.max() + margin)
-    ax.axline((0, 0), slope=1, color="0.4", lw=0.8, ls=(0, (4, 3)), zorder=0)
+    ax.axline((0, 0), slope=1, color=ink.muted(), lw=0.8, ls=(0, (4, 3)), zorder=0)
     ax.set(xlim=limits, ylim=limits, aspect="equal")
     ax.set_xlabel("observed log$_2$ FC of 1 + CP10k")
     ax.set_ylabel("predicted log$_2$ FC of 1 + CP10k")
-    overlap = f"top {n_top}: {both.sum()} shared ({n_top**2 / len(both):.1f} by chance)"
-    ax.set_title(f"{title(perturbation, context)}\n{_correlation(expected, measured)}, {overlap}", fontsize=10)
-    despine(ax)
-    legend_below(ax, columns=2)
-    ax.get_legend().set_title(f"among the {n_top} largest changes", prop={"size": 9})
-    top = largest(np.abs(points).max(axis=1), n_labels)
-    place_labels(ax, points[top], list(predicted.var_names[top]), avoid=points)
-    return ax
 
 
 def _effect(cells: Screen, reference: Screen, perturbation: str, contexts: list[str]) -> np.ndarray:
@@ -151,8 +207,11 @@ def _largest(effect: np.ndarray, n: int) -> np.ndarray:
     return marked
 
 
-def _correlation(a: np.ndarray, b: np.ndarray) -> str:
-    """Write Pearson's r, which a constant effect does not have."""
-    if np.ptp(a) == 0 or np.ptp(b) == 0:
-        return "Pearson r undefined (constant effect)"
-    return f"Pearson r = {np.corrcoef(a, b)[0, 1]:.2f}"
+def _correlation(expected: np.ndarray, measured: np.ndarray) -> str:
+    """Write Pearson's r, of several perturbations (the rows) the mean; a constant effect has none."""
+    pairs = zip(expected, measured, strict=True)
+    found = [np.corrcoef(a, b)[0, 1] for a, b in pairs if np.ptp(a) > 0 and np.ptp(b) > 0]
+    if len(found) < len(expected):
+        constant = "" if len(expected) == 1 else f"{len(expected) - len(found)} of {len(expected)} "
+        return f"Pearson r undefined ({constant}constant effect{'s' if constant else ''})"
+    return f"{'Pearson r' if len(found) == 1 else 'mean Pearson r'} = {np.mean(found):.2f}"

@@ -10,7 +10,25 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from virtualcell._errors import unknown_name
-from virtualcell.pl._style import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION, despine, legend_below
+from virtualcell._keys import ALL
+from virtualcell.pl._common import title
+from virtualcell.pl._style import (
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    LABEL_SIZE,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILLION,
+    despine,
+    ink_of,
+    label_size,
+    legend_below,
+    outside_text,
+    write_title,
+)
 
 _NEEDED = ["split", "seed", "source", "model", "context", "perturbation", "metric", "value"]
 _DEFAULT = ("pearson_delta", "mae", "energy_distance", "top50_overlap", "discrimination_cosine", "de_overlap")
@@ -112,6 +130,13 @@ def benchmark(
     axes = _axes(axes, len(metrics), len(models))
     for ax, metric in zip(axes, metrics, strict=True):
         _panel(ax, runs[runs["metric"] == metric], metric, models)
+    asked = scores.loc[scores["source"] == "model", ["perturbation", "context"]]
+    names, contexts = (sorted(set(asked[column]) - {ALL}) for column in asked)
+    if own_figure and len(axes) > 1:
+        figure = axes[0].get_figure(root=True)
+        figure.suptitle(title(names, contexts), fontsize=axes[0].title.get_fontsize(), color=outside_text(axes[0]))
+    else:
+        write_title(axes[0], title(names, contexts))
     if not own_figure or len(axes) == 1:
         legend_below(axes[0], columns=3)
     else:
@@ -129,8 +154,8 @@ def _legend_of_figure(axes: Sequence[Axes]) -> None:
     handles, labels = list(named.values()), list(named)
     for n in range(len(labels), 0, -1):
         legend = figure.legend(
-            handles, labels, loc="outside lower center", ncol=n, frameon=False, fontsize=9, handletextpad=0.5,
-            columnspacing=1.5,
+            handles, labels, loc="outside lower center", ncol=n, frameon=False, fontsize="small", handletextpad=0.5,
+            columnspacing=1.5, labelcolor=outside_text(axes[0]),
         )  # fmt: skip
         if n == 1 or legend.get_window_extent().width <= 0.97 * figure.bbox.width:
             return
@@ -172,7 +197,7 @@ def _axes(axes: Axes | Sequence[Axes] | None, n: int, n_models: int) -> list[Axe
 def _panel(ax: Axes, runs: pd.DataFrame, metric: str, models: Sequence[str]) -> None:
     splits = list(dict.fromkeys(runs["split"]))
     which = "mean over splits" if len(splits) > 1 else "mean over seeds"
-    means = _mean_of(runs)
+    means, ink = _mean_of(runs), ink_of(ax)
     for row, model in enumerate(models):
         own = runs[runs["model"] == model]
         for i, split in enumerate(splits):
@@ -180,12 +205,13 @@ def _panel(ax: Axes, runs: pd.DataFrame, metric: str, models: Sequence[str]) -> 
             # splits side by side, seeds of one spread a little so that equal ones show
             height = row + 0.5 * ((i + 0.5) / len(splits) - 0.5) + np.linspace(-0.05, 0.05, len(values) + 2)[1:-1]
             label = split if row == 0 and len(splits) > 1 else None
-            colour = _COLOURS[i % len(_COLOURS)]
-            ax.scatter(values, height, s=16, c=colour, alpha=0.85, lw=0.4, ec="white", zorder=3, label=label)
-        label = which if row == 0 else None
-        ax.plot([means.get(model, np.nan)] * 2, [row - 0.33, row + 0.33], c=BLACK, lw=1.8, zorder=4, label=label)
+            colour = ink.visible(_COLOURS[i % len(_COLOURS)])
+            ax.scatter(values, height, s=16, color=colour, alpha=0.85, lw=0.4, ec=ink.background, zorder=3, label=label)
+        label, at = which if row == 0 else None, means.get(model, np.nan)
+        ax.plot([at] * 2, [row - 0.33, row + 0.33], color=ink.foreground, lw=1.8, zorder=4, label=label)
     ax.set(ylim=(len(models) - 0.4, -0.6), yticks=range(len(models)))
-    ax.set_yticklabels(models)
+    height = ax.get_window_extent().height * 72 / ax.get_figure(root=True).dpi / len(models)
+    ax.set_yticklabels(models, fontsize=min(label_size() / LABEL_SIZE, max(0.9 * height, 4.0)))  # as rows have room
     name = _NAMES.get(metric, metric)
     ax.set_xlabel(name if metric in _NEUTRAL else f"{name} ({'←' if metric in _LOSSES else '→'} better)")
     floors = runs[(runs["source"] == "floor") & ~runs["model"].isin(models)]
@@ -197,8 +223,8 @@ def _panel(ax: Axes, runs: pd.DataFrame, metric: str, models: Sequence[str]) -> 
     if ends.size:
         margin = 0.08 * np.ptp(ends) or 0.05
         ax.set_xlim(ends.min() - margin, ends.max() + margin)
-    _band(ax, floors, _FLOOR, "best of the floor", (0, (1, 1.5)), upwards=metric in _LOSSES)
-    _band(ax, ceilings, _CEILING, label, dashes, upwards=metric not in _LOSSES)
+    _band(ax, floors, _FLOOR, "floor", "best of the floor", (0, (1, 1.5)), upwards=metric in _LOSSES)
+    _band(ax, ceilings, _CEILING, "ceiling", label, dashes, upwards=metric not in _LOSSES)
     ax.tick_params(axis="y", length=0)
     ax.locator_params(axis="x", nbins=5)
     despine(ax)
@@ -211,9 +237,15 @@ def _ceiling(runs: pd.DataFrame) -> tuple[pd.DataFrame, tuple[str, tuple]]:
     return runs[runs["source"] == source], _CEILINGS[source]
 
 
-def _band(ax: Axes, runs: pd.DataFrame, colour: str, label: str, dashes: tuple, *, upwards: bool) -> None:
-    """Shade from the mean to the end of the axis."""
+def _band(ax: Axes, runs: pd.DataFrame, colour: str, name: str, label: str, dashes: tuple, *, upwards: bool) -> None:
+    """Shade from the mean to the end of the axis, and write the name of the band at its foot."""
     if runs["value"].notna().any():
-        at = _mean_of(runs).mean()
+        at, ink = _mean_of(runs).mean(), ink_of(ax)
+        colour = ink.visible(colour)
         ax.axvline(at, color=colour, lw=1.4, ls=dashes, zorder=1, label=label)
         ax.axvspan(at, ax.get_xlim()[upwards], color=colour, alpha=0.18, lw=0, zorder=0)
+        ax.annotate(
+            name, (at, 0), (2.5 if upwards else -2.5, 3), xycoords=("data", "axes fraction"),
+            textcoords="offset points", rotation=90, ha="left" if upwards else "right", va="bottom",
+            fontsize=0.9 * label_size(), color=ink.muted(0.8), zorder=1,
+        )  # fmt: skip

@@ -10,16 +10,37 @@ from mudata import MuData
 
 from virtualcell import _keys
 from virtualcell._errors import unknown_name
-from virtualcell.data._design import Design, note_columns
+from virtualcell.data._design import Design, note_columns, noted_design
 from virtualcell.data._screen import Screen
 
 _COLUMNS = ("perturbation_key", "control", "context_key", "batch_key", "library_size_key")
 
 
-def observed_design(data: AnnData | MuData, modality: str, **stated: object) -> Design:
-    """Return the design that a picture needs: what the caller stated, and the rest as `fit_state` noted it."""
+def observed_design(
+    data: AnnData | MuData, modality: str, *, predicted: AnnData | None = None, **stated: object
+) -> Design:
+    """Return the design that a picture needs: what the caller stated, and the rest as earlier calls noted it.
+
+    Where none has noted the columns of the data, those of a prediction that is shown beside it are taken.
+    """
+    if predicted is not None and not noted_design(data, modality):
+        labels = ("perturbation_key", "control", "context_key")
+        of_predicted = {k: v for k, v in noted_design(predicted).items() if k in labels}
+        stated = of_predicted | {k: v for k, v in stated.items() if v is not None}
     note_columns(data, modality, **{k: v for k, v in stated.items() if k in _COLUMNS})
     return Design.from_data(data, modality=modality, **stated).plain()
+
+
+def the_only(perturbation: str | None, known: Sequence[str], *, argument: str) -> str:
+    """Return the perturbation that was named, or the only one there is."""
+    if perturbation is not None:
+        return perturbation
+    if len(known) != 1:
+        raise ValueError(
+            f"{argument} holds {len(known)} perturbations ({', '.join(known[:8])}{', ...' if len(known) > 8 else ''}). "
+            "Name one: perturbation=."
+        )
+    return known[0]
 
 
 def predicted_screen(predicted: AnnData, design: Design, *, layer: str | None = None) -> Screen:
@@ -45,10 +66,20 @@ def chosen(screen: Screen, *, perturbation: str, context: str | None, remedy: st
     return here
 
 
-def with_controls(screen: Screen, perturbation: str, contexts: Sequence[str]) -> Screen:
-    """Return the cells of a perturbation and the control cells in these contexts, each of which must have some."""
+def in_context(screen: Screen, context: str) -> np.ndarray:
+    """Return which perturbed cells are of a context, of which there must be some."""
+    if screen.design.context_key is None:
+        raise ValueError(f"context={context!r} was given, but the design has no contexts. State context_key as well.")
+    here = np.asarray(screen.context == context) & ~screen.is_control
+    if not here.any():
+        raise unknown_name("context", context, sorted(set(screen.context[~screen.is_control])), "Predict it first.")
+    return here
+
+
+def with_controls(screen: Screen, perturbations: Sequence[str], contexts: Sequence[str]) -> Screen:
+    """Return the cells of perturbations and the control cells in these contexts, each of which must have some."""
     screen.require_control()
-    keep = screen.is_control | (screen.perturbation == perturbation)
+    keep = screen.is_control | screen.perturbation.isin(list(perturbations))
     screen = screen.take(keep & screen.context.isin(list(contexts)))
     known = contexts_of(screen, screen.design.control)
     for context in contexts:
@@ -75,9 +106,16 @@ def mean_profile(screen: Screen, perturbation: str, context: str) -> np.ndarray:
 
 def is_prediction(data: AnnData | MuData) -> bool:
     """Tell what `predict_perturbation` returned from measured data."""
-    return isinstance(data, AnnData) and _keys.CONTROL_LAYER in data.layers and _keys.CONTROL_BARCODE in data.obs
+    return isinstance(data, AnnData) and _keys.CONTROL_LAYER in data.layers
 
 
-def title(perturbation: str, context: str | None) -> str:
-    """Name what is shown."""
-    return perturbation if context is None else f"{perturbation}, {context}"
+def title(perturbations: str | Sequence[str], contexts: Sequence[str]) -> str:
+    """Name what is shown: perturbations, and the contexts where the design has some."""
+    names = [perturbations] if isinstance(perturbations, str) else list(perturbations)
+    where = [context for context in contexts if context != _keys.ALL]
+    what = _listed(names, "perturbations")
+    return f"{what} in {_listed(where, 'contexts')}" if where else what
+
+
+def _listed(names: Sequence[str], kind: str) -> str:
+    return ", ".join(names) if len(names) <= 3 else f"{len(names)} {kind}"

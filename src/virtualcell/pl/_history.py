@@ -8,7 +8,19 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from virtualcell._errors import unknown_name
-from virtualcell.pl._style import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILLION, axes_or_new, despine
+from virtualcell.pl._style import (
+    BLACK,
+    BLUE,
+    GREEN,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILLION,
+    axes_or_new,
+    despine,
+    ink_of,
+    write_title,
+)
 
 _NAMES = {"train_loss_epoch": "train", "train_loss": "train", "validation_loss": "validation", "val_loss": "validation"}
 _COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK)
@@ -64,8 +76,10 @@ def training_history(
         raise ValueError(f"{len(metrics)} metrics do not fit one picture; name at most {len(_COLOURS)}: metrics=.")
 
     ax = axes_or_new(ax, figsize=(5.5, 3.6))
+    ink = ink_of(ax)
     unit = next((h.index.name for m in metrics if (h := history[m]).index.name), "epoch")
-    for metric, colour in zip(metrics, _COLOURS, strict=False):
+    colours = [ink.visible(colour) for colour in _COLOURS]
+    for metric, colour in zip(metrics, colours, strict=False):
         # A metric that is logged only now and then has gaps, which the line should bridge.
         curve = pd.DataFrame(history[metric]).iloc[:, 0].astype(float).dropna()
         label = _NAMES.get(metric, metric)
@@ -77,6 +91,7 @@ def training_history(
     ax.set_xlabel(unit)
     ax.set_ylabel("loss" if all("loss" in m for m in metrics) else "value")
     ax.xaxis.get_major_locator().set_params(integer=True)
+    write_title(ax, "Training" if isinstance(model, Mapping) else f"Training of {type(model).__name__}")
     despine(ax)
-    ax.legend(frameon=False)
+    ax.legend(frameon=False, fontsize="small", labelcolor=ink.foreground)
     return ax

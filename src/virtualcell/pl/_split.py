@@ -17,11 +17,11 @@ from virtualcell._errors import unknown_name
 from virtualcell.data._design import note_columns
 from virtualcell.data._labels import expression_modality, read_labels
 from virtualcell.data._screen import Screen
-from virtualcell.pl._common import observed_design
-from virtualcell.pl._style import ORANGE, VERMILLION, axes_or_new
+from virtualcell.pl._common import observed_design, title
+from virtualcell.pl._style import ORANGE, VERMILLION, axes_or_new, ink_of, label_size, outside_text, write_title
 
 _COLOURS = dict(zip(_keys.SPLITS, ("#A9D5F0", ORANGE, VERMILLION), strict=True))
-_LINE = 9.0  # points that a line of text needs
+_LINE = 1.1  # room that a line of text needs, in units of its size
 
 
 def split(
@@ -50,7 +50,7 @@ def split(
     modality
         Modality of a MuData that holds gene expression.
     perturbation_key, control, context_key
-        As in :func:`virtualcell.pp.split`; as that or `fit_state` noted them in `uns["virtualcell"]` unless
+        As in :func:`virtualcell.pp.split`; as earlier calls noted them in `uns["virtualcell"]` unless
         stated.
     batch_key, library_size_key
         Play no part here; noted for later calls, so that a whole design can be passed.
@@ -91,17 +91,18 @@ def split(
 
     size = (2.6 + 0.8 * len(columns), float(np.clip(1.2 + 0.2 * len(rows), 2.4, 9)))
     ax = axes_or_new(ax, figsize=size)
+    ink = ink_of(ax)
     y = pd.Index(rows).get_indexer(counts.index.get_level_values(0))
     x = pd.Index(columns).get_indexer(counts.index.get_level_values(1))
     total = counts.to_numpy().sum(axis=1)
     edges = np.column_stack([np.zeros(len(total)), counts.to_numpy().cumsum(axis=1) / total[:, None]])
     for i, name in enumerate(parts):
-        ax.add_collection(_tiles(x + edges[:, i], x + edges[:, i + 1], y, _COLOURS[name]))
+        ax.add_collection(_tiles(x + edges[:, i], x + edges[:, i + 1], y, _COLOURS[name], ink.background))
     ax.set(xlim=(0, len(columns)), ylim=(len(rows), 0))
     for column in range(1, len(columns)):
-        ax.axvline(column, color="white", lw=3)
+        ax.axvline(column, color=ink.background, lw=3)
     if rows[0] == design.control:
-        ax.axhline(1, color="black", lw=1.2)
+        ax.axhline(1, color=ink.foreground, lw=1.2)
 
     tilted = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if len(columns) > 1 else {}
     ax.set_xticks(np.arange(len(columns)) + 0.5, columns, **tilted)
@@ -110,7 +111,11 @@ def split(
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
     handles = [Patch(color=_COLOURS[p], label=f"{p} ({int(counts[p].sum()):,} cells)") for p in parts]
-    ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=9)
+    ax.legend(
+        handles=handles, loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize="small",
+        labelcolor=outside_text(ax),
+    )  # fmt: skip
+    write_title(ax, title(screen.perturbation_names, columns))
     _write_names(ax, rows, y, x, total)
     return ax
 
@@ -119,19 +124,22 @@ def _write_names(ax: Axes, rows: list[str], y: np.ndarray, x: np.ndarray, total:
     """Name the rows and write the numbers of cells into their tiles, as far as there is room for text."""
     ax.get_figure(root=True).draw_without_rendering()  # a layout engine sizes the axes only now
     height = ax.get_window_extent().height * 72 / ax.get_figure(root=True).dpi / len(rows)
-    step = math.ceil(_LINE / height)
+    step = math.ceil(_LINE * label_size() / height)
     named = np.arange(0, len(rows), step)
-    ax.set_yticks(named + 0.5, [rows[i] for i in named], fontsize=9)
+    ax.set_yticks(named + 0.5, [rows[i] for i in named], fontsize=label_size())
     if step == 1:
         for i, j, n in zip(y, x, total, strict=True):
-            ax.text(j + 0.5, i + 0.5, f"{n:,}", ha="center", va="center", fontsize=8)
+            # tiles have the same light colours in every style
+            ax.text(j + 0.5, i + 0.5, f"{n:,}", ha="center", va="center", fontsize=0.95 * label_size(), color="black")
 
 
-def _tiles(left: np.ndarray, right: np.ndarray, row: np.ndarray, colour: str) -> PolyCollection:
+def _tiles(
+    left: np.ndarray, right: np.ndarray, row: np.ndarray, colour: str, edge: tuple[float, float, float]
+) -> PolyCollection:
     """Return one rectangle per row that has a width; thousands of tiles are one artist so."""
     wide = right > left
     left, right, row = left[wide], right[wide], row[wide]
     corners = [(left, row), (right, row), (right, row + 1), (left, row + 1)]
     return PolyCollection(
-        np.stack([np.column_stack(c) for c in corners], axis=1), facecolor=colour, edgecolor="white", lw=0.5
+        np.stack([np.column_stack(c) for c in corners], axis=1), facecolor=colour, edgecolor=edge, lw=0.5
     )

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
+import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+import matplotlib as mpl
 import matplotlib.patheffects as effects
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb, to_rgba
 from matplotlib.text import Annotation, Text
 from matplotlib.transforms import offset_copy
 
@@ -20,7 +24,8 @@ GREY, BLACK, ORANGE, SKY, GREEN, BLUE, VERMILLION, PURPLE = (
 )  # fmt: skip
 CONTROL, OBSERVED, PREDICTED = GREY, BLUE, VERMILLION
 
-_LABEL_SIZE = 8.5  # points
+LABEL_SIZE, LEGEND_SIZE = 0.85, 0.9  # of the size of the style's text
+_LEAST_CONTRAST, _CONTRAST_OF_TEXT = 2.0, 4.5
 _ANGLES = np.deg2rad([20, -20, 160, -160, 90, -90, 50, -50, 130, -130, 0, 180])
 _RADII = np.array([4, 10, 18, 28, 40, 55, 75, 100])  # points between the mark and the edge of its label
 
@@ -35,18 +40,123 @@ def despine(ax: Axes) -> None:
     ax.spines[["top", "right"]].set_visible(False)
 
 
-def legend_below(ax: Axes, *, columns: int) -> None:
-    """Put the legend under the axes, where it covers no data, in fewer columns where they are narrow."""
+@dataclass(frozen=True)
+class Ink:
+    """Colours that the style of some axes asks for, as (red, green, blue).
+
+    Parameters
+    ----------
+    background
+        What points and text inside of the axes stand on.
+    foreground
+        Text and lines on it: the colour of the axes' labels, or black or white where that could not be read.
+    """
+
+    background: tuple[float, float, float]
+    foreground: tuple[float, float, float]
+
+    def muted(self, share: float = 0.6) -> tuple[float, float, float]:
+        """Return the colour of what is to stand back: so much of the foreground, and the rest background."""
+        return _mixed(self.foreground, self.background, share)
+
+    def visible(self, colour: object) -> tuple[float, float, float]:
+        """Return a colour, mixed with so much of the foreground that it can be told from the background."""
+        if colour == BLACK:  # stands for ink
+            return self.foreground
+        steps = (_mixed(self.foreground, to_rgb(colour), share) for share in np.linspace(0, 1, 21))
+        return next((c for c in steps if contrast(c, self.background) >= _LEAST_CONTRAST), self.foreground)
+
+
+def ink_of(ax: Axes) -> Ink:
+    """Return the colours for what is drawn into these axes."""
+    background = (1.0, 1.0, 1.0)
+    for layer in (ax.get_figure(root=True).get_facecolor(), ax.get_facecolor()):
+        *colour, alpha = to_rgba(layer)
+        background = _mixed(tuple(colour), background, alpha)
+    wanted = to_rgb(ax.xaxis.label.get_color())
+    if contrast(wanted, background) < _CONTRAST_OF_TEXT:
+        wanted = max(((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)), key=lambda c: contrast(c, background))
+    return Ink(background, wanted)
+
+
+def contrast(one: object, other: object) -> float:
+    """Contrast of two colours by the accessibility guidelines of the web, from 1, none, to 21, black on white."""
+    dark, light = sorted(_luminance(to_rgb(c)) for c in (one, other))
+    return (light + 0.05) / (dark + 0.05)
+
+
+def _luminance(colour: tuple[float, float, float]) -> float:
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour]
+    return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
+
+
+def _mixed(one: Sequence[float], other: Sequence[float], share: float) -> tuple[float, float, float]:
+    red, green, blue = (share * a + (1 - share) * b for a, b in zip(one, other, strict=True))
+    return red, green, blue
+
+
+def balanced_alphas(sizes: Sequence[int]) -> list[float]:
+    """Return how opaque the points of each class are: the fewer, the more, so that large classes do not bury small."""
+    fewest = min((n for n in sizes if n), default=1)
+    return [float(np.clip(0.85 * (fewest / max(n, 1)) ** (1 / 3), 0.35, 0.85)) for n in sizes]
+
+
+def write_title(ax: Axes, text: str) -> None:
+    """Write a title whose lines are broken where the axes end, in smaller letters where it has several."""
+    several = "\n" in text
+    title = ax.set_title(text)
+    size = title.get_fontsize() * (0.85 if several else 1.0)
+    title.set_fontsize(size)
+    width = title.get_window_extent().width
+    room = 1.05 * ax.get_window_extent().width
+    if width > room:
+        longest = max(map(len, text.split("\n")))
+        most = max(12, int(longest * room / width))
+        broken = [piece for line in text.split("\n") for piece in textwrap.wrap(line, most, break_long_words=False)]
+        title.set_text("\n".join(broken))
+        title.set_fontsize(0.85 * size if not several else size)
+
+
+def legend_below(ax: Axes, *, columns: int, title: str | None = None) -> None:
+    """Put the legend under the axes, where it covers no data, in fewer columns or smaller where they are narrow."""
     # In points, so that low axes keep their tick labels and axis label clear of it too.
-    below = offset_copy(ax.transAxes, ax.get_figure(root=True), y=-36, units="points")
+    size = LEGEND_SIZE * _font_size()
+    figure = ax.get_figure(root=True)
+    if figure.get_layout_engine() is None and len(figure.axes) > 1:  # nothing makes room for it below
+        legend = ax.legend(
+            loc="best", fontsize=0.85 * size, labelcolor=ink_of(ax).foreground, facecolor=ink_of(ax).background,
+            framealpha=0.7, edgecolor="none", title=title, title_fontsize=0.85 * size,
+        )  # fmt: skip
+        legend.get_title().set_color(ink_of(ax).foreground)
+        return
+    below = offset_copy(ax.transAxes, figure, y=-3.6 * _font_size(), units="points")
     for n in range(columns, 0, -1):
         legend = ax.legend(
-            loc="upper center", bbox_to_anchor=(0.5, 0), bbox_transform=below, ncol=n, frameon=False, fontsize=9,
-            handletextpad=0.5, columnspacing=1.5,
+            loc="upper center", bbox_to_anchor=(0.5, 0), bbox_transform=below, ncol=n, frameon=False, fontsize=size,
+            handletextpad=0.5, columnspacing=1.5, labelcolor=outside_text(ax), title=title, title_fontsize=size,
         )  # fmt: skip
+        legend.get_title().set_color(outside_text(ax))
         # A layout engine would squeeze the axes to the width that a wider legend leaves them.
-        if legend.get_window_extent().width <= 1.15 * ax.get_window_extent().width:
+        share = legend.get_window_extent().width / (1.15 * ax.get_window_extent().width)
+        if share <= 1:
             return
+    for text in (*legend.get_texts(), legend.get_title()):
+        text.set_fontsize(max(size / share, 0.6 * size))
+
+
+def outside_text(ax: Axes) -> str:
+    """Return the colour of text around the axes, as their style has it."""
+    return ax.xaxis.label.get_color()
+
+
+def label_size() -> float:
+    """Points of the names of genes and other text inside of the axes."""
+    return LABEL_SIZE * _font_size()
+
+
+def _font_size() -> float:
+    """Points of the style's text, to which all others are in proportion."""
+    return mpl.rcParams["font.size"]
 
 
 def place_labels(
@@ -59,7 +169,7 @@ def place_labels(
     """
     figure = ax.get_figure(root=True)
     figure.draw_without_rendering()  # a layout engine sizes the axes only now
-    pixels = figure.dpi / 72
+    pixels, ink = figure.dpi / 72, ink_of(ax)
     frame = ax.get_window_extent()
     anchors = ax.transData.transform(np.reshape(points, (-1, 2)))
     marks = anchors if avoid is None else np.vstack([ax.transData.transform(avoid), np.repeat(anchors, 5, axis=0)])
@@ -89,9 +199,9 @@ def place_labels(
         placed.append(
             ax.annotate(
                 text, ax.transData.inverted().transform(anchor), (centre[best] - anchor) / pixels,
-                textcoords="offset points", ha="center", va="center", fontsize=_LABEL_SIZE, zorder=5,
-                path_effects=[effects.withStroke(linewidth=2, foreground="white")],
-                arrowprops={"arrowstyle": "-", "lw": 0.6, "color": "0.35", "shrinkA": 0, "shrinkB": 1},
+                textcoords="offset points", ha="center", va="center", fontsize=label_size(), zorder=5,
+                color=ink.foreground, path_effects=[effects.withStroke(linewidth=2, foreground=ink.background)],
+                arrowprops={"arrowstyle": "-", "lw": 0.6, "color": ink.muted(0.65), "shrinkA": 0, "shrinkB": 1},
             )
         )  # fmt: skip
     if len(placed) < len(texts):
@@ -101,7 +211,7 @@ def place_labels(
 
 def _text_size(ax: Axes, text: str) -> np.ndarray:
     """Measure a label in pixels, (width, height)."""
-    probe = ax.text(0, 0, text, fontsize=_LABEL_SIZE)
+    probe = ax.text(0, 0, text, fontsize=label_size())
     size = np.array(probe.get_window_extent().size)
     probe.remove()
     return size

@@ -13,14 +13,14 @@ from mudata import MuData
 from virtualcell._errors import unknown_name
 from virtualcell.data._design import Scale
 from virtualcell.data._screen import Screen
-from virtualcell.pl._common import chosen, contexts_of, observed_design, title, with_controls
-from virtualcell.pl._style import CONTROL, OBSERVED, axes_or_new, despine, legend_below
+from virtualcell.pl._common import chosen, contexts_of, observed_design, the_only, title, with_controls
+from virtualcell.pl._style import CONTROL, OBSERVED, axes_or_new, despine, ink_of, legend_below, write_title
 
 
 def target_expression(
     adata: AnnData | MuData,
-    perturbation: str,
     *,
+    perturbation: str | None = None,
     gene: str | None = None,
     context: str | None = None,
     values: Literal["log1p", "counts"] = "log1p",
@@ -44,7 +44,7 @@ def target_expression(
     adata
         Measured cells.
     perturbation
-        Perturbation whose target is looked at.
+        Perturbation whose target is looked at; it may be left out where there is one.
     gene
         The target, where it does not have the perturbation's name (a guide, a pair, a drug).
     context
@@ -54,8 +54,8 @@ def target_expression(
     modality
         Modality of a MuData that holds gene expression.
     perturbation_key, control, context_key, batch_key, layer, scale, library_size_key
-        As in :func:`virtualcell.tl.fit_state`; as it noted them in `uns["virtualcell"]` unless stated; noted for
-        later calls if stated. The batch plays no part.
+        As in :func:`virtualcell.tl.fit_state`; as earlier calls noted them in `uns["virtualcell"]` unless stated;
+        noted for later calls if stated. The batch plays no part.
     ax
         Axes to draw in; a new figure by default.
 
@@ -69,11 +69,11 @@ def target_expression(
     UnknownNameError
         If the gene was not measured, no cell has this perturbation or context, or there are no control cells in it.
     ValueError
-        If raw counts are asked for and the data holds log1p values.
+        If there are several perturbations and none was named, or raw counts are asked for of log1p values.
 
     Examples
     --------
-    >>> ax = vc.pl.target_expression(fitted, name)
+    >>> ax = vc.pl.target_expression(fitted, perturbation=name)
     """
     design = observed_design(
         adata, modality, perturbation_key=perturbation_key, control=control, context_key=context_key, layer=layer,
@@ -83,21 +83,23 @@ def target_expression(
         raise ValueError(f"values={values!r} is unknown. Say 'log1p' or 'counts'.")
     if values == "counts" and design.scale != "counts":
         raise ValueError("values='counts' was asked for, but scale='log1p' was stated. Give the layer with raw counts.")
-    gene = perturbation if gene is None else gene
     screen = Screen.from_anndata(adata, design, modality=modality, unit=values)
+    perturbation = the_only(perturbation, screen.perturbation_names, argument="adata")
+    gene = perturbation if gene is None else gene
     if gene not in screen.genes:
         raise unknown_name("gene", gene, screen.genes, "Name the target as it was measured: gene=.")
     remedy = "Name one that has cells in this data and is not the control."
     chosen(screen, perturbation=perturbation, context=context, remedy=remedy)
     contexts = contexts_of(screen, perturbation) if context is None else [context]
-    screen = with_controls(screen, perturbation, contexts).select([gene])
+    screen = with_controls(screen, [perturbation], contexts).select([gene])
 
     drawn = screen.expression.rows().toarray().ravel().astype(np.float64)
     linear = np.expm1(drawn) if values == "log1p" else drawn
     unit = "CP10k" if values == "log1p" else "counts"
     ax = axes_or_new(ax, figsize=(5.5, 4))
+    ink = ink_of(ax)
     means = {}
-    for name, colour in ((design.control, CONTROL), (perturbation, OBSERVED)):
+    for name, colour in ((design.control, ink.visible(CONTROL)), (perturbation, ink.visible(OBSERVED))):
         rows = screen.perturbation == name
         means[name] = linear[rows].mean()
         label = f"{name} ({rows.sum():,}): mean {means[name]:.3g} {unit}, {np.mean(drawn[rows] > 0):.0%} above 0"
@@ -113,7 +115,7 @@ def target_expression(
     ax.set_ylabel("cells of the group")
     subject = "expression" if gene == perturbation else gene
     residual = _residual(means[perturbation], means[design.control])
-    ax.set_title(f"{title(perturbation, context)}: {subject} {residual}")
+    write_title(ax, f"{title(perturbation, contexts)}: {subject} {residual}")
     despine(ax)
     legend_below(ax, columns=1)
     return ax

@@ -28,6 +28,7 @@ from virtualcell.models import ST
 from virtualcell.models._base import PerturbationModel
 from virtualcell.models._common import model_of, put_on
 from virtualcell.models._start import Start, starts
+from virtualcell.tl._effect_tables import EffectTables
 from virtualcell.tl._emit import Effect, Emit, check_emit, emitted_cells, predicted_effect
 from virtualcell.tl._predict_checks import (
     check_numbers,
@@ -126,9 +127,12 @@ def predict_perturbation(
     learned from (0 is one of them, above 1 is further out than any of them lies from the others), and
     `obs["agreement"]` how far other experiments agree on the perturbation (a cosine, 1 at most).
 
-    With `n_samples`, `layers["standard_error"]` has the standard error of the predicted mean of each gene (the same for
-    all cells of a perturbation and context), and `obs["expected_error"]` the mean absolute error of the mean that
-    follows from them.
+    What is predicted for means is in `varm`, genes x groups: `varm["change"]`, the change of each gene's mean from the
+    control cells, log(1 + counts per 10,000), and `varm["standard_error"]`, its standard error. Rows of
+    `uns["virtualcell"]["groups"]` name the perturbation and the context of each column. Without `n_samples` the error
+    is the one that predictions of this kind had where training cells were left out, NaN where the model does not know
+    it, as baselines do not; with `n_samples` it holds the draw of control cells and the disagreement of the model's
+    parts too, and `obs["expected_error"]` is the mean absolute error of the mean that follows from it.
 
     Raises
     ------
@@ -166,20 +170,24 @@ def predict_perturbation(
     columns = pd.Index(model.genes).get_indexer(genes)
     predicted: dict[str, list[AnnData]] = {name: [] for name in names}
     make = _cells if emit == "cells" else _mean
+    tables = EffectTables()
     for start, in_genes in starts_of(controls.select(genes), model):
         for name in names:
             effect = predicted_effect(model, start, in_genes, name, columns=columns, n_cells=n_cells, seed=seed)
             one = make(effect, in_genes, controls.design, genes, seed)
             for column, value in model.trust(start, name).items():
                 one.obs[column] = value
-            if n_samples is not None:
-                _add_errors(one, model.error_from(start, name, n_samples=n_samples, seed=seed)[columns])
+            error = _error(model, start, name, columns, n_samples=n_samples, seed=seed)
+            tables.add(name, start.context, effect.change, error)
+            if n_samples is not None:  # the mean absolute value of a normal variable is sqrt(2 / pi) of its deviation
+                one.obs[_keys.EXPECTED_ERROR] = np.sqrt(2 / np.pi) * error.mean()
             predicted[name].append(one)
     out = _joined(predicted, genes, expression.var, is_sparse=_is_sparse(expression, design))
     on_this_scale = dataclasses.replace(
         design, layer=None, scale="log1p", library_size_key=None, use_rep=None, n_genes=None
     )
     out.uns[_keys.UNS] = {"design": on_this_scale.to_uns(), "predicted_by": type(model).__name__}
+    tables.write(out, genes)
     out.uns["log1p"] = {}  # tells scanpy that logarithms were taken
     return out
 
@@ -271,11 +279,16 @@ def _is_sparse(adata: AnnData, design: Design) -> bool:
     return sparse.issparse(adata.X if design.layer is None else adata.layers[design.layer])
 
 
-def _add_errors(cells: AnnData, error: np.ndarray) -> None:
-    """Note the standard errors of the genes' means, the same for all cells of a perturbation and context."""
-    cells.layers[_keys.STANDARD_ERROR] = np.tile(error.astype(np.float32), (cells.n_obs, 1))
-    # the mean absolute value of a normal variable is sqrt(2 / pi) of its standard deviation
-    cells.obs[_keys.EXPECTED_ERROR] = np.sqrt(2 / np.pi) * error.mean()
+def _error(
+    model: PerturbationModel, start: Start, perturbation: str, columns: np.ndarray, *, n_samples: int | None, seed: int
+) -> np.ndarray:
+    """Return the standard error of the predicted change of each gene, NaN where the model knows none."""
+    if n_samples is not None:
+        return model.error_from(start, perturbation, n_samples=n_samples, seed=seed)[columns]
+    if perturbation == model.control:
+        return np.zeros(len(columns))
+    known = np.asarray(model.shared_error(perturbation, start.context))
+    return known[columns] if known.ndim else np.full(len(columns), np.nan)
 
 
 def _cells(effect: Effect, start: Start, design: Design, genes: Sequence[str], seed: int) -> AnnData:
