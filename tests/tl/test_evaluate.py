@@ -296,6 +296,12 @@ def test_predictions_of_the_package_are_scored_with_its_own_design(screen, fit, 
     assert scores.attrs["n_genes"] == predicted.n_vars
 
 
+def test_one_bar_shows_what_is_scored(halves, capfd):
+    vc.tl.evaluate(*halves, **KEYS, scale="log1p", suite=["mae"], ceiling=True)
+    (line,) = capfd.readouterr().err.rstrip("\n").split("\n")
+    assert line.split("\r")[-1].startswith("evaluation, 2 of 2, ceiling of (all) |")
+
+
 def test_threads_of_torch_are_left_alone(halves):
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -400,7 +406,8 @@ def test_totals_of_predicted_cells_may_scatter_and_those_of_measured_cells_not(h
         vc.tl.evaluate(halves[0], observed, **options)
 
 
-def test_calls_in_threads_leave_stderr_alone(halves, capfd):
+def test_calls_in_threads_leave_stderr_alone(halves, capfd, monkeypatch):
+    monkeypatch.setattr(vc.settings, "progress", False)
     stderr, found = sys.stderr, []
     options = {**KEYS, "scale": "log1p", "suite": ["de_overlap"]}
     expected = vc.tl.evaluate(*halves, **options)

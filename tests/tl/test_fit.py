@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import gc
 import logging
+import re
+import subprocess
+import sys
 import weakref
 
 import anndata as ad
@@ -15,7 +18,7 @@ from scipy import sparse
 import virtualcell as vc
 from virtualcell.data._design import Design
 from virtualcell.data._screen import Screen
-from virtualcell.models import ST, _transferred
+from virtualcell.models import SE, ST, _transferred
 from virtualcell.models._effects import Effects
 
 CONTROL = "non-targeting"
@@ -99,6 +102,54 @@ def test_without_se_there_is_no_embedding(screen, fit):
     st = fit(screen, se=False)
     assert st.se is None
     assert not screen.obsm
+
+
+def test_st_can_predict_when_the_training_of_se_is_interrupted(screen, fit, targets, monkeypatch, capsys):
+    st = fit(screen.copy(), se={"max_steps": 1}, training={"max_steps": 2})
+    assert "se=False leaves it out" in capsys.readouterr().out
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SE, "train", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fit(screen, se={"max_steps": 1}, training={"max_steps": 2})
+    assert "X_state" not in screen.obsm
+    predicted = vc.tl.predict_perturbation(screen, targets[0])
+    np.testing.assert_array_equal(dense(predicted.X), dense(vc.tl.predict_perturbation(screen, targets[0], model=st).X))
+
+
+def test_nothing_but_named_bars_the_verdict_and_what_follows_is_shown():
+    """In a fresh process, as a user sees it, with each message of Lightning and of other libraries."""
+    code = """
+import virtualcell as vc
+adata = vc.datasets.synthetic(n_contexts=2, n_perturbations=2, n_genes=60, n_cells_per_group=20, n_control_cells=40)
+keys = dict(perturbation_key="target_gene", control="non-targeting", context_key="cell_type")
+vc.tl.fit_state(adata, **keys, training={"max_steps": 2}, se={"max_steps": 2})
+predicted = vc.tl.predict_perturbation(adata, "non-targeting", context="type_1")
+predicted = vc.tl.predict_perturbation(adata, sorted(set(adata.obs["target_gene"]))[0], context="type_1")
+vc.tl.evaluate(predicted, adata, genes=predicted.var_names, suite=["mae"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    verdict, follows, control = done.stdout.splitlines()
+    assert verdict.startswith("On left-out contexts ST is ")
+    assert follows.startswith("ST is fitted")
+    assert control.startswith("'non-targeting' is the label of control cells: it is predicted to be the control cells")
+    # each bar is drawn over itself, and stays as it was last
+    bars = [line.split("\r")[-1].split(" |")[0].rstrip() for line in done.stderr.rstrip("\n").split("\n")]
+    loss = re.compile(r", loss [\d.e+]+")
+    assert [loss.sub("", bar) for bar in bars] == [
+        "ST: effects of perturbations, step 2 of 2",
+        "verdict: left-out contexts, fold 2 of 2",
+        "SE: cell embedding, step 2 of 2",
+        "SE: embedding the cells, cell 160 of 160",
+        "evaluation, 1 of 1, model of type_1",
+    ]
+
+
+def test_without_bars_nothing_is_drawn(screen, fit, capfd):
+    fit(screen, se={"max_steps": 1, "val_fraction": 0.0}, validate=True)
+    assert capfd.readouterr().err == ""
 
 
 def test_another_fit_leaves_nothing_of_the_one_before(screen, fit, targets):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import logging
 
 import anndata as ad
+import mudata as md
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,7 +11,7 @@ import scanpy as sc
 
 from virtualcell.data._design import Design
 from virtualcell.data._screen import Screen
-from virtualcell.tl._prepare import choose_genes, prepared, with_enough_cells, with_known_batches
+from virtualcell.tl._prepare import choose_genes, prepared, warn_of_panel, with_enough_cells, with_known_batches
 
 CONTROL = "non-targeting"
 
@@ -27,6 +28,57 @@ def read(screen, design):
 
 def chosen(screen: Screen, n: int = 20) -> list[str]:
     return choose_genes(screen, n, targets=screen.targets())
+
+
+# -- library sizes of a panel -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("column", ["total_counts", "nCount_RNA"])
+def test_totals_far_above_the_sums_of_a_panel_are_named(screen, read, caplog, column):
+    totals = np.asarray(screen.X.sum(axis=1)).ravel()
+    panel = screen[:, :30].copy()
+    panel.obs[column] = totals
+    warn_of_panel(read(panel), panel)
+    (line,) = caplog.messages
+    times = np.median(totals / np.asarray(panel.X.sum(axis=1)).ravel())
+    assert line.startswith(f"obs['{column}'] is {times:.3g} times the counts that the 30 genes here add up to")
+    assert f"Say library_size_key='{column}'" in line
+    remedied = read(panel, library_size_key=column)
+    warn_of_panel(remedied, panel)
+    assert len(caplog.messages) == 1  # the remedy works, and ends the warning
+    np.testing.assert_array_equal(remedied.expression.library_size, totals)
+
+
+def test_columns_of_a_mudata_count_too(screen, read, caplog):
+    panel = screen[:, :30].copy()
+    data = md.MuData({"rna": panel})
+    data.obs["n_counts"] = np.asarray(screen.X.sum(axis=1)).ravel()
+    warn_of_panel(Screen.from_anndata(data, read().design), data)
+    assert "library_size_key='n_counts'" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "totals",
+    [
+        lambda sums: sums * 1.2,  # a few genes were left out
+        lambda sums: np.where(np.arange(len(sums)) == 3, 0.5, 5) * sums,  # would be refused as library sizes
+        lambda sums: (5 * sums).astype(str),
+        lambda sums: np.where(np.arange(len(sums)) == 3, np.nan, 5 * sums),
+    ],
+)
+def test_columns_that_are_no_totals_of_more_genes_are_not_named(screen, read, caplog, totals):
+    screen.obs["total_counts"] = totals(np.asarray(screen.X.sum(axis=1)).ravel())
+    warn_of_panel(read(), screen)
+    assert caplog.messages == []
+
+
+def test_logarithms_have_no_totals_to_be_named(screen, read, caplog):
+    sums = np.asarray(screen.X.sum(axis=1)).ravel()
+    sc.pp.normalize_total(screen, target_sum=1e4)
+    sc.pp.log1p(screen)
+    screen.obs["total_counts"] = sums * 9
+    warn_of_panel(read(scale="log1p"), screen)
+    assert caplog.messages == []
 
 
 # -- which cells ------------------------------------------------------------------------------------------------------

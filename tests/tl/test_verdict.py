@@ -54,15 +54,15 @@ def crippled_screen(session_crippled):
 # -- what it says -----------------------------------------------------------------------------------------------------
 
 
-def test_a_model_that_loses_is_told_so_in_one_line(screen, fit, caplog):
-    with caplog.at_level(logging.INFO, logger="virtualcell"):
-        st = fit(screen, split_key="split", **LOSES)
-    (line,) = [r.getMessage() for r in caplog.records if "the best baseline" in r.getMessage()]
+def test_a_model_that_loses_is_told_so_in_one_line(screen, fit, capsys):
+    st = fit(screen, split_key="split", **LOSES)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert repr(st).endswith(f"parameters.\n{st.verdict}")
     table = screen.uns["virtualcell"]["validation"]
     assert line == f'{st.verdict} `predict_perturbation(..., fallback="best")` uses the baseline.'
     assert screen.uns["virtualcell"]["verdict"] == st.verdict
     ours = table.loc["ST"]
-    assert st.verdict.startswith("On new contexts ST is worse than the best baseline: worse in Pearson delta, ")
+    assert st.verdict.startswith("On left-out contexts ST is worse than the best baseline: worse in Pearson delta, ")
     best = table.loc[type(st.fallback).__name__]  # in the metric that was lost
     assert best["pearson_delta"] == table["pearson_delta"].max()
     figures = f"{ours['pearson_delta']:.4g} against {best['pearson_delta']:.4g} of {best.name} (+-"
@@ -189,7 +189,7 @@ def test_networks_that_are_right_get_all_the_weight_and_win(by_context):
     assert (found.outcome, found.weight) == ("better", 1.0)
     assert found.scores.index[0] == "ST"
     assert found.scores.loc["ST", "mae"] == pytest.approx(0, abs=1e-6)
-    start = "On new contexts ST is better than the best baseline: better in Pearson delta, 1 against 0."
+    start = "On left-out contexts ST is better than the best baseline: better in Pearson delta, 1 against 0."
     assert found.sentence.startswith(start)
     assert found.best == found.scores.index[1]
 
@@ -296,7 +296,7 @@ def test_features_bring_ridge_and_neighbours_and_new_perturbations(screen, fit, 
         st = fit(screen, split_key="split", perturbation_features=features, validate=True)
     of_any = {"NoChange", "ContextMean", "PerturbationMean"}
     assert set(st.validation.index) == {"ST", *of_any, "Ridge", "NearestPerturbations"}
-    assert "On new perturbations ST is" in st.verdict
+    assert "On left-out perturbations ST is" in st.verdict
     assert (st.validation["n_groups"] == 12).all()  # the four others in three contexts
     assert (st.validation["n_folds"] == 4).all()
     assert "Additive cannot predict all that is left out and is not compared with" in caplog.text
@@ -313,14 +313,14 @@ def test_new_combinations_are_asked_for(screen, fit, targets):
     screen.obs["split"] = np.where(labels == third, "test", "train")
     st = fit(screen, split_key="split", validate=True)
     assert set(st.validation.index) == {"ST", *BASELINES}
-    assert "On new perturbations ST is" in st.verdict
+    assert "On left-out perturbations ST is" in st.verdict
     assert (st.validation["n_groups"] == 6).all()  # two pairs in three contexts
     assert (st.validation["n_folds"] == 2).all()
 
 
 def test_measured_pairs_are_asked_for(screen, fit):
     st = fit(screen, split_key="split", validate="cells")
-    assert "On measured pairs ST is" in st.verdict
+    assert "On left-out cells of measured pairs ST is" in st.verdict
     assert (st.validation["n_folds"] == 2).all()
     assert (st.validation["n_groups"] == 20).all()  # ten pairs, each half of their cells
     assert set(st.validation.index) == {"ST", *BASELINES}
@@ -350,7 +350,7 @@ def test_new_perturbations_without_features_are_no_reason_to_stop(screen, fit, t
     """ST cannot predict them; what it can be asked for is new contexts."""
     screen.obs["split"] = np.where(screen.obs["target_gene"] == targets[0], "test", "train")
     st = fit(screen, split_key="split", validate=True)
-    assert st.verdict.startswith("On new contexts ST is")
+    assert st.verdict.startswith("On left-out contexts ST is")
     assert (st.validation["n_groups"] == 12).all()
 
 

@@ -272,6 +272,7 @@ class SE(BaseModelClass):
         modality: str = "rna",
         batch_size: int | None = None,
         precision: Precision = "auto",
+        progress_bar: bool | None = None,
     ) -> np.ndarray:
         """Embed cells of any data set: cell and dataset embedding side by side, (n_cells, n_output + n_dataset).
 
@@ -289,6 +290,8 @@ class SE(BaseModelClass):
             Numbers that the network computes with: "float32", or "bf16", which is several times faster on GPUs that
             have it and gives nearly the same vectors (cosine at least 0.9999). "auto" takes bf16 on such a GPU, and
             float32 everywhere else. The result is float32 in any case.
+        progress_bar
+            Whether a bar shows how many batches are embedded; by default what `vc.settings.progress` says.
         """
         self._check_if_trained(warn=False)
         check_precision(precision)
@@ -296,7 +299,8 @@ class SE(BaseModelClass):
             source = own_source(self)
         else:
             source = Source(adata, layer, scale or self.setup["scale"], gene_key, modality)
-        return embed(self.module, read_cells(self, source), batch_size=batch_size, precision=precision)
+        cells = read_cells(self, source)
+        return embed(self.module, cells, batch_size=batch_size, precision=precision, progress_bar=progress_bar)
 
     def decode(
         self,

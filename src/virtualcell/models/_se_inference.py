@@ -15,6 +15,7 @@ from mudata import MuData
 from torch import Tensor
 
 from virtualcell._errors import unknown_name
+from virtualcell._progress import Bar
 from virtualcell._threads import own_threads
 from virtualcell.data._device_sentences import DeviceSentences
 from virtualcell.data._labels import expression_modality
@@ -44,7 +45,9 @@ def check_precision(precision: str) -> None:
 
 @own_threads()
 @torch.inference_mode()
-def embed(network: SENetwork, cells: Cells, *, batch_size: int | None, precision: Precision) -> np.ndarray:
+def embed(
+    network: SENetwork, cells: Cells, *, batch_size: int | None, precision: Precision, progress_bar: bool | None = None
+) -> np.ndarray:
     """Return cell and dataset embedding side by side, (n_cells, n_output + n_dataset)."""
     network.eval()
     device = next(network.parameters()).device
@@ -62,12 +65,14 @@ def embed(network: SENetwork, cells: Cells, *, batch_size: int | None, precision
         parts.clear()
         found.clear()
 
-    for part, batch in sentence_batches(cells, size, device):
-        embedded = network(genes, **batch)
-        parts.append(part)
-        found.append(torch.cat([embedded.cell.float(), embedded.dataset.float()], dim=1))
-        if device.type == "cpu" or sum(map(len, parts)) * out.shape[1] > _RESULTS:
-            fetch()
+    with Bar("SE: embedding the cells", len(out), unit="cell", shown=progress_bar) as bar:
+        for part, batch in sentence_batches(cells, size, device):
+            embedded = network(genes, **batch)
+            parts.append(part)
+            found.append(torch.cat([embedded.cell.float(), embedded.dataset.float()], dim=1))
+            if device.type == "cpu" or sum(map(len, parts)) * out.shape[1] > _RESULTS:
+                fetch()
+            bar.show(bar.done + len(part))
     fetch()
     return out
 

@@ -182,6 +182,9 @@ class ST(PerturbationModel):
             + f"{n / 1e6:.1f} M parameters."
         )
 
+    def __repr__(self) -> str:
+        return "\n".join([super().__repr__(), *([] if self.verdict is None else [self.verdict])])
+
     @property
     def networks(self) -> list[STNetwork]:
         """The networks, one or several."""

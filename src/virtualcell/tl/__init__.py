@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from virtualcell.tl._embed import embed
     from virtualcell.tl._evaluate import evaluate
     from virtualcell.tl._fit import fit_state
+    from virtualcell.tl._fit_baseline import fit_baseline
     from virtualcell.tl._fit_options import FitOptions
     from virtualcell.tl._predict import predict_perturbation
     from virtualcell.tl._screen import screen
@@ -24,6 +25,7 @@ __all__ = [
     "effects",
     "embed",
     "evaluate",
+    "fit_baseline",
     "fit_state",
     "predict_perturbation",
     "prepare_submission",

@@ -15,6 +15,8 @@ from anndata import AnnData
 from mudata import MuData
 from scipy import sparse
 
+from virtualcell import _settings
+from virtualcell._progress import Bar
 from virtualcell._threads import count_threads, own_threads
 from virtualcell.data._counts import NoCountsError, counts_of, library_of
 from virtualcell.data._design import Design, Scale, check_library_sizes
@@ -283,6 +285,7 @@ class _Case:
         """Scores of every model that can predict the test cells, with every seed."""
         settings, frames = self.settings, []
         missing = set(settings.seeds) if settings.ceiling else set()  # seeds for which the ceiling is still to be taken
+        bar = Bar(f"benchmark: {self.name}", len(specs), unit="model")
         for label, (kind, kwargs, source) in specs.items():
             deterministic = issubclass(kind, Baseline)
             for seed in settings.seeds:
@@ -303,7 +306,9 @@ class _Case:
                 scores["model"] = np.where(is_model, label, scores["source"])
                 scores["source"] = np.where(is_model, source, scores["source"])
                 frames.append(scores.assign(split=self.name, seed=seed))
+            bar.step(label)
             logger.info("Split %r: %s is done.", self.name, label)
+        bar.close()
         return frames
 
     def _fit(self, label: str, kind: Any, kwargs: dict, seed: int) -> PerturbationModel:
@@ -355,19 +360,20 @@ class _Case:
         index = "predicted_" + obs.index.astype(str)
         adata = AnnData(cells, obs=obs.set_index(index), var=pd.DataFrame(index=self.real.var_names))
         design, settings = self.settings.design, self.settings
-        return evaluate(
-            adata,
-            self.real,
-            perturbation_key=design.perturbation_key,
-            control=design.control,
-            context_key=design.context_key,
-            suite=settings.suite,
-            scale=self.unit or "log1p",
-            predicted_scale=self.unit or "log1p",
-            ceiling=ceiling,
-            n_jobs=settings.n_jobs,
-            seed=seed,
-        )
+        with _settings.settings.override(progress=False):  # the benchmark has a bar of its own
+            return evaluate(
+                adata,
+                self.real,
+                perturbation_key=design.perturbation_key,
+                control=design.control,
+                context_key=design.context_key,
+                suite=settings.suite,
+                scale=self.unit or "log1p",
+                predicted_scale=self.unit or "log1p",
+                ceiling=ceiling,
+                n_jobs=settings.n_jobs,
+                seed=seed,
+            )
 
 
 def _hold_counts(begin: list[Start], suite: str | Sequence[str]) -> bool:

@@ -14,6 +14,7 @@ from joblib import Parallel, delayed
 from mudata import MuData
 
 from virtualcell import __version__
+from virtualcell._progress import Bar
 from virtualcell._settings import seed_of
 from virtualcell._threads import count_threads
 from virtualcell.data._design import (
@@ -203,16 +204,20 @@ def _score(task: Task, metrics: Sequence[str]) -> list[pd.DataFrame]:
     in_threads = Parallel(task.n_jobs, prefer="threads")
     targets_by = task.screens["observed"].target_names[task.genes].to_numpy()
     parts = []
-    for context, perturbations in task.contexts.items():
-        sides = ["observed", *task.sources]
-        real, *cells = in_threads(
-            delayed(Cells.read)(task.screens[side].expression, task.rows(side, context)) for side in sides
-        )
-        kept = {"control": task.control, "genes": np.asarray(task.genes), "targets_by": targets_by}
-        kept |= {"perturbations": perturbations, "metrics": metrics, "seed": task.seed, "n_jobs": task.n_jobs}
-        for source, simulated in zip(task.sources, cells, strict=True):
-            parts.append(score_rows(Comparison(simulated, real, **kept), source, context))
-        if task.ceiling:
-            n_predicted = dict(zip(task.sources, cells, strict=True))["model"].size
-            parts.append(ceilings(real, context, kept, own_control=task.predicted_control, n_predicted=n_predicted))
+    n_steps = len(task.contexts) * (len(task.sources) + task.ceiling)
+    with Bar("evaluation", n_steps) as bar:
+        for context, perturbations in task.contexts.items():
+            sides = ["observed", *task.sources]
+            real, *cells = in_threads(
+                delayed(Cells.read)(task.screens[side].expression, task.rows(side, context)) for side in sides
+            )
+            kept = {"control": task.control, "genes": np.asarray(task.genes), "targets_by": targets_by}
+            kept |= {"perturbations": perturbations, "metrics": metrics, "seed": task.seed, "n_jobs": task.n_jobs}
+            for source, simulated in zip(task.sources, cells, strict=True):
+                parts.append(score_rows(Comparison(simulated, real, **kept), source, context))
+                bar.step(f"{source} of {context}")
+            if task.ceiling:
+                n_predicted = dict(zip(task.sources, cells, strict=True))["model"].size
+                parts.append(ceilings(real, context, kept, own_control=task.predicted_control, n_predicted=n_predicted))
+                bar.step(f"ceiling of {context}")
     return parts

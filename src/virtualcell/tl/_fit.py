@@ -15,6 +15,7 @@ from anndata import AnnData
 from mudata import MuData
 
 from virtualcell import _keys
+from virtualcell._settings import say
 from virtualcell._threads import own_threads
 from virtualcell.data._design import Design, Scale, check_library_sizes
 from virtualcell.data._labels import expression_modality
@@ -36,7 +37,7 @@ from virtualcell.tl._fit_options import (
     require_validation,
 )
 from virtualcell.tl._fit_se import fit_se
-from virtualcell.tl._prepare import choose_genes, prepared
+from virtualcell.tl._prepare import choose_genes, prepared, warn_of_panel
 from virtualcell.tl._questions import Asked, Fold, asked_by, folds
 from virtualcell.tl._verdict import Verdict, judge, trained_baseline
 from virtualcell.train._quiet import quiet
@@ -44,6 +45,10 @@ from virtualcell.train._quiet import quiet
 logger = logging.getLogger(__name__)
 
 _SHARE_OF_STEPS, _FEWEST_STEPS = 0.4, 50  # of a fit that leaves cells out
+_SE_FOLLOWS = (
+    "ST is fitted, and `vc.tl.predict_perturbation` has all that it needs, also if what follows is interrupted: SE is "
+    "trained to embed the cells (obsm['X_state']). Predictions of genes do not use it; se=False leaves it out."
+)
 
 
 @own_threads()
@@ -71,12 +76,13 @@ def fit_state(
     validate: Literal["contexts", "perturbations", "cells"] | bool = True,
     seed: int | None = None,
 ) -> ST:
-    """Fit SE and ST: embed every cell, and learn what each perturbation does to the control cells of each context.
+    """Fit ST and SE: learn what each perturbation does to the control cells of each context, and embed every cell.
 
     `X` and the layers stay as they are. Written are `obsm["X_state"]` (unless `se=False`) and `uns["virtualcell"]`: the
     design, the verdict on cells that were left out, and the fitted ST, so that
-    :func:`virtualcell.tl.predict_perturbation` needs no more than the data, also after it was saved as h5ad. Nothing is
-    written before all is fitted.
+    :func:`virtualcell.tl.predict_perturbation` needs no more than the data, also after it was saved as h5ad. ST comes
+    first and is written as soon as it is fitted. SE, which takes most of the time and which predictions of genes do not
+    use, follows: whoever interrupts it has the ST. Only an ST that works on `"X_state"` (`network`) waits for it.
 
     Training cells are learned from and choose everything: the genes, the embedding, the weights, and the verdict.
     Validation cells (those that `split_key` says, or else a tenth of each group) tell when to stop, where that is asked
@@ -137,10 +143,10 @@ def fit_state(
         What predictions will be wanted for, which decides how much the networks count and what the verdict is about:
         perturbations in new "contexts", new "perturbations", or "cells" of measured pairs. Training cells are left out
         in the same way, at most five times, and predicted by short fits and by the baselines; that costs at most about
-        twice the fit. `True` takes what follows from the split: what most of the pairs are that it keeps
-        from training; without such pairs, new contexts where there are several. `False` asks nothing and takes default
-        weights. The verdict is one line of the log, `uns["virtualcell"]["verdict"]` and, as a table,
-        `uns["virtualcell"]["validation"]`.
+        twice the fit. `True` takes what follows from the split: what most of the pairs are that it keeps from training;
+        without such pairs, new contexts where there are several. `False` asks nothing and takes default
+        weights. The verdict is printed, and is in the model's `verdict` and its representation, in
+        `uns["virtualcell"]["verdict"]`, and as a table in `uns["virtualcell"]["validation"]`.
     seed
         Seed of everything random; by default `vc.settings.seed`.
 
@@ -192,7 +198,7 @@ def fit_state(
         library_size_key=library_size_key,
         n_genes=adata.n_vars,
     )
-    waits = of_se.makes(design.use_rep)  # the embedding that ST works on is yet to be made
+    waits = of_se.makes(design.use_rep)  # ST, for the embedding that it works on, which is yet to be made
     screen = Screen.from_anndata(
         data, dataclasses.replace(design, use_rep=None) if waits else design, modality=modality
     )
@@ -202,28 +208,35 @@ def fit_state(
     asked = asked_by(validate, screen, has_features=has_features)
     to_learn = {"min_cells": options.min_cells, "val_fraction": options.val_fraction, "seed": options.seed}
     screen = prepared(screen, has_features=has_features, **to_learn)
+    warn_of_panel(screen, data, modality=modality)
     require_validation(options, screen)
     genes = choose_genes(screen, n_top_genes, targets=screen.targets())
     on_genes = screen.select(genes_to_model(genes, init_from, adata.var_names) if goes_on else genes)
     build = partial(
         build_st, features=perturbation_features, init_from=init_from, size=size, network=networks, options=options
     )
-    if not waits:
-        st = build(on_genes)
-    elif of_se.is_trained_here:  # options that do not fit raise now, and not after the training of SE
-        build(_in_embedding(on_genes, design, np.broadcast_to(np.float32(0), (screen.n_cells, 64))))
-    fitted_se = fit_se(screen, of_se, size=size)
-    vectors = None
-    if of_se.embeds:
-        where = {"layer": layer, "scale": scale, "gene_key": of_se.gene_key(gene_key)}
-        vectors = fitted_se.get_latent_representation(adata, **where)
-    if waits:
-        st = build(_in_embedding(on_genes, design, vectors[adata.obs_names.get_indexer(screen.names)]))
-    if transfer_from is not None:
+
+    def fitted_st(cells: Screen) -> ST:
+        st = build(cells)
         st.elsewhere = _elsewhere(st, transfer_from, perturbation_features)
-    train_st(st, build=build, options=options, asked=asked, init_from=init_from)
-    st.se = fitted_se
-    _write(adata, st, design, vectors)
+        verdict = train_st(st, build=build, options=options, asked=asked, init_from=init_from)
+        _write(adata, st, design)
+        if verdict is not None:
+            say(verdict.message)
+        return st
+
+    if waits and of_se.is_trained_here:  # options that do not fit raise now, and not after the training of SE
+        build(_in_embedding(on_genes, design, np.broadcast_to(np.float32(0), (screen.n_cells, 64))))
+    st = None if waits else fitted_st(on_genes)
+    if of_se.embeds:
+        if st is not None and of_se.is_trained_here:
+            say(_SE_FOLLOWS)
+        fitted_se = fit_se(screen, of_se, size=size)
+        where = {"layer": layer, "scale": scale, "gene_key": of_se.gene_key(gene_key)}
+        vectors = fitted_se.get_latent_representation(adata, **where, progress_bar=options.progress_bar)
+        if waits:
+            st = fitted_st(_in_embedding(on_genes, design, vectors[adata.obs_names.get_indexer(screen.names)]))
+        adata.obsm[_keys.X_STATE], st.se = vectors, fitted_se
     return st
 
 
@@ -339,21 +352,20 @@ def _ask(
 
     with quiet("virtualcell.models", "virtualcell.train"):
         features = st.table.frame() if st.table.has_features else None
-        found = judge(train, left_out, asked, features, seed=options.seed)
+        found = judge(train, left_out, asked, features, seed=options.seed, progress_bar=options.progress_bar)
     st.validation, st.verdict = found.scores, found.sentence
     if found.weight is not None:
         st.mixture = st.mixture.with_networks(asked.question, found.weight)
         logger.info(st.mixture.describe(asked.question))
     if found.outcome == "worse":
         st.fallback = trained_baseline(found.best, st.screen, effects, features)
-        logger.warning('%s `predict_perturbation(..., fallback="best")` uses the baseline.', found.sentence)
-    else:
-        logger.info(found.sentence)
     return found
 
 
-def _elsewhere(st: ST, sources: Sources, features: pd.DataFrame | None) -> Transfer:
-    """Learn what other experiments tell, scaled by what of it is true of one's own training cells."""
+def _elsewhere(st: ST, sources: Sources | None, features: pd.DataFrame | None) -> Transfer | None:
+    """Learn what other experiments tell, where there are some, scaled by what is true of one's own training cells."""
+    if sources is None:
+        return None
     if not st.transfer:
         raise ValueError("transfer_from= needs a transferred effect, which the ST in init_from does not have.")
     screen = st.screen
@@ -367,12 +379,10 @@ def _in_embedding(screen: Screen, design: Design, vectors: np.ndarray) -> Screen
     return dataclasses.replace(screen, design=design, rep=vectors.astype(np.float32, copy=False))
 
 
-def _write(adata: AnnData, st: ST, design: Design, vectors: np.ndarray | None) -> None:
-    """Write the embedding to `obsm`, and the design, the verdict and the model to `uns`."""
+def _write(adata: AnnData, st: ST, design: Design) -> None:
+    """Write the design, the verdict and the model to `uns`."""
     found = {"design": design.to_uns(), "st": pack(st, without=["se"])}
     if st.validation is not None:
         found |= {"validation": st.validation, "verdict": st.verdict}
     before = {k: v for k, v in adata.uns.get(_keys.UNS, {}).items() if k not in ("st", "validation", "verdict")}
-    if vectors is not None:
-        adata.obsm[_keys.X_STATE] = vectors
     adata.uns[_keys.UNS] = {**before, **found}

@@ -18,7 +18,7 @@ from scipy import sparse
 
 from virtualcell import _keys
 from virtualcell._errors import UnknownNameError
-from virtualcell._settings import seed_of
+from virtualcell._settings import say, seed_of
 from virtualcell._threads import own_threads
 from virtualcell.data._design import Design, Scale
 from virtualcell.data._labels import expression_modality
@@ -159,6 +159,8 @@ def predict_perturbation(
     names = names_of(of_drug(model, perturbation, drug, dose))
     for name in names:
         model.check_perturbation(name)
+        if name == model.control:
+            say(f"{name!r} is the label of control cells: it is predicted to be the control cells themselves.")
     if fallback is not None:
         model = _better_one(model, fallback, names)
     model = model.on_genes(expression.var_names)

@@ -9,9 +9,10 @@ import numpy as np
 import pandas as pd
 import scanpy as sc
 from anndata import AnnData
+from mudata import MuData
 
 from virtualcell._threads import torch_threads_kept
-from virtualcell.data._labels import parts
+from virtualcell.data._labels import expression_modality, obs_column, parts
 from virtualcell.data._screen import Screen
 
 logger = logging.getLogger(__name__)
@@ -78,6 +79,37 @@ def prepared(screen: Screen, *, min_cells: int, has_features: bool, val_fraction
     if screen.design.split_key is None:
         screen = screen.hold_out(val_fraction, seed)
     return screen
+
+
+_TOTALS = ("total_counts", "n_counts", "ncounts", "ncount_rna", "n_umi", "n_umis", "total_umis", "library_size")
+_FAR_ABOVE = 1.5  # the sum over the genes that are there
+
+
+def warn_of_panel(screen: Screen, data: AnnData | MuData, *, modality: str = "rna") -> None:
+    """Warn where library sizes are sums over some of the genes, and a column of `obs` has the totals of all.
+
+    Only such a column is named as `library_size_key` would take: numbers, none below the sum of its cell.
+    """
+    if screen.design.scale != "counts" or screen.design.library_size_key is not None:
+        return
+    screen.expression.rows(np.arange(0))  # the first reading sums up
+    sums, adata = screen.expression.library_size, expression_modality(data, modality)
+    columns = [*adata.obs.columns, *(data.obs.columns if isinstance(data, MuData) else ())]
+    for key in columns:
+        if key.removeprefix(f"{modality}:").casefold() not in _TOTALS:
+            continue
+        column = obs_column(data, key, argument="library_size_key", modality=modality)
+        if not pd.api.types.is_numeric_dtype(column):
+            continue
+        totals = column.loc[screen.names].to_numpy(dtype=np.float64, na_value=np.nan)
+        times = np.median(totals / sums)
+        if times > _FAR_ABOVE and (totals >= 0.999 * sums).all():
+            logger.warning(
+                "obs[%r] is %.3g times the counts that the %d genes here add up to (median over cells), so that genes "
+                "seem to be left out, and library sizes are too small. Say library_size_key=%r for the totals of all.",
+                *(key, times, adata.n_vars, key),
+            )
+            return
 
 
 def choose_genes(screen: Screen, n_top_genes: int | None, *, targets: list[str]) -> list[str]:

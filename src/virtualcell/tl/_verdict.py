@@ -12,6 +12,7 @@ import pandas as pd
 from scipy import stats
 
 from virtualcell._errors import UnknownNameError
+from virtualcell._progress import Bar
 from virtualcell.data._screen import Screen
 from virtualcell.metrics import mae, pearson_delta
 from virtualcell.models import (
@@ -38,7 +39,11 @@ _OF_FEATURES = (Ridge, NearestPerturbations)
 _N_CELLS = 256  # predicted for each pair
 _LEAST_SPREAD = 0.01
 _ONE_SIDED = 0.84  # of a normal distribution lies below its mean plus one standard deviation
-_MARKS = {"contexts": "new contexts", "perturbations": "new perturbations", "cells": "measured pairs"}
+_SCOPES = {
+    "contexts": "left-out contexts",
+    "perturbations": "left-out perturbations",
+    "cells": "left-out cells of measured pairs",
+}
 
 Trained = Callable[[Fold], ST]
 
@@ -54,7 +59,7 @@ class Verdict:
         folds (`pearson_delta_spread`, `mae_spread`), and `n_groups` and `n_folds`; the model with the least absolute
         error comes first.
     sentence
-        Whether ST is better than the best baseline, level with it or worse, and on what.
+        Whether ST is better than the best baseline, level with it or worse, on what, and by how much.
     outcome
         "better", "level" or "worse".
     weight
@@ -72,8 +77,22 @@ class Verdict:
     best: str
     gains: dict[str, tuple[float, float]]
 
+    @property
+    def message(self) -> str:
+        """The sentence, and what to do where ST is worse."""
+        remedy = ' `predict_perturbation(..., fallback="best")` uses the baseline.' if self.outcome == "worse" else ""
+        return self.sentence + remedy
 
-def judge(train: Trained, folds: list[Fold], asked: Asked, features: pd.DataFrame | None, *, seed: int = 0) -> Verdict:
+
+def judge(
+    train: Trained,
+    folds: list[Fold],
+    asked: Asked,
+    features: pd.DataFrame | None,
+    *,
+    seed: int = 0,
+    progress_bar: bool | None = None,
+) -> Verdict:
     """Train ST and the baselines on what every fold leaves, predict what it leaves out, and compare.
 
     The weight of the networks is chosen from all folds for the model, and for the scores of each fold from the other
@@ -91,8 +110,14 @@ def judge(train: Trained, folds: list[Fold], asked: Asked, features: pd.DataFram
         Features of perturbations, where there are any: ridge regression and neighbours join then.
     seed
         Seed of the draw of control cells that predictions start from.
+    progress_bar
+        Whether a bar shows which fold is left out; by default what `vc.settings.progress` says.
     """
-    rows = [row for k, fold in enumerate(folds) for row in _predicted(train, fold, k, asked, features, seed)]
+    rows = []
+    with Bar(f"verdict: {_SCOPES[asked.question]}", len(folds), unit="fold", shown=progress_bar) as bar:
+        for k, fold in enumerate(folds):
+            rows += _predicted(train, fold, k, asked, features, seed)
+            bar.step()
     weight = None
     if rows and rows[0].errors is not None:
         weight = _choose(rows)
@@ -223,7 +248,8 @@ def _table(rows: list[_Row], n_folds: int) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 _METRICS = {"pearson_delta": 1, "mae": -1}
-_HOW = {"better": "better than", "level": "level with", "worse": "worse than"}
+_HOW = {"better": "better than", "worse": "worse than"}
+_TIE, _MIXED = "level with the best baseline, a tie", "neither better nor worse than the best baseline"
 _NAMES = {"pearson_delta": "Pearson delta", "mae": "MAE"}
 
 
@@ -270,19 +296,21 @@ def outcome_of(gains: list[tuple[float, float]]) -> str:
 
 
 def _verdict(scores: pd.DataFrame, of_pair: pd.DataFrame, weight: float | None, asked: Asked) -> Verdict:
-    gains, parts, best_in = {}, [], {}
+    gains, parts, best_in, hows = {}, [], {}, set()
     for metric, sign in _METRICS.items():
         best, gain, spread = compared(of_pair, metric, sign)
         gains[metric], best_in[metric] = (gain, spread), best
         ours, theirs = scores.loc["ST", metric], scores.loc[best, metric]
         how = outcome_of([gains[metric]])
+        hows.add(how)
         parts.append(
             f"{how} in {_NAMES[metric]}, {ours:.4g} against {theirs:.4g} of {best} (+-{spread:.2g} over folds)"
         )
     outcome = outcome_of(list(gains.values()))
     n_groups, n_folds = (int(scores[name].iloc[0]) for name in ("n_groups", "n_folds"))
+    stands = f"{_HOW[outcome]} the best baseline" if outcome != "level" else _TIE if hows == {"level"} else _MIXED
     sentence = (
-        f"On {_MARKS[asked.question]} ST is {_HOW[outcome]} the best baseline: {'; '.join(parts)}. {n_groups} pairs "
+        f"On {_SCOPES[asked.question]} ST is {stands}: {'; '.join(parts)}. {n_groups} pairs "
         f"of context and perturbation were left out, in {n_folds} {'fold' if n_folds == 1 else 'folds'}."
     )
     # where ST is worse, what is better in that
