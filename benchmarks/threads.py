@@ -41,7 +41,7 @@ CASES = {
 
 
 def seconds(n_threads: int | None, numba: bool, environment: dict[str, str], repeats: int) -> float:
-    """Median time of a fit."""
+    """Return the median time of a fit."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("OMP_")}
     found = []
     for _ in range(repeats):
@@ -54,7 +54,7 @@ def seconds(n_threads: int | None, numba: bool, environment: dict[str, str], rep
 
 
 def beside(n_busy: int, repeats: int) -> dict[str, float]:
-    """Times of all cases beside some processes that do nothing but work."""
+    """Return times of all cases beside some processes that do nothing but work."""
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(n_busy)]
     try:
         return {name: seconds(*case, repeats) for name, case in CASES.items()}

@@ -56,7 +56,7 @@ def test_only_x_state_and_uns_are_written(screen, fit):
     assert set(screen.varm) == set(before.varm)
     assert set(screen.obsm) == {"X_state"}
     assert screen.obsm["X_state"].shape == (420, st.se.config.n_output + st.se.config.n_dataset)
-    assert set(screen.uns) == {"truth", "virtualcell"}
+    assert set(screen.uns) == set(before.uns) == {"truth", "design", "virtualcell"}
     assert set(screen.uns["virtualcell"]) == {"split_manifest", "design", "st", "validation", "verdict"}
     assert screen.uns["virtualcell"]["st"].dtype == np.uint8
     assert screen.uns["virtualcell"]["st"].ndim == 1
