@@ -285,30 +285,29 @@ class _Case:
         """Scores of every model that can predict the test cells, with every seed."""
         settings, frames = self.settings, []
         missing = set(settings.seeds) if settings.ceiling else set()  # seeds for which the ceiling is still to be taken
-        bar = Bar(f"benchmark: {self.name}", len(specs), unit="model")
-        for label, (kind, kwargs, source) in specs.items():
-            deterministic = issubclass(kind, Baseline)
-            for seed in settings.seeds:
-                first = seed == settings.seeds[0]
-                if deterministic and not first and seed not in missing:
-                    continue
-                if not deterministic or first:
-                    model = self._fit(label, kind, kwargs, seed)
-                    if (reason := reason_not_to_predict(model, sorted({p for p, _ in self.pairs}))) is not None:
-                        logger.warning("%s is left out of split %r: %s", label, self.name, reason)
-                        break
-                    predicted = self._predict(model, seed)
-                scores = self._score(predicted, ceiling=seed in missing, seed=seed)
-                missing.discard(seed)
-                if deterministic and not first:
-                    scores = scores[scores["source"] != "model"]
-                is_model = scores["source"] == "model"
-                scores["model"] = np.where(is_model, label, scores["source"])
-                scores["source"] = np.where(is_model, source, scores["source"])
-                frames.append(scores.assign(split=self.name, seed=seed))
-            bar.step(label)
-            logger.info("Split %r: %s is done.", self.name, label)
-        bar.close()
+        with Bar(f"benchmark: {self.name}", len(specs), unit="model") as bar:
+            for label, (kind, kwargs, source) in specs.items():
+                deterministic = issubclass(kind, Baseline)
+                for seed in settings.seeds:
+                    first = seed == settings.seeds[0]
+                    if deterministic and not first and seed not in missing:
+                        continue
+                    if not deterministic or first:
+                        model = self._fit(label, kind, kwargs, seed)
+                        if (reason := reason_not_to_predict(model, sorted({p for p, _ in self.pairs}))) is not None:
+                            logger.warning("%s is left out of split %r: %s", label, self.name, reason)
+                            break
+                        predicted = self._predict(model, seed)
+                    scores = self._score(predicted, ceiling=seed in missing, seed=seed)
+                    missing.discard(seed)
+                    if deterministic and not first:
+                        scores = scores[scores["source"] != "model"]
+                    is_model = scores["source"] == "model"
+                    scores["model"] = np.where(is_model, label, scores["source"])
+                    scores["source"] = np.where(is_model, source, scores["source"])
+                    frames.append(scores.assign(split=self.name, seed=seed))
+                bar.step(label)
+                logger.info("Split %r: %s is done.", self.name, label)
         return frames
 
     def _fit(self, label: str, kind: Any, kwargs: dict, seed: int) -> PerturbationModel:

@@ -83,9 +83,10 @@ def fit_baseline(
 
     Examples
     --------
-    >>> design = dict(perturbation_key="target_gene", control="non-targeting", context_key="cell_type")
     >>> additive = vc.tl.fit_baseline(adata, "Additive", **design)
-    >>> predicted = vc.tl.predict_perturbation(adata, "STAT1", model=additive)
+    >>> predicted = vc.tl.predict_perturbation(adata, name, model=additive)
+    >>> predicted.uns["virtualcell"]["predicted_by"]
+    'Additive'
     """
     kind = _kind(model, perturbation_features)
     check_library_sizes(scale, library_size_key)
