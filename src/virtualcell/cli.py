@@ -110,8 +110,12 @@ _COLUMN: dict[str, Any] = {"metavar": "COLUMN"}
 _PAIRS: dict[str, Any] = {"metavar": "KEY=VALUE", "nargs": "+", "type": _pair}
 _DESIGN: list[_Option] = [
     ("--perturbation-key", {**_COLUMN, "help": "column of obs with the perturbation"}),
-    ("--control", {"metavar": "LABEL", "help": "label of control cells in that column"}),
+    ("--control", {"metavar": "LABEL", "nargs": "+", "help": "label of control cells in that column, or several"}),
     ("--context-key", {**_COLUMN, "help": "column with the context: cell type, cell line"}),
+]
+_LABELS: list[_Option] = [
+    ("--combination-separator", {"metavar": "TEXT", "help": "between the parts of combinations, +; '' for never"}),
+    ("--dose-key", {**_COLUMN, "help": "column with the dose of the drug that is the perturbation"}),
 ]
 _BATCH: list[_Option] = [("--batch-key", {**_COLUMN, "help": "column with the experimental batch"})]
 _MATRIX: list[_Option] = [
@@ -135,7 +139,7 @@ def _add_output(one: argparse.ArgumentParser, suffixes: Sequence[str], what: str
 
 def _describe_fit(one: argparse.ArgumentParser) -> None:
     one.add_argument("data", type=Path, help="cells: .h5ad, .h5mu or .zarr")
-    _add(one, *_DESIGN, *_BATCH, required=("--perturbation-key", "--control"))
+    _add(one, *_DESIGN, *_BATCH, *_LABELS, required=("--perturbation-key", "--control"))
     _add(one, ("--split-key", {**_COLUMN, "help": "column with train, val and test"}))
     _add(one, *_MATRIX, *_LIBRARY, *_GENES, *_MODALITY)
     one.add_argument("--n-top-genes", type=_count_or_all, metavar="N", help="variable genes to model, or all")
@@ -207,7 +211,7 @@ def _describe_embed(one: argparse.ArgumentParser) -> None:
 def _describe_evaluate(one: argparse.ArgumentParser) -> None:
     one.add_argument("predicted", type=Path, help="predicted cells: .h5ad, .h5mu or .zarr")
     one.add_argument("observed", type=Path, help="real cells, perturbed and control")
-    _add(one, *_DESIGN)
+    _add(one, *_DESIGN, *_LABELS, *_GENES)
     one.add_argument("--suite", type=_suite, metavar="NAME[,NAME]", help="standard, vcc2025, vcc2026, full, or metrics")
     _add(one, *_MATRIX, *_LIBRARY)
     one.add_argument("--predicted-scale", choices=_SCALES, help="scale of the predicted cells, log1p by default")

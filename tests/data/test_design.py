@@ -38,7 +38,8 @@ def test_design_survives_a_file(adata: AnnData, tmp_path: Path, kind: str) -> No
 def test_split_and_embedding_belong_to_a_model_and_are_not_noted() -> None:
     noted = Design("gene", "ctrl", split_key="split", use_rep="X_state", batch_key="lane").to_uns()
     assert noted == {
-        "perturbation_key": "gene", "control": "ctrl", "batch_key": "lane", "scale": "counts", "target_sum": 1e4
+        "perturbation_key": "gene", "control": "ctrl", "batch_key": "lane", "scale": "counts", "target_sum": 1e4,
+        "combination_separator": "+",
     }  # fmt: skip
 
 

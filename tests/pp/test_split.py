@@ -158,7 +158,11 @@ def test_several_splits_live_side_by_side_and_spare_what_others_wrote(screen, tm
     vc.pp.split(screen, **DESIGN, holdout={"fraction": 0.5}, key_added="cells")
     kinds = {k: m["kind"] for k, m in screen.uns["virtualcell"]["split_manifest"].items()}
     assert kinds == {"zero": "zero-shot", "cells": "random"}
-    assert screen.uns["virtualcell"]["design"] == {**DESIGN, "layer": "counts"}  # noted for later calls
+    assert screen.uns["virtualcell"]["design"] == {
+        **DESIGN,
+        "layer": "counts",
+        "combination_separator": "+",
+    }  # noted for later calls
     with pytest.raises(UnknownNameError, match=r"split_key='zer' is unknown. Did you mean 'zero'\? Run `vc.pp.split`"):
         vc.pp.save_split(screen, tmp_path / "split.json", split_key="zer")
 

@@ -541,14 +541,13 @@ def test_norman_combinations(norman_file, fit):
     assert "TMSB4X" in st.genes
     names = ["KLF1+MAP2K6", "MAP2K6+KLF1", "TMSB4X", "KLF1", "KLF1+TMSB4X"]
     cells = vc.tl.predict_perturbation(adata, names)
-    assert list(cells.obs["target_gene"].unique()) == names
+    written = set(adata.obs["target_gene"]) & set(names[:2])  # one combination, spelled as in the data
+    assert list(cells.obs["target_gene"].unique()) == [*written, *names[2:]]
     shift = pd.DataFrame(dense(cells.X) - dense(cells.layers["control"]), columns=cells.var_names)
     shift = shift.groupby(cells.obs["target_gene"].to_numpy()).mean()
     assert shift.loc["TMSB4X", "TMSB4X"] > 0.3  # activated, nine times up in the data
-    # the same mean; which counts are drawn goes by the label
-    np.testing.assert_allclose(shift.loc["KLF1+MAP2K6"], shift.loc["MAP2K6+KLF1"], atol=0.01)
-    means = [vc.tl.predict_perturbation(adata, name, emit="mean").X for name in names[:2]]
-    np.testing.assert_array_equal(*(dense(x) for x in means))
+    again = [vc.tl.predict_perturbation(adata, name).X for name in names[:2]]
+    np.testing.assert_array_equal(*(dense(x) for x in again))
     log = pd.DataFrame(log1p_cp10k(adata.X, adata.obs["total_counts"]), columns=adata.var_names)[shift.columns]
     mean = log.groupby(adata.obs["target_gene"].to_numpy()).mean()
     observed = mean.loc["KLF1+MAP2K6"] - mean.loc[CONTROL]

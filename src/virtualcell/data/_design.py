@@ -7,13 +7,18 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Literal
 
+import numpy as np
+import pandas as pd
 from anndata import AnnData
 from mudata import MuData
 
 from virtualcell import _keys
-from virtualcell.data._labels import expression_modality, obs_column
+from virtualcell.data._doses import at_dose, drug_and_dose
+from virtualcell.data._labels import JOIN, canonical, expression_modality, is_several, obs_column, parts, text
 
 Scale = Literal["counts", "log1p"]
+
+AS_NOTED = "as noted"  # combination_separator= where it is not stated, since None states one thing
 
 # What belongs to one model or one split, and is not noted beside the data for other calls.
 _NOT_NOTED = ("split_key", "use_rep")
@@ -26,7 +31,8 @@ class Design:
     Parameters
     ----------
     perturbation_key, control
-        Column with the perturbation of each cell (combinations as `A+B`), and its label of unperturbed cells.
+        Column with the perturbation of each cell, and its label of unperturbed cells. Where several labels are given,
+        the first is the name of all of them, and the others are kept as `other_controls`.
     context_key, batch_key
         Columns with the context (cell type, cell line) and the experimental batch.
     split_key
@@ -45,6 +51,12 @@ class Design:
         Counts per cell after the division.
     n_genes
         How many genes the library sizes were summed over when a model was fitted.
+    combination_separator
+        What stands between the parts of a combination; `None` where a label is always one perturbation.
+    dose_key
+        Column with the dose of the drug that `perturbation_key` names.
+    other_controls
+        More labels of unperturbed cells.
     """
 
     perturbation_key: str
@@ -59,18 +71,64 @@ class Design:
     library_size_key: str | None = None
     target_sum: float = 1e4
     n_genes: int | None = None
+    combination_separator: str | None = JOIN
+    dose_key: str | None = None
+    other_controls: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_scale(self.scale)
+        labels = list(dict.fromkeys([*control_labels(self.control), *map(text, self.other_controls)]))
+        separator = self.combination_separator or None  # "" in a file
+        if separator is not None and not isinstance(separator, str):
+            raise TypeError(f"combination_separator={separator!r} must be text, such as '+' or '_', or None.")
+        if self.dose_key is not None and separator is not None and "_" in separator:
+            raise ValueError(
+                f"combination_separator={separator!r} does not go with dose_key={self.dose_key!r}, where names of "
+                "drugs at doses are 'drug_1.0'. Write combinations in another way, such as 'A+B'."
+            )
+        for name, value in (
+            ("control", labels[0]),
+            ("other_controls", tuple(labels[1:])),
+            ("combination_separator", separator),
+        ):
+            object.__setattr__(self, name, value)
+
+    @property
+    def controls(self) -> tuple[str, ...]:
+        """All labels of unperturbed cells; the first is the name of all of them."""
+        return (self.control, *self.other_controls)
+
+    def name_of(self, label: object) -> str:
+        """Return the name of the perturbation that a label stands for; see :mod:`virtualcell.data._labels`."""
+        name = canonical(label, self.controls, self.combination_separator)
+        if self.dose_key is None or name == self.control:
+            return name
+        found = [(part, drug_and_dose(part)) for part in parts(name)]
+        return JOIN.join(sorted(part if known is None else at_dose(part, known[1]) for part, known in found))
+
+    def drug_name(self, label: object) -> str:
+        """Return the name of what a label of `perturbation_key` says without the dose."""
+        return canonical(label, self.controls, self.combination_separator)
+
+    def named(self, features: pd.DataFrame) -> pd.DataFrame:
+        """Return features of perturbations, under the names of these, without any of the control."""
+        features = features.set_axis([self.name_of(label) for label in features.index])
+        return features[features.index != self.control]
 
     def to_uns(self) -> dict:
         """Entries for `uns` (h5ad holds no None: such entries are left out)."""
-        return {k: v for k, v in asdict(self).items() if v is not None and k not in _NOT_NOTED}
+        found = asdict(self) | {
+            "combination_separator": self.combination_separator or "",
+            "other_controls": np.array(self.other_controls, dtype=str) if self.other_controls else None,
+        }
+        return {k: v for k, v in found.items() if v is not None and k not in _NOT_NOTED}
 
     def restated(self, **stated: object) -> Design:
         """Return the design with what is stated in place of what it had; `None` states nothing."""
         stated = {k: v for k, v in stated.items() if v is not None}
         check_library_sizes(stated.get("scale", self.scale), stated.get("library_size_key"))
+        if "control" in stated:
+            stated = {"other_controls": ()} | stated
         return dataclasses.replace(self, **stated)
 
     def plain(self) -> Design:
@@ -87,6 +145,8 @@ class Design:
         """Take what the caller stated, and the rest from what earlier calls noted in `uns["virtualcell"]`."""
         stated = {k: v for k, v in stated.items() if v is not None}
         noted = noted_design(data, modality)
+        if "control" in stated:
+            noted = {k: v for k, v in noted.items() if k != "other_controls"}
         found = {f.name: noted[f.name] for f in fields(cls) if f.name in noted} | stated
         missing = [k for k in ("perturbation_key", "control") if k not in found]
         if missing:
@@ -110,7 +170,20 @@ def note_design(data: AnnData | MuData, found: Mapping[str, object], modality: s
     adata = expression_modality(data, modality)
     if not adata.is_view:
         found = {k: v for k, v in found.items() if v is not None}
-        adata.uns[_keys.UNS] = {**adata.uns.get(_keys.UNS, {}), "design": {**noted_design(adata), **found}}
+        before = {k: v for k, v in noted_design(adata).items() if k != "other_controls" or "control" not in found}
+        adata.uns[_keys.UNS] = {**adata.uns.get(_keys.UNS, {}), "design": {**before, **found}}
+
+
+def control_labels(control: object) -> list[str]:
+    """Return the labels of unperturbed cells as text, of which there is one or more."""
+    if control is None:
+        raise TypeError("control=None: give the label of the unperturbed cells, or a list of them.")
+    if not is_several(control):
+        return [text(control)]
+    labels = [text(label) for label in (sorted(control, key=text) if isinstance(control, set) else control)]
+    if not labels:
+        raise ValueError(f"control={control!r} names no label: give that of the unperturbed cells, or several.")
+    return labels
 
 
 def note_columns(data: AnnData | MuData, modality: str = "rna", **stated: object) -> None:

@@ -1,14 +1,35 @@
-"""Labels of cells as they stand in `obs`, and what a label of a perturbation is made of."""
+"""Labels of cells as they stand in `obs`, the names that they stand for, and what the name of a combination is made of.
+
+A perturbation has one name, however its label is written: parts in alphabetical order, joined by "+", without the
+control. `B+A`, `A+B` and `A+B+ctrl` are "A+B"; `A+ctrl`, `ctrl+A` and `A` are "A".
+
+A label is cut at a separator only where that joins two names: outside of brackets, with a letter, a digit or a bracket
+on either side of it, and a space on both sides or on none. So `(+)-JQ1`, `[Na+].[Cl-]`, `CD4+ T` and `Ca2+` are one
+name each, `(+)-JQ1+Trametinib` is two, and a control such as `non_targeting` stays whole whatever the separator is.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from numbers import Real
 
+import numpy as np
 import pandas as pd
 from anndata import AnnData
 from mudata import MuData
 
 from virtualcell._errors import unknown_name
+
+JOIN = "+"  # between the parts of a name, whatever is between those of a label
+
+# what screens call the control where it stands beside a target, as in `A+ctrl` or `A_NegCtrl0`
+_CONTROL = re.compile(r"nt|ntc|(ctrl|control|non[-_ ]?targeting|neg[-_ ]?(ctrl|control))[-_ ]?\d*", re.IGNORECASE)
+# text that files have where a label is missing
+_MISSING = {"", "nan", "NaN", "NAN", "NA", "N/A", "n/a", "<NA>", "None", "NULL", "null", "NaT"}
+_VERSIONED = re.compile(r"(ENS[A-Z]*G\d{11})\.\d+")  # an Ensembl gene with its version
+_OPEN, _CLOSE = "([{", ")]}"
 
 
 def expression_modality(data: AnnData | MuData, modality: str = "rna") -> AnnData:
@@ -35,29 +56,206 @@ def obs_column(data: AnnData | MuData, key: str, *, argument: str, modality: str
     raise unknown_name(argument, key, valid, "Name a column of obs.")
 
 
-def read_labels(data: AnnData | MuData, key: str, *, argument: str, modality: str = "rna") -> pd.Series:
-    """Return a column of obs as strings; a missing label is an error, because a cell without one belongs nowhere."""
+# -- names ------------------------------------------------------------------------------------------------------------
+
+
+def text(label: object) -> str:
+    """Return a label of any type as text: a number, a truth value, bytes."""
+    return label.decode() if isinstance(label, bytes) else str(label)
+
+
+def without_version(gene: str) -> str:
+    """Return the name of a gene, of which the version of an Ensembl id is no part."""
+    found = _VERSIONED.fullmatch(gene)
+    return gene if found is None else found[1]
+
+
+def is_several(labels: object) -> bool:
+    """Tell a list of labels from one label."""
+    return isinstance(labels, Collection) and not isinstance(labels, str | bytes)
+
+
+def pieces(label: str, separator: str | None = JOIN) -> list[str]:
+    """Cut a label where a separator joins two names; `None` cuts nowhere."""
+    label = str(label)  # numpy's text too
+    if not separator or separator not in label:
+        return [label]
+    found, start, at, depth = [], 0, 0, 0
+    while at < len(label):
+        end = at + len(separator)
+        if depth == 0 and label.startswith(separator, at) and _joins(label[:at], label[end:]):
+            found.append(label[start:at].strip())
+            start = at = end
+            continue
+        depth += (label[at] in _OPEN) - (label[at] in _CLOSE)
+        at += 1
+    return [*found, label[start:].strip()] if found else [label]
+
+
+def _joins(left: str, right: str) -> bool:
+    """Whether a separator between these two joins names."""
+    before, after = left.rstrip(), right.lstrip()
+    if not before or not after or (before == left) != (after == right):
+        return False
+    return (before[-1].isalnum() or before[-1] in f"{_CLOSE}'*") and (after[0].isalnum() or after[0] in f"{_OPEN}'")
+
+
+def canonical(label: object, controls: Sequence[str], separator: str | None = JOIN) -> str:
+    """Return the name that a label of a perturbation stands for; the first of `controls` is that of all of them.
+
+    A name that holds a plus which would cut it, and may not be cut, is put into brackets.
+    """
+    label = text(label)
+    if label in controls:
+        return controls[0]
+    found = _with_controls_whole(pieces(label, separator), controls, separator)
+    if len(found) > 1:
+        found = sorted(name for name in found if name not in controls and not _CONTROL.fullmatch(name))
+    if not found:
+        return controls[0]
+    return JOIN.join(without_version(name) if len(pieces(name)) == 1 else f"[{name}]" for name in found)
+
+
+def _with_controls_whole(found: list[str], controls: Sequence[str], separator: str | None) -> list[str]:
+    """Put together again the pieces of a control such as `non_targeting`."""
+    out, at = [], 0
+    while at < len(found):
+        for end in range(len(found), at, -1):
+            name = found[at] if end == at + 1 else separator.join(found[at:end])
+            if end == at + 1 or name in controls or _CONTROL.fullmatch(name):
+                break
+        out.append(name)
+        at = end
+    return out
+
+
+def parts(name: str, control: str | None = None, known: Iterable[str] = ()) -> list[str]:
+    """Split the name of a combination "A+B" into ["A", "B"]; a name that is `known` is one part, the control none."""
+    if name == control:
+        return []
+    if name in known:
+        return [name]
+    return [p for p in pieces(name) if p != control]
+
+
+def known_parts(name: str, control: str, known: Sequence[str]) -> list[str]:
+    """Names that add up to one: itself where it is `known`, the same combination written otherwise, its parts."""
+    if name not in known:
+        written = {tuple(sorted(parts(p, control))): p for p in known}  # B+A is A+B
+        name = written.get(tuple(sorted(parts(name, control))), name)
+    return parts(name, control, known)
+
+
+def looks_combined(name: str, known: Collection[str]) -> tuple[str, list[str]] | None:
+    """Return a separator, and the known names that it joins to this one; `None` where there is none such."""
+    for separator in ("||", "|", "_", "&", ";", ",", "/", "-", " "):
+        found = [part.strip() for part in name.split(separator)]
+        if len(found) > 1 and all(part in known for part in found):
+            return separator, found
+    return None
+
+
+# -- columns ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Written:
+    """How names stand in a column of `obs`.
+
+    Parameters
+    ----------
+    key
+        Name of the column.
+    dtype
+        Its type.
+    values
+        The label of each name, as it is written most often.
+    read_off
+        What is written for a name that the column lacks, where that is not the name.
+    """
+
+    key: str
+    dtype: object
+    values: dict[str, object]
+    read_off: Callable[[str], object] | None = None
+
+    def restore(self, names: Iterable[str], asked: dict[str, str] | None = None) -> pd.Series:
+        """Return names as a column like this one; names that it lacks as they were `asked` for.
+
+        Where one of these cannot be of the column's type, all are text.
+        """
+        codes, found = pd.factorize(np.asarray(names, dtype=object))
+        other = self.read_off or (lambda name: (asked or {}).get(name, name))
+        values = [self.values[name] if name in self.values else other(name) for name in found]
+        of_categories = isinstance(self.dtype, pd.CategoricalDtype)
+        try:
+            column = pd.Series(values).astype(self.dtype.categories.dtype if of_categories else self.dtype)
+            if not all(text(a) == text(b) for a, b in zip(column, values, strict=True)):
+                raise ValueError("a label would become another")
+        except (TypeError, ValueError):
+            is_number = all(isinstance(v, Real) for v in values)
+            column = pd.Series(values if is_number else [text(v) for v in values], dtype=None if is_number else object)
+        column = column.take(codes).reset_index(drop=True)
+        return column.astype("category") if of_categories else column
+
+
+def read_names(
+    data: AnnData | MuData,
+    key: str,
+    *,
+    argument: str,
+    modality: str = "rna",
+    name_of: Callable[[object], str] = text,
+    allowed: Collection[str] = (),
+) -> tuple[pd.Categorical, Written]:
+    """Return the names that the labels in a column of obs stand for, with sorted categories, and how they are written.
+
+    Raises
+    ------
+    KeyError
+        For an unknown column.
+    ValueError
+        For cells whose label is missing, because a cell without one belongs nowhere. Text that stands for a missing
+        label is one, unless it is `allowed`.
+    """
     column = obs_column(data, key, argument=argument, modality=modality)
-    if column.isna().any():
+    codes, labels = _distinct(column)
+    is_missing = np.array([text(v).strip() in _MISSING and text(v) not in allowed for v in labels], dtype=bool)
+    if (codes < 0).any():
         raise ValueError(
-            f"{argument}={key!r}: {int(column.isna().sum())} cells have no label there. Give them one, or drop them "
+            f"{argument}={key!r}: {int((codes < 0).sum())} cells have no label there. Give them one, or drop them "
             f"with adata[adata.obs[{key!r}].notna()].copy()."
         )
-    return column.astype(str)
+    if is_missing.any():
+        bad = text(labels[int(np.argmax(is_missing))])
+        raise ValueError(
+            f"{argument}={key!r}: {int(is_missing[codes].sum())} cells have the label {bad!r}, text that stands for a "
+            f"missing one. Give them a label, or drop them with adata[adata.obs[{key!r}] != {bad!r}].copy()."
+        )
+    names = [name_of(v) for v in labels]
+    by_count = np.argsort(-np.bincount(codes, minlength=len(labels)), kind="stable")
+    values: dict[str, object] = {}
+    for i in by_count:
+        values.setdefault(names[i], labels[i])
+    categories, place = np.unique(np.array(names, dtype=object), return_inverse=True)
+    found = pd.Categorical.from_codes(place[codes] if len(codes) else [], categories=list(categories))
+    return found, Written(key, column.dtype, values)
 
 
-def parts(label: str, control: str | None = None, known: Iterable[str] = ()) -> list[str]:
-    """Split a combination "A+B" into ["A", "B"]; a label that is `known` as it stands is one part, the control none."""
-    if label == control:
-        return []
-    if label in known:
-        return [label]
-    return [p for p in label.split("+") if p != control]
+def _distinct(column: pd.Series) -> tuple[np.ndarray, Sequence[object]]:
+    """Return the number of each row's label, -1 where it is missing, and the labels, each once."""
+    if column.dtype != object:
+        return pd.factorize(column)
+    rows = column.notna().to_numpy()
+    first: dict[str, object] = {}
+    for label in column[rows]:
+        first.setdefault(text(label), label)  # 1 and True are one to pandas
+    codes = np.full(len(column), -1)
+    codes[rows] = pd.Index(list(first), dtype=object).get_indexer([text(label) for label in column[rows]])
+    return codes, list(first.values())
 
 
-def known_parts(label: str, control: str, known: Sequence[str]) -> list[str]:
-    """Names that add up to a label: itself where it is `known`, the same combination written otherwise, its parts."""
-    if label not in known:
-        written = {tuple(sorted(parts(p, control))): p for p in known}  # B+A is A+B
-        label = written.get(tuple(sorted(parts(label, control))), label)
-    return parts(label, control, known)
+def read_labels(data: AnnData | MuData, key: str, *, argument: str, modality: str = "rna") -> pd.Series:
+    """Return a column of obs as text; a missing label is an error, because a cell without one belongs nowhere."""
+    found, _ = read_names(data, key, argument=argument, modality=modality)
+    return pd.Series(np.asarray(found, dtype=object), index=expression_modality(data, modality).obs_names, name=key)

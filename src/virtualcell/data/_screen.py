@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
@@ -20,7 +20,8 @@ from virtualcell._keys import ALL, SPLITS, X_STATE
 from virtualcell.data._cell_sets import CellGroups
 from virtualcell.data._design import Design
 from virtualcell.data._expression import Expression, Unit
-from virtualcell.data._labels import expression_modality, parts, read_labels
+from virtualcell.data._labels import Written, expression_modality, parts, text, without_version
+from virtualcell.data._read_design import read_design
 from virtualcell.data._read_expression import read_expression
 from virtualcell.data._stored import row_numbers
 
@@ -38,8 +39,8 @@ class Screen:
     names
         Names of the cells.
     perturbation, context
-        Labels of the cells, with sorted categories. Without a column of contexts, all cells are of the context
-        :data:`virtualcell._keys.ALL`.
+        Names of what labels stand for, with sorted categories; see :mod:`virtualcell.data._labels`. Without a column of
+        contexts, all cells are of the context :data:`virtualcell._keys.ALL`.
     batch
         Experimental batch of the cells, or `None` where the design has none.
     split
@@ -50,6 +51,8 @@ class Screen:
         Cell embeddings, (n_cells, n_dims), where the design names some.
     target_names
         Name of each gene that perturbations go by, indexed by `var_names`: those themselves, or `var[gene_key]`.
+    written
+        How names stand in the columns of `obs`, by the field of the design that names the column.
     """
 
     design: Design
@@ -61,6 +64,7 @@ class Screen:
     expression: Expression
     rep: np.ndarray | None = None
     target_names: pd.Series | None = field(default=None, repr=False)
+    written: Mapping[str, Written] = field(default_factory=dict, repr=False)
 
     @classmethod
     def from_anndata(
@@ -101,21 +105,16 @@ class Screen:
         adata = expression_modality(data, modality)
         prefix = f"{side}: " if side else ""
 
-        def read(role: str) -> pd.Categorical | None:
-            key = getattr(design, role)
-            if key is None:
-                return None
-            return pd.Categorical(read_labels(data, key, argument=f"{prefix}{role}", modality=modality))
-
-        context, split = read("context_key"), read("split_key")
+        labels, written = read_design(data, design, modality=modality, prefix=prefix)
+        context, split = labels.get("context_key"), labels.get("split_key")
         if split is not None and not set(split.categories) <= set(SPLITS):
             raise ValueError(f"split_key={design.split_key!r} holds {list(split.categories)}; valid are {SPLITS}.")
         return cls(
             design=design,
             names=adata.obs_names,
-            perturbation=read("perturbation_key"),
+            perturbation=labels["perturbation_key"],
             context=pd.Categorical([ALL] * adata.n_obs) if context is None else context,
-            batch=read("batch_key"),
+            batch=labels.get("batch_key"),
             split=np.full(adata.n_obs, "train") if split is None else np.asarray(split).astype(str),
             expression=read_expression(
                 data,
@@ -132,6 +131,7 @@ class Screen:
             ),
             rep=_embedding(adata, design.use_rep),
             target_names=_target_names(adata, design.gene_key),
+            written=written,
         )
 
     # -- what there is ------------------------------------------------------------------------------------------------
@@ -186,10 +186,25 @@ class Screen:
         return np.argsort(self.names.to_numpy(dtype=str), kind="stable")
 
     def labels(self) -> pd.DataFrame:
-        """Return perturbation, context and batch of the cells under the names of their columns."""
+        """Return the names of perturbation, context and batch of the cells under the names of their columns."""
         columns = {"perturbation_key": self.perturbation, "context_key": self.context, "batch_key": self.batch}
         found = {getattr(self.design, k): v for k, v in columns.items() if getattr(self.design, k) is not None}
         return pd.DataFrame({k: np.asarray(v).astype(str) for k, v in found.items()}, index=self.names)
+
+    def spelled(self, names: Iterable[str]) -> list[str]:
+        """Return names of perturbations as text that is written in the data, for tables and pictures."""
+        if self.design.dose_key is not None or not self.written:
+            return list(names)
+        return [text(self.written["perturbation_key"].values.get(name, name)) for name in names]
+
+    def as_written(self, obs: pd.DataFrame, asked: Mapping[str, str] | None = None) -> pd.DataFrame:
+        """Return a table of names, as :meth:`labels` has them, with labels as they are written in the data.
+
+        Perturbations that the data lacks are called as they were `asked` for.
+        """
+        of = {w.key: getattr(self.design, {"dose_key": "perturbation_key"}.get(k, k)) for k, w in self.written.items()}
+        columns = {w.key: w.restore(obs[of[w.key]], asked).array for w in self.written.values() if of[w.key] in obs}
+        return obs.assign(**columns)
 
     def in_order(self, mask: np.ndarray) -> np.ndarray:
         """Row numbers of the marked cells in the order of their names: the order of a file then changes nothing."""
@@ -221,7 +236,7 @@ class Screen:
         found = {c: rows for (c, _), rows in self.pairs(self.is_control).items()}
         if context is None:
             return found
-        if context not in found:
+        if (context := text(context)) not in found:
             raise unknown_name("context", context, found, "It needs control cells to start from.")
         return {context: found[context]}
 
@@ -378,7 +393,7 @@ def _embedding(adata: AnnData, key: str | None) -> np.ndarray | None:
 
 def _target_names(adata: AnnData, gene_key: str | None) -> pd.Series:
     if gene_key is None:
-        return pd.Series(adata.var_names, index=adata.var_names)
+        return pd.Series([without_version(str(gene)) for gene in adata.var_names], index=adata.var_names)
     if gene_key not in adata.var:
         raise unknown_name("gene_key", gene_key, adata.var.columns, "Leave it out to match genes by var_names.")
-    return adata.var[gene_key].astype(str)
+    return adata.var[gene_key].astype(str).map(without_version)

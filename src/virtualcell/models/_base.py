@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Self
 
 import numpy as np
@@ -28,7 +27,8 @@ from virtualcell.models._from_start import (
     rows_from,
     where_measured,
 )
-from virtualcell.models._setup import design_of, register
+from virtualcell.models._names import asked_name, name_of, perturbation_name, start_cells
+from virtualcell.models._setup import design_of, named_registry, register
 from virtualcell.models._start import Start, starts
 
 
@@ -49,7 +49,7 @@ class PerturbationModel(BaseModelClass):
         adata: AnnData,
         *,
         perturbation_key: str,
-        control: str,
+        control: str | Sequence[str],
         context_key: str | None = None,
         batch_key: str | None = None,
         layer: str | None = None,
@@ -57,6 +57,8 @@ class PerturbationModel(BaseModelClass):
         library_size_key: str | None = None,
         use_rep: str | None = None,
         split_key: str | None = None,
+        combination_separator: str | None = "+",
+        dose_key: str | None = None,
     ) -> None:
         """Register the data.
 
@@ -65,9 +67,9 @@ class PerturbationModel(BaseModelClass):
         adata
             Cells x genes.
         perturbation_key
-            Column of `obs` with the perturbation of each cell; combinations are written `A+B`.
+            Column of `obs` with the perturbation of each cell; combinations are written `A+B`, in any order.
         control
-            Label of the unperturbed cells in that column.
+            Label of the unperturbed cells in that column; several labels are one control, by the name of the first.
         context_key
             Column with the context (cell type, cell line); control cells are matched within it.
         batch_key
@@ -83,6 +85,10 @@ class PerturbationModel(BaseModelClass):
             Key of `obsm` with cell embeddings (`"X_state"`): ST then works there and decodes genes.
         split_key
             Column with `train`, `val` and `test`, from :func:`virtualcell.pp.split`; test cells are never seen.
+        combination_separator
+            What stands between the parts of a combination; `None` where every label is one perturbation.
+        dose_key
+            Column with the dose of the drug in `perturbation_key`; perturbations are then called "drug_1.0".
         """
         register(cls, adata, cls._get_setup_method_args(**locals()))
 
@@ -92,7 +98,7 @@ class PerturbationModel(BaseModelClass):
         mdata: MuData,
         *,
         perturbation_key: str,
-        control: str,
+        control: str | Sequence[str],
         modality: str = "rna",
         context_key: str | None = None,
         batch_key: str | None = None,
@@ -101,6 +107,8 @@ class PerturbationModel(BaseModelClass):
         library_size_key: str | None = None,
         use_rep: str | None = None,
         split_key: str | None = None,
+        combination_separator: str | None = "+",
+        dose_key: str | None = None,
     ) -> None:
         """Register the expression modality of a MuData; see :meth:`setup_anndata`.
 
@@ -114,6 +122,8 @@ class PerturbationModel(BaseModelClass):
             Name of that modality.
         perturbation_key, control, context_key, batch_key, layer, scale, library_size_key, use_rep, split_key
             As in :meth:`setup_anndata`.
+        combination_separator, dose_key
+            As in :meth:`setup_anndata`.
         """
         register(cls, mdata, cls._get_setup_method_args(**locals()), modality)
 
@@ -122,13 +132,16 @@ class PerturbationModel(BaseModelClass):
             super().__init__(None, data.registry(type(self).__name__))
         else:
             super().__init__(data, registry)
+        self.screen = data if isinstance(data, Screen) else None
+        if self.adata is not None:
+            setup = self.registry["setup_args"]
+            modality = setup.get("modality") or "rna"
+            self.screen = Screen.from_anndata(self.adata, design_of(setup), modality=modality)
+            self.registry_ = named_registry(self.registry_, self.screen)
         setup = self.registry["setup_args"]
         states = {k: v["state_registry"] for k, v in self.registry["field_registries"].items()}
         self.modality = setup.get("modality") or "rna"
         self.design = design_of(setup)
-        self.screen = data if isinstance(data, Screen) else None
-        if self.adata is not None:
-            self.screen = Screen.from_anndata(self.adata, self.design, modality=self.modality)
         self.control: str = self.design.control
         self.genes = [str(g) for g in states["X"]["column_names"]]
         self.batches = [str(b) for b in states["batch"]["categorical_mapping"]] if self.design.batch_key else []
@@ -195,6 +208,14 @@ class PerturbationModel(BaseModelClass):
 
     def __repr__(self) -> str:
         return summary(self)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the perturbations that it learned from or has features of."""
+        return list(dict.fromkeys([*self.known_names, *self.featured_names]))
+
+    perturbation_name = perturbation_name
+    name_of = name_of
 
     # -- prediction from arrays ---------------------------------------------------------------------------------------
 
@@ -326,10 +347,10 @@ class PerturbationModel(BaseModelClass):
         """
         if n_cells is not None and n_cells < 1:
             raise ValueError(f"n_cells={n_cells!r}: at least one cell is needed.")
-        self._check_ready(perturbation)
+        perturbation = asked_name(self, perturbation)
         model = self if adata is None else self.on_genes(expression_modality(adata, self.modality).var_names)
         frames = []
-        for start in starts(model._screen(adata), context):
+        for start in starts(start_cells(model, adata), context):
             rows, predicted = model.predict_from(start, perturbation, n_cells=n_cells, seed=seed_of(seed))
             frames.append(pd.DataFrame(predicted, index=start.names[rows], columns=model.genes))
         return pd.concat(frames)
@@ -363,32 +384,9 @@ class PerturbationModel(BaseModelClass):
         """
         if n_samples < 2:
             raise ValueError(f"n_samples={n_samples!r}: at least 2 draws are needed for a standard error.")
-        self._check_ready(perturbation)
+        perturbation = asked_name(self, perturbation)
         errors = {
             start.context: self.error_from(start, perturbation, n_samples=n_samples, seed=seed_of(seed))
-            for start in starts(self._screen(adata), context)
+            for start in starts(start_cells(self, adata), context)
         }
         return pd.DataFrame.from_dict(errors, orient="index", columns=self.genes)
-
-    def _screen(self, adata: AnnData | MuData | None) -> Screen:
-        if adata is None and self.screen is not None:
-            screen = self.screen
-        else:
-            data = self.adata if adata is None else adata
-            if data is None:
-                raise ValueError("adata=None, but this model was loaded without data: give the cells to start from.")
-            design = replace(self.design, split_key=None, gene_key=None)  # columns that only training needs
-            screen = Screen.from_anndata(data, design, modality=self.modality, genes=self.genes)
-        screen.require_control()
-        return screen.take(screen.is_control)
-
-    def _check_ready(self, perturbation: str | None) -> None:
-        self._check_if_trained(warn=False)
-        if perturbation is None:
-            raise ValueError("perturbation must be given: which one is to be predicted?")
-        if not isinstance(perturbation, str):
-            raise TypeError(
-                f"perturbation={perturbation!r} must be one name, as a string; "
-                "`vc.tl.predict_perturbation` takes several."
-            )
-        self.check_perturbation(perturbation)

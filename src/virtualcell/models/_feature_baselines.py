@@ -55,7 +55,7 @@ class FeatureBaseline(Baseline):
                 "table of them (rows named as the perturbations), such as gene embeddings."
             )
         seen = set(self.screen.perturbation[self.screen.split != "test"])
-        self.table = PerturbationTable.from_features(perturbation_features, seen, self.control)
+        self.table = PerturbationTable.from_features(self.design.named(perturbation_features), seen, self.control)
 
     def _encode(self, labels: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Features (n, n_dims) of labels, those of combinations summed, and how many each combines, (n,)."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import difflib
 from collections.abc import Iterable, Sequence
 
@@ -12,36 +11,8 @@ import torch
 from torch import Tensor
 
 from virtualcell._errors import unknown_name
-from virtualcell.data._labels import parts
-
-
-def drug_and_dose(name: str) -> tuple[str, float] | None:
-    """Take apart a name such as "[('Dabrafenib', 0.5, 'uM')]", as Tahoe-100M has them; `None` for any other name."""
-    try:
-        ((drug, dose, _),) = ast.literal_eval(name)
-        return str(drug), float(dose)
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-        return None
-
-
-def find_drug(names: Sequence[str], drug: str, dose: float | None) -> str:
-    """Return the one name that holds a drug at a dose; the case of letters does not matter."""
-    doses: dict[str, dict[float, str]] = {}
-    for name in names:
-        if (known := drug_and_dose(name)) is not None:
-            doses.setdefault(known[0], {})[known[1]] = name
-    found = {d: by_dose for d, by_dose in doses.items() if d.casefold() == drug.casefold()}
-    if not found:
-        remedy = "Names of perturbations here hold drug and dose."
-        if not doses:
-            remedy = "No name of a perturbation here holds a dose: ask for perturbation= in place of drug=."
-        raise unknown_name("drug", drug, doses, remedy)
-    by_dose = next(iter(found.values()))
-    if dose is None and len(by_dose) == 1:
-        return next(iter(by_dose.values()))
-    if dose not in by_dose:
-        raise unknown_name("dose", dose, sorted(by_dose), f"These are the doses of {drug}: give one as dose=.")
-    return by_dose[dose]
+from virtualcell.data._doses import of_tahoe
+from virtualcell.data._labels import looks_combined, parts
 
 
 class PerturbationTable:
@@ -67,6 +38,8 @@ class PerturbationTable:
         self.names, self.vectors, self.control = list(names), vectors.float(), control
         self.seen, self.has_features = list(seen), has_features
         self._row = {name: i for i, name in enumerate(self.names)}
+        # published models have a row of their own for combinations
+        self._combined = {tuple(sorted(found)): name for name in self.names if len(found := parts(name, control)) > 1}
 
     def frame(self) -> pd.DataFrame:
         """Return the features as a table, perturbations x dims, without the column that counts."""
@@ -121,6 +94,13 @@ class PerturbationTable:
         """Width of a vector."""
         return self.vectors.shape[1]
 
+    def _parts(self, label: str) -> list[str]:
+        """Rows that add up to a perturbation; its own where there is one, and the control's where it has one."""
+        if label in self._row:
+            return [label]
+        found = parts(label, self.control, self._row)
+        return [self._combined[key]] if (key := tuple(sorted(found))) in self._combined else found
+
     def encode(self, labels: Sequence[str]) -> Tensor:
         """Return the vectors of labels, (n, n_dims).
 
@@ -131,8 +111,7 @@ class PerturbationTable:
         """
         out = torch.zeros(len(labels), self.n_dims)
         for i, label in enumerate(labels):
-            known = label in self._row  # the control too, where it has a row
-            for part in [label] if known else parts(label, self.control, self._row):
+            for part in self._parts(label):
                 if part not in self._row:
                     raise self._unknown(label)
                 out[i] += self.vectors[self._row[part]]
@@ -155,8 +134,8 @@ class PerturbationTable:
                 )
 
     def _unknown(self, label: str) -> KeyError:
-        drugs = {n: known[0].casefold() for n in self.names if (known := drug_and_dose(n)) is not None}
-        wanted = (drug_and_dose(label) or (label, None))[0].casefold()
+        drugs = {n: known[0].casefold() for n in self.names if (known := of_tahoe(n)) is not None}
+        wanted = (of_tahoe(label) or (label, None))[0].casefold()
         here = sorted(set(drugs.values()))
         close = [wanted] if wanted in here else difflib.get_close_matches(wanted, here, n=2)
         if drugs:
@@ -167,6 +146,11 @@ class PerturbationTable:
             remedy = (
                 "A one-hot model predicts only what it was trained on; to reach unseen perturbations "
                 "train with perturbation_features= (for instance a table of gene embeddings)."
+            )
+        if (combined := looks_combined(label, self.names)) is not None:
+            remedy = (
+                f"Its parts are known: the combination is written {'+'.join(sorted(combined[1]))!r}. (Other separators "
+                "than a plus are stated at fitting, combination_separator=.)"
             )
         if close:
             same_drug = [n for drug in close for n, d in drugs.items() if d == drug]

@@ -47,7 +47,8 @@ def continue_st(
         raise ValueError(f"network: {told}. The model goes on as it was built: leave these out.")
     labels = set(screen.perturbation[screen.is_train])
     unseen = set(screen.perturbation[screen.is_val]) - labels
-    table = extend_table(old.table, labels, screen.design.control, perturbation_features, unseen)
+    features = None if perturbation_features is None else screen.design.named(perturbation_features)
+    table = extend_table(old.table, labels, screen.design.control, features, unseen)
     sizes = {k: v for k, v in theirs.items() if k not in _FROM_DATA}
     new = ST(screen, table=table, set_size=set_size or old.set_size, **{**sizes, **network})
     if new.design.use_rep is not None and new.config.n_input != old.config.n_input:

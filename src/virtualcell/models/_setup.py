@@ -51,6 +51,18 @@ def design_of(setup: dict) -> Design:
     return Design(**{"scale": "log1p", **{k: v for k, v in setup.items() if k in known}})
 
 
+def named_registry(registry: dict, screen: Screen) -> dict:
+    """Return a registry of scvi-tools with the names of perturbations, contexts and batches in place of their labels.
+
+    Data is not needed to predict from a saved model, and the names tell what it knows.
+    """
+    states, ours = dict(registry["field_registries"]), screen.registry("")["field_registries"]
+    for role in _ROLES:
+        states[role] = {**states[role], "state_registry": ours[role]["state_registry"]}
+    setup = registry["setup_args"] | {k: getattr(screen.design, k) for k in ("control", "other_controls")}
+    return {**registry, "field_registries": states, "setup_args": setup}
+
+
 def _check(data: AnnData | MuData, design: Design, modality: str) -> None:
     """Raise for what would otherwise be found out in the middle of a training."""
     screen = Screen.from_anndata(data, design, modality=modality)

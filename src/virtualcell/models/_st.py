@@ -22,7 +22,7 @@ from virtualcell.models._base import PerturbationModel
 from virtualcell.models._common import put_on, training_screen
 from virtualcell.models._crispri import CRISPRi, check_modality
 from virtualcell.models._effects import Effects
-from virtualcell.models._features import PerturbationTable, find_drug
+from virtualcell.models._features import PerturbationTable
 from virtualcell.models._mixture import Mixture
 from virtualcell.models._set_batches import SetBatches, SetSource, validation_steps
 from virtualcell.models._st_files import from_arc, from_state, state_of, to_arc
@@ -322,23 +322,6 @@ class ST(PerturbationModel):
         if all(name in own for name in known_parts(perturbation, self.control, own)):
             return False
         return self.elsewhere.measured(perturbation)
-
-    def perturbation_name(self, *, drug: str, dose: float | None = None) -> str:
-        """Find the perturbation of a drug at a dose in names such as "[('Dabrafenib', 0.5, 'uM')]" of Tahoe-100M.
-
-        Parameters
-        ----------
-        drug
-            Name of the drug, in any case of letters.
-        dose
-            Dose, in the unit of the names; it may be left out where there is one.
-
-        Raises
-        ------
-        KeyError
-            For an unknown drug or dose; the message names those there are.
-        """
-        return find_drug(self.table.names, drug, dose)
 
     def check_width(self, n: int) -> None:
         """Raise unless cells have as many columns as the network takes."""

@@ -32,7 +32,7 @@ def perturbation_table(screen: Screen, features: pd.DataFrame | None) -> Perturb
     if features is None:
         return PerturbationTable.one_hot(seen, control)
     only = set(screen.perturbation[screen.is_val]) - seen
-    return PerturbationTable.from_features(features, seen, control, only)
+    return PerturbationTable.from_features(screen.design.named(features), seen, control, only)
 
 
 def check_validation(screen: Screen, table: PerturbationTable) -> None:

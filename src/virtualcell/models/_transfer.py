@@ -109,7 +109,9 @@ class Transfer(Baseline):
             raise ValueError(f"slope={slope!r} must be from 0 to 1, or None to have it fitted.")
         self.slope = slope
         self.feature_names: list[str] = []
-        self._features = None if perturbation_features is None else checked_features(perturbation_features)
+        self._features = None
+        if perturbation_features is not None:
+            self._features = checked_features(self.design.named(perturbation_features))
         self._row_of: dict[str, int] = {}
         self._warned: set[str] = set()
 
@@ -196,7 +198,7 @@ class Transfer(Baseline):
         self._fit(effects)
 
     def _fit(self, effects: Effects) -> dict[str, np.ndarray]:
-        own = SourceEffects.of(effects, self.genes).renamed(self.control) if effects.perturbations else None
+        own = SourceEffects.of(effects, self.genes) if effects.perturbations else None
         return self._learn(own)
 
     def _learn(self, own: SourceEffects | None) -> dict[str, np.ndarray]:

@@ -16,7 +16,8 @@ from virtualcell._errors import unknown_name
 from virtualcell._keys import ALL
 from virtualcell.data._design import Design, Scale, check_library_sizes, check_scale
 from virtualcell.data._expression import columns_of
-from virtualcell.data._labels import expression_modality, obs_column, parts, read_labels
+from virtualcell.data._labels import expression_modality, obs_column
+from virtualcell.data._read_design import read_design
 from virtualcell.data._screen import Screen
 from virtualcell.data._stored import StoredMatrix, row_sums
 from virtualcell.models._effects import Effects, group_means
@@ -35,10 +36,10 @@ class TransferSource:
     adata
         Rows x genes, or a MuData with them in `modality`. It is not changed.
     perturbation_key
-        Column of `obs` with the perturbation of each row; combinations are written `A+B`.
+        Column of `obs` with the perturbation of each row; combinations are written `A+B`, in any order.
     control
-        Label of the unperturbed rows. `None` where there are none: then effects are taken against the mean of the
-        other perturbations, and nothing is learned of the mean effect.
+        Label of the unperturbed rows, or several. `None` where there are none: then effects are taken against the mean
+        of the other perturbations, and nothing is learned of the mean effect.
     kind
         What a row is: `"cells"`, one cell; `"pseudobulk"`, sums of raw counts over cells, one row or several per
         condition with controls among them; `"effects"`, one measured effect, NaN where a gene was not measured.
@@ -58,6 +59,10 @@ class TransferSource:
         Layer with the standard errors of effects, by which they are shrunken.
     modality
         Expression modality of a MuData.
+    combination_separator
+        What stands between the parts of a combination; `None` where every label is one perturbation.
+    dose_key
+        Column with the dose of the drug in `perturbation_key`.
 
     Examples
     --------
@@ -68,7 +73,7 @@ class TransferSource:
 
     adata: AnnData | MuData
     perturbation_key: str
-    control: str | None = None
+    control: str | Sequence[str] | None = None
     kind: Literal["cells", "pseudobulk", "effects"] = "cells"
     context_key: str | None = None
     batch_key: str | None = None
@@ -78,6 +83,8 @@ class TransferSource:
     unit: Literal["log1p", "log2fc", "other"] = "log1p"
     error_layer: str | None = None
     modality: str = "rna"
+    combination_separator: str | None = "+"
+    dose_key: str | None = None
 
     def __post_init__(self) -> None:
         for argument, valid in (("kind", KINDS), ("unit", tuple(UNITS))):
@@ -128,7 +135,7 @@ class TransferSource:
         found = self._measured(here)
         if not len(found.perturbation):
             raise ValueError(f"a source holds no perturbation besides the control {self.control!r}: leave it out.")
-        return found.renamed(self.control)
+        return found
 
     def _measured(self, here: list[str]) -> SourceEffects:
         if self.kind == "effects":
@@ -149,6 +156,8 @@ class TransferSource:
             layer=self.layer,
             scale=self.scale,
             library_size_key=self.library_size_key,
+            combination_separator=self.combination_separator,
+            dose_key=self.dose_key,
         )
 
     def _of_cells(self, screen: Screen, genes: list[str]) -> SourceEffects:
@@ -202,18 +211,17 @@ class TransferSource:
     def _of_effects(self, genes: list[str]) -> SourceEffects:
         """Effects as they are published."""
         adata = expression_modality(self.adata, self.modality)
-        labels = read_labels(self.adata, self.perturbation_key, argument="perturbation_key", modality=self.modality)
-        context = np.full(adata.n_obs, ALL)
-        if self.context_key is not None:
-            context = read_labels(self.adata, self.context_key, argument="context_key", modality=self.modality)
+        design = self._design()
+        found, _ = read_design(self.adata, replace(design, batch_key=None), modality=self.modality)
+        labels = np.asarray(found["perturbation_key"])
+        context = np.asarray(found.get("context_key", np.full(adata.n_obs, ALL)))
         order = np.argsort(adata.obs_names.to_numpy(dtype=str), kind="stable")
-        rows = order[(labels != self.control).to_numpy()[order]]
+        rows = order[labels[order] != design.control]
         values = _layer(adata, self.layer, rows, genes) * np.float32(UNITS[self.unit])
         variance = None
         if self.error_layer is not None:
             variance = (_layer(adata, self.error_layer, rows, genes) * np.float32(UNITS[self.unit])) ** 2
-        context, labels = np.asarray(context)[rows], np.asarray(labels)[rows]
-        return SourceEffects.average(values, variance, context, labels, genes, has_control=True)
+        return SourceEffects.average(values, variance, context[rows], labels[rows], genes, has_control=True)
 
 
 _NO_CONTROL = "(no control)"  # label that no row has
@@ -271,16 +279,6 @@ class SourceEffects:
             return self
         variance = None if self.variance is None else self.variance[:, columns]
         return replace(self, genes=list(genes), effects=self.effects[:, columns], variance=variance)
-
-    def renamed(self, control: str | None) -> SourceEffects:
-        """Write combinations in one way, `A+B` for `B+A` and `A` for `A+control`, as sources differ in that."""
-        names = ["+".join(sorted(parts(p, control))) if "+" in p else p for p in self.perturbation]
-        names = np.array([new or old for new, old in zip(names, self.perturbation, strict=True)])
-        if (names == self.perturbation).all():
-            return self
-        return SourceEffects.average(
-            self.effects, self.variance, self.context, names, self.genes, has_control=self.has_control
-        )
 
     @classmethod
     def average(

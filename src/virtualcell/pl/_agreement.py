@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import numpy as np
 from anndata import AnnData
@@ -18,6 +19,7 @@ from virtualcell.pl._common import (
     contexts_of,
     in_context,
     mean_profile,
+    names_of,
     observed_design,
     predicted_screen,
     title,
@@ -50,7 +52,7 @@ def de_agreement(
     n_labels: int = 10,
     modality: str = "rna",
     perturbation_key: str | None = None,
-    control: str | None = None,
+    control: str | Sequence[str] | None = None,
     context_key: str | None = None,
     batch_key: str | None = None,
     layer: str | None = None,
@@ -109,6 +111,7 @@ def de_agreement(
         observed, modality, predicted=predicted, perturbation_key=perturbation_key, control=control,
         context_key=context_key, layer=layer, scale=scale, library_size_key=library_size_key, batch_key=batch_key,
     )  # fmt: skip
+    perturbation, context = names_of(design, perturbation, context)
     if not 1 <= n_top <= predicted.n_vars:
         raise ValueError(f"n_top={n_top} must lie between 1 and {predicted.n_vars}, the number of predicted genes.")
     guess = predicted_screen(predicted, design)

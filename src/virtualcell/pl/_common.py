@@ -11,6 +11,7 @@ from mudata import MuData
 from virtualcell import _keys
 from virtualcell._errors import unknown_name
 from virtualcell.data._design import Design, note_columns, noted_design
+from virtualcell.data._labels import text
 from virtualcell.data._screen import Screen
 
 _COLUMNS = ("perturbation_key", "control", "context_key", "batch_key", "library_size_key")
@@ -41,6 +42,11 @@ def the_only(perturbation: str | None, known: Sequence[str], *, argument: str) -
             "Name one: perturbation=."
         )
     return known[0]
+
+
+def names_of(design: Design, perturbation: object, context: object) -> tuple[str | None, str | None]:
+    """Return the names of what is to be drawn, however it is written; `None` where it was left out."""
+    return None if perturbation is None else design.name_of(perturbation), None if context is None else text(context)
 
 
 def predicted_screen(predicted: AnnData, design: Design, *, layer: str | None = None) -> Screen:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import matplotlib.patheffects as effects
 import numpy as np
@@ -20,6 +20,7 @@ from virtualcell.pl._common import (
     contexts_of,
     in_context,
     mean_profile,
+    names_of,
     observed_design,
     predicted_screen,
     title,
@@ -51,7 +52,7 @@ def perturbation_shift(
     n_labels: int = 20,
     modality: str = "rna",
     perturbation_key: str | None = None,
-    control: str | None = None,
+    control: str | Sequence[str] | None = None,
     context_key: str | None = None,
     batch_key: str | None = None,
     layer: str | None = None,
@@ -114,6 +115,7 @@ def perturbation_shift(
         observed, modality, predicted=predicted, perturbation_key=perturbation_key, control=control,
         context_key=context_key, layer=layer, scale=scale, library_size_key=library_size_key, batch_key=batch_key,
     )  # fmt: skip
+    perturbation, context = names_of(design, perturbation, context)
     guess = predicted_screen(predicted, design)
     if perturbation is not None:
         remedy = "Predict it first: `vc.tl.predict_perturbation`."

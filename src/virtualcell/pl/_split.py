@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -30,7 +31,7 @@ def split(
     split_key: str = _keys.SPLIT,
     modality: str = "rna",
     perturbation_key: str | None = None,
-    control: str | None = None,
+    control: str | Sequence[str] | None = None,
     context_key: str | None = None,
     batch_key: str | None = None,
     library_size_key: str | None = None,
@@ -78,15 +79,18 @@ def split(
     )
     note_columns(adata, modality, **stated, batch_key=batch_key, library_size_key=library_size_key)
     stated = {k: manifest.get(k) if v is None else v for k, v in stated.items()}
+    stated |= {k: manifest.get(k) for k in ("combination_separator", "dose_key")}
     design = observed_design(adata, modality, **stated)
     screen = Screen.from_anndata(adata, design, modality=modality)
     part = read_labels(adata, split_key, argument="split_key", modality=modality)
     for name in set(part) - set(_COLOURS):
         raise unknown_name(f"obs[{split_key!r}]", name, _COLOURS, "A split has these parts and no other.")
     parts = [p for p in _COLOURS if (part == p).any()]
-    counts = pd.crosstab([np.asarray(screen.perturbation), np.asarray(screen.context)], part.to_numpy())
+    written = np.asarray(screen.spelled(screen.perturbation))
+    counts = pd.crosstab([written, np.asarray(screen.context)], part.to_numpy())
     counts = counts.reindex(columns=parts)
-    rows = [*([design.control] if screen.is_control.any() else []), *screen.perturbation_names]
+    of_control = screen.spelled([design.control] if screen.is_control.any() else [])
+    rows = [*of_control, *sorted(screen.spelled(screen.perturbation_names))]
     columns = screen.context_names
 
     size = (2.6 + 0.8 * len(columns), float(np.clip(1.2 + 0.2 * len(rows), 2.4, 9)))
@@ -101,7 +105,7 @@ def split(
     ax.set(xlim=(0, len(columns)), ylim=(len(rows), 0))
     for column in range(1, len(columns)):
         ax.axvline(column, color=ink.background, lw=3)
-    if rows[0] == design.control:
+    if of_control:
         ax.axhline(1, color=ink.foreground, lw=1.2)
 
     tilted = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if len(columns) > 1 else {}

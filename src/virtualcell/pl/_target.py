@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -11,9 +13,9 @@ from matplotlib.ticker import PercentFormatter
 from mudata import MuData
 
 from virtualcell._errors import unknown_name
-from virtualcell.data._design import Scale
+from virtualcell.data._design import Scale, noted_design
 from virtualcell.data._screen import Screen
-from virtualcell.pl._common import chosen, contexts_of, observed_design, the_only, title, with_controls
+from virtualcell.pl._common import chosen, contexts_of, names_of, observed_design, the_only, title, with_controls
 from virtualcell.pl._style import CONTROL, OBSERVED, axes_or_new, despine, ink_of, legend_below, write_title
 
 
@@ -26,7 +28,7 @@ def target_expression(
     values: Literal["log1p", "counts"] = "log1p",
     modality: str = "rna",
     perturbation_key: str | None = None,
-    control: str | None = None,
+    control: str | Sequence[str] | None = None,
     context_key: str | None = None,
     batch_key: str | None = None,
     layer: str | None = None,
@@ -79,13 +81,17 @@ def target_expression(
         adata, modality, perturbation_key=perturbation_key, control=control, context_key=context_key, layer=layer,
         scale=scale, library_size_key=library_size_key, batch_key=batch_key,
     )  # fmt: skip
+    perturbation, context = names_of(design, perturbation, context)
     if values not in ("log1p", "counts"):
         raise ValueError(f"values={values!r} is unknown. Say 'log1p' or 'counts'.")
     if values == "counts" and design.scale != "counts":
         raise ValueError("values='counts' was asked for, but scale='log1p' was stated. Give the layer with raw counts.")
+    design = replace(design, gene_key=noted_design(adata, modality).get("gene_key"))
     screen = Screen.from_anndata(adata, design, modality=modality, unit=values)
     perturbation = the_only(perturbation, screen.perturbation_names, argument="adata")
-    gene = perturbation if gene is None else gene
+    if gene is None:
+        called = screen.target_names
+        gene = next(iter(called.index[called == perturbation]), perturbation)
     if gene not in screen.genes:
         raise unknown_name("gene", gene, screen.genes, "Name the target as it was measured: gene=.")
     remedy = "Name one that has cells in this data and is not the control."

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 from anndata import AnnData
@@ -19,6 +21,7 @@ from virtualcell.pl._common import (
     chosen,
     contexts_of,
     is_prediction,
+    names_of,
     observed_design,
     the_only,
     title,
@@ -47,7 +50,7 @@ def de_volcano(
     fdr: float = 0.05,
     modality: str = "rna",
     perturbation_key: str | None = None,
-    control: str | None = None,
+    control: str | Sequence[str] | None = None,
     context_key: str | None = None,
     batch_key: str | None = None,
     layer: str | None = None,
@@ -109,6 +112,7 @@ def de_volcano(
         adata, modality, perturbation_key=perturbation_key, control=control, context_key=context_key, layer=layer,
         scale=scale, library_size_key=library_size_key, batch_key=batch_key,
     )  # fmt: skip
+    perturbation, context = names_of(design, perturbation, context)
     table, source, where, name = (_predicted if is_prediction(adata) else _measured)(
         adata, design, perturbation, context, modality
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -15,7 +15,7 @@ from scipy import sparse, stats
 from virtualcell import _keys
 from virtualcell._errors import unknown_name
 from virtualcell.data._design import Design, Scale, note_columns, note_design
-from virtualcell.data._labels import expression_modality, parts
+from virtualcell.data._labels import expression_modality, parts, without_version
 from virtualcell.data._screen import Screen
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ def knockdown_efficiency(
     adata: AnnData | MuData,
     *,
     perturbation_key: str,
-    control: str,
+    control: str | Sequence[str],
     context_key: str | None = None,
     batch_key: str | None = None,
     layer: str | None = None,
@@ -42,6 +42,7 @@ def knockdown_efficiency(
     cell_threshold: float | None = None,
     min_cells: int = 30,
     modality: str = "rna",
+    combination_separator: str | None = "+",
 ) -> pd.DataFrame:
     r"""Measure the residual expression of each target in its own cells, and mark those that responded.
 
@@ -68,7 +69,7 @@ def knockdown_efficiency(
         Columns of `obs`. Labels of perturbations are names of their targets. Without `context_key` all cells are one
         context, "(all)".
     control
-        Label of the control cells.
+        Label of the control cells, or several.
     batch_key
         Plays no part here; noted for later calls, so that a whole design can be passed.
     layer, scale
@@ -86,6 +87,8 @@ def knockdown_efficiency(
         Least number of responding cells.
     modality
         Modality of a MuData with the expression.
+    combination_separator
+        As in :func:`virtualcell.tl.fit_state`.
 
     Returns
     -------
@@ -118,7 +121,11 @@ def knockdown_efficiency(
     threshold = _THRESHOLDS[direction][0] if threshold is None else threshold
     cell_threshold = _THRESHOLDS[direction][1] if cell_threshold is None else cell_threshold
     expression = expression_modality(adata, modality)
-    design = Design(perturbation_key, control, context_key, layer=layer, scale=scale, library_size_key=library_size_key)
+    design = Design(
+        perturbation_key, control, context_key, layer=layer, scale=scale, library_size_key=library_size_key,
+        combination_separator=combination_separator,
+    )  # fmt: skip
+    control = design.control
     screen = Screen.from_anndata(adata, design, modality=modality)
     screen.require_control()
     label, context = (np.asarray(x).astype(str) for x in (screen.perturbation, screen.context))
@@ -139,6 +146,7 @@ def knockdown_efficiency(
     cells = pd.DataFrame({"context": context, "perturbation": label})
     table, residual = _measure(cells, control, targets, linear, column_of, np.max if direction == "down" else np.min)
     table, keep = _judge(table, cells, residual, direction, threshold, cell_threshold, min_cells)
+    table["perturbation"] = screen.spelled(table["perturbation"])
     expression.obs[_keys.KNOCKDOWN] = residual
     expression.obs[_keys.RESPONDED] = keep
     expression.uns[_keys.UNS] = {**expression.uns.get(_keys.UNS, {}), _keys.KNOCKDOWN: table.copy()}
@@ -161,7 +169,8 @@ def _match(adata: AnnData, targets: list[str], gene_key: str | None) -> dict[str
     """Map the targets that are measured to their `var_names`."""
     if gene_key is not None and gene_key not in adata.var:
         raise unknown_name("gene_key", gene_key, adata.var.columns, "Leave it out to use var_names.")
-    names = pd.Series(adata.var_names, index=adata.var_names if gene_key is None else adata.var[gene_key].astype(str))
+    by = adata.var_names if gene_key is None else adata.var[gene_key].astype(str)
+    names = pd.Series(adata.var_names, index=[without_version(str(gene)) for gene in by])
     found = names[names.index.isin(targets)]
     if found.empty:
         where = "var_names" if gene_key is None else f"var[{gene_key!r}]"

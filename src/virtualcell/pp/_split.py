@@ -17,8 +17,10 @@ from virtualcell import _keys
 from virtualcell._errors import unknown_name
 from virtualcell._keys import SPLITS
 from virtualcell._settings import seed_of
-from virtualcell.data._design import note_columns, note_design
-from virtualcell.data._labels import expression_modality, parts, read_labels
+from virtualcell.data._design import Design, note_columns, note_design
+from virtualcell.data._doses import drug_and_dose
+from virtualcell.data._labels import expression_modality, is_several, parts, read_labels, text
+from virtualcell.data._read_design import read_design
 
 logger = logging.getLogger(__name__)
 
@@ -34,9 +36,11 @@ def split(
     adata: AnnData | MuData,
     *,
     perturbation_key: str,
-    control: str,
+    control: str | Sequence[str],
     holdout: Mapping[str, Sequence[str] | int | float],
     context_key: str | None = None,
+    combination_separator: str | None = "+",
+    dose_key: str | None = None,
     batch_key: str | None = None,
     library_size_key: str | None = None,
     val_fraction: float = 0.1,
@@ -62,8 +66,8 @@ def split(
     is compared with, so those of a held-out context stay at hand as input (and may be learned from). They are never
     "val" or "test".
 
-    A held-out perturbation is a label, letter for letter: holding out "A" leaves the combination "A+B" in training.
-    Such combinations are named in a warning; list them too if nothing with A may be seen.
+    Holding out "A" holds out what else stands for it ("A+ctrl"), and leaves the combination "A+B" in training. Such
+    combinations are named in a warning; list them too if nothing with A may be seen.
 
     Validation cells are `val_fraction` of the perturbed training cells of each (context, perturbation) group, rounded;
     a group always keeps one training cell. Draws follow the sorted cell names, so the order of cells does not matter.
@@ -75,11 +79,13 @@ def split(
     perturbation_key, context_key
         Columns of `obs`. Without `context_key` all cells are one context, "(all)".
     control
-        Label of the control cells in `perturbation_key`.
+        Label of the control cells in `perturbation_key`, or several.
     batch_key, library_size_key
         Play no part in a split; noted for later calls, so that a whole design can be passed.
     holdout
         What to hold out, as in the table above.
+    combination_separator, dose_key
+        As in :func:`virtualcell.tl.fit_state`. A drug that is held out without a dose is held out at all doses.
     val_fraction
         Share of the perturbed training cells to validate on, from 0 up to but not including 1.
     key_added
@@ -117,7 +123,11 @@ def split(
     ['type_3']
     """
     kind, seed = _kind(holdout, val_fraction, context_key), seed_of(seed)
-    cells = _cells(adata, perturbation_key, context_key, modality)
+    design = Design(
+        perturbation_key, control, context_key, combination_separator=combination_separator, dose_key=dose_key
+    )
+    control = design.control
+    cells = _cells(adata, design, modality)
     perturbed = cells["perturbation"] != control
     if perturbed.all():
         raise unknown_name("control", control, cells["perturbation"].unique(), f"Name a label of {perturbation_key!r}.")
@@ -133,7 +143,7 @@ def split(
         held_out, test = {}, perturbed
         for part, column in (("contexts", "context"), ("perturbations", "perturbation")):
             if part in holdout:
-                held_out[part] = _names(holdout[part], part, cells.loc[test, column], control, names_rng)
+                held_out[part] = _names(holdout[part], part, cells.loc[test, column], design, names_rng)
                 test = test & cells[column].isin(held_out[part])
 
     assigned = pd.Series("train", index=cells.index)
@@ -155,17 +165,17 @@ def split(
     manifest = {
         "kind": kind,
         "perturbation_key": perturbation_key,
-        "control": control,
-        "holdout": {k: v if isinstance(v, str | Real) else list(v) for k, v in holdout.items()},
+        "control": list(design.controls) if design.other_controls else control,
+        "combination_separator": combination_separator or "",
+        "holdout": {k: list(map(text, v)) if is_several(v) else v for k, v in holdout.items()},
         "held_out": held_out,
         "val_fraction": val_fraction,
         "seed": seed,
     }
-    if context_key is not None:
-        manifest["context_key"] = context_key
+    manifest |= {k: v for k, v in (("context_key", context_key), ("dose_key", dose_key)) if v is not None}
     note_columns(adata, modality, batch_key=batch_key, library_size_key=library_size_key)
     _write(adata, cells, assigned, manifest, key_added, modality)
-    _report(cells, assigned, manifest)
+    _report(cells, assigned, kind)
 
 
 def _kind(holdout: Mapping, val_fraction: float, context_key: str | None) -> str:
@@ -260,7 +270,8 @@ def apply_split(
     """
     manifest = json.loads(Path(path).read_text())
     saved = {cell: name for name, members in manifest.pop("cells").items() for cell in members}
-    cells = _cells(adata, manifest["perturbation_key"], manifest.get("context_key"), modality)
+    stated = {k: manifest[k] for k in ("context_key", "combination_separator", "dose_key") if k in manifest}
+    cells = _cells(adata, Design(manifest["perturbation_key"], manifest["control"], **stated), modality)
     assigned = pd.Series(cells.index.map(saved), index=cells.index)
     missing = assigned.index[assigned.isna()]
     if len(missing):
@@ -272,20 +283,20 @@ def apply_split(
     logger.info("Replayed a %s split: %d of its %d cells are here.", manifest["kind"], len(cells), len(saved))
 
 
-def _cells(adata: AnnData | MuData, perturbation_key: str, context_key: str | None, modality: str) -> pd.DataFrame:
+def _cells(adata: AnnData | MuData, design: Design, modality: str) -> pd.DataFrame:
     """Return the context and perturbation of each cell, indexed by its name."""
-    perturbation = read_labels(adata, perturbation_key, argument="perturbation_key", modality=modality)
-    if not perturbation.index.is_unique:
-        twice = perturbation.index[perturbation.index.duplicated()]
+    names = expression_modality(adata, modality).obs_names
+    found, _ = read_design(adata, design, modality=modality)
+    if not names.is_unique:
+        twice = names[names.duplicated()]
         raise ValueError(f"obs_names repeats {list(twice[:3])}. Run `adata.obs_names_make_unique()` first.")
-    cells = pd.DataFrame({"context": _keys.ALL, "perturbation": perturbation})
-    if context_key is not None:
-        cells["context"] = read_labels(adata, context_key, argument="context_key", modality=modality)
-    return cells
+    context = found.get("context_key", np.full(len(names), _keys.ALL))
+    columns = {"context": np.asarray(context), "perturbation": np.asarray(found["perturbation_key"])}
+    return pd.DataFrame(columns, index=names)
 
 
 def _names(
-    wanted: Sequence[str] | int | float, part: str, column: pd.Series, control: str, rng: np.random.Generator
+    wanted: Sequence[str] | int | float, part: str, column: pd.Series, design: Design, rng: np.random.Generator
 ) -> list[str]:
     """Return the names to hold out, checked where they are listed and drawn where `wanted` is a number."""
     known = sorted(column.unique())
@@ -298,9 +309,14 @@ def _names(
             )
         number = int(wanted) if whole else max(1, round(wanted * len(known)))
         return sorted(rng.choice(known, size=number, replace=False).tolist())
-    names = sorted({wanted} if isinstance(wanted, str) else set(wanted))
-    if part == "perturbations" and control in names:
-        raise ValueError(f"holdout names the control {control!r}, which every model needs. Leave it out.")
+    name_of = design.name_of if part == "perturbations" else text
+    names = {name_of(label) for label in (wanted if is_several(wanted) else [wanted])}
+    if part == "perturbations" and design.dose_key is not None:  # a drug stands for all of its doses
+        doses = {name: {k for k in known if (at := drug_and_dose(k)) is not None and at[0] == name} for name in names}
+        names = set().union(*(doses[name] or {name} for name in names))
+    names = sorted(names)
+    if part == "perturbations" and design.control in names:
+        raise ValueError(f"holdout names the control {design.control!r}, which every model needs. Leave it out.")
     for name in names:
         if name not in known:
             raise unknown_name(f"holdout[{part!r}]", name, known, "Only labels with perturbed cells can be held out.")
@@ -328,23 +344,24 @@ def _write(
     ours = expression.uns.get(_keys.UNS, {})
     manifests = {**ours.get(_keys.SPLIT_MANIFEST, {}), key: manifest | {"groups": groups.reset_index(name="n_cells")}}
     expression.uns[_keys.UNS] = {**ours, _keys.SPLIT_MANIFEST: manifests}
-    note_design(adata, {k: manifest.get(k) for k in ("perturbation_key", "control", "context_key")}, modality)
+    noted = ("perturbation_key", "control", "context_key", "combination_separator", "dose_key")
+    note_design(adata, {k: manifest.get(k) for k in noted}, modality)
 
 
-def _report(cells: pd.DataFrame, assigned: pd.Series, manifest: dict) -> None:
+def _report(cells: pd.DataFrame, assigned: pd.Series, kind: str) -> None:
     """Log the sizes, and warn of combinations that show a held-out target in training."""
     sizes = assigned.value_counts()
     seen = set(cells.loc[assigned == "train", "perturbation"])
     tested = set(cells.loc[assigned == "test", "perturbation"])
     logger.info(
         "%s split: %s cells; %d of %d test perturbations are seen in training.",
-        manifest["kind"],
+        kind,
         ", ".join(f"{sizes.get(name, 0)} {name}" for name in SPLITS),
         len(tested & seen),
         len(tested),
     )
-    if manifest["kind"] == "unseen perturbations":
-        held = {part for label in tested for part in parts(label, manifest["control"])}
+    if kind == "unseen perturbations":
+        held = {part for label in tested for part in parts(label)}
         leaks = sorted(label for label in seen if set(parts(label)) & held)
         if leaks:
             shown = ", ".join(leaks[:8]) + (", ..." if len(leaks) > 8 else "")

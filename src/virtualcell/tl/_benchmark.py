@@ -18,9 +18,9 @@ from scipy import sparse
 from virtualcell import _settings
 from virtualcell._progress import Bar
 from virtualcell._threads import count_threads, own_threads
-from virtualcell.data._counts import NoCountsError, counts_of, library_of
 from virtualcell.data._design import Design, Scale, check_library_sizes
 from virtualcell.data._expression import MOST_EXPRESSION
+from virtualcell.data._labels import expression_modality
 from virtualcell.data._screen import Screen
 from virtualcell.models import ST
 from virtualcell.models._base import PerturbationModel
@@ -28,17 +28,25 @@ from virtualcell.models._baselines import Baseline
 from virtualcell.models._effects import Effects
 from virtualcell.models._start import Start, starts
 from virtualcell.pp import split as split_cells
-from virtualcell.tl._benchmark_models import Spec, fit_st, model_specs, reason_not_to_predict
+from virtualcell.tl._benchmark_models import (
+    VCC2026,
+    Spec,
+    fit_st,
+    hold_counts,
+    model_specs,
+    observed_cells,
+    reason_not_to_predict,
+)
 from virtualcell.tl._emit import emitted_cells, predicted_effect
 from virtualcell.tl._evaluate import evaluate
-from virtualcell.tl._evaluate_checks import Suite, metric_names
+from virtualcell.tl._evaluate_checks import Suite, metric_names, warn_without_targets
 from virtualcell.tl._prepare import choose_genes, prepared
 from virtualcell.tl._questions import Asked, asked_by_split
 
 logger = logging.getLogger(__name__)
 
 COLUMNS = ["split", "seed", "source", "model", "context", "perturbation", "metric", "value"]
-VCC2026 = "vcc2026"
+_TARGET = "name"  # column of var of the cells to score with the names of genes that perturbations go by
 
 
 @dataclass(frozen=True)
@@ -62,9 +70,12 @@ def benchmark(
     models: Sequence[str] | Mapping[str, Spec],
     *,
     perturbation_key: str,
-    control: str,
+    control: str | Sequence[str],
     context_key: str | None = None,
     batch_key: str | None = None,
+    combination_separator: str | None = "+",
+    dose_key: str | None = None,
+    gene_key: str | None = None,
     split_key: str | None = None,
     splits: Mapping[str, str | Mapping] | None = None,
     suite: Suite | Sequence[str] = "full",
@@ -102,7 +113,9 @@ def benchmark(
         `perturbation_features`, `init_from`, `size`, `network` and `training` have a meaning here; for others those of
         the class.
     perturbation_key, control, context_key, batch_key
-        Columns of `obs`, and the label of control cells. Only ST uses the batch.
+        Columns of `obs`, and the label (or labels) of control cells. Only ST uses the batch.
+    combination_separator, dose_key, gene_key
+        As in :func:`virtualcell.tl.fit_state`.
     split_key, splits
         Column with `train`, `val` and `test`, from :func:`virtualcell.pp.split`; or several splits, from a name to such
         a column or to what to hold out (`{"K562 unseen": {"contexts": ["K562"]}}`). One of the two.
@@ -161,7 +174,7 @@ def benchmark(
     ['Additive', 'NearestContext']
     """
     specs = model_specs(models, floor, perturbation_features)
-    metric_names(suite)  # a wrong name shows now, and not when all is fitted
+    metrics = metric_names(suite)  # a wrong name shows now, and not when all is fitted
     count_threads(n_jobs)
     if n_cells is not None and n_cells < 1:
         raise ValueError(f"n_cells={n_cells!r}: at least one cell is needed.")
@@ -178,10 +191,15 @@ def benchmark(
         layer=layer,
         scale=scale,
         library_size_key=library_size_key,
+        combination_separator=combination_separator,
+        dose_key=dose_key,
+        gene_key=gene_key,
     )
     settings = _Settings(design, suite, seeds, ceiling, perturbation_features, n_top_genes, min_cells, n_cells, n_jobs)
     frames, n_genes, verdicts = [], {}, []
     for name, screen in _splits(adata, design, split_key, splits, modality):
+        if not n_genes:
+            warn_without_targets(screen, screen.perturbation_names, metrics, expression_modality(adata, modality).var)
         case = _Case.of(name, screen, settings)
         n_genes[name] = len(case.screen.genes)
         frames += case.scores(specs)
@@ -193,7 +211,7 @@ def benchmark(
         "verdicts": verdicts,
         "suite": suite if isinstance(suite, str) else list(suite),
         "perturbation_key": perturbation_key,
-        "control": control,
+        "control": design.control,
         "context_key": context_key,
         "models": [n for n, (_, _, source) in specs.items() if source == "model"],
         "floor": list(floor),
@@ -223,9 +241,9 @@ def _splits(
             yield name, Screen.from_anndata(data, dataclasses.replace(design, split_key=how), modality=modality)
             continue
         screen = Screen.from_anndata(data, design, modality=modality)
-        keys = {k: getattr(design, k) for k in ("perturbation_key", "control", "context_key")}
-        cells = AnnData(obs=screen.labels())
-        split_cells(cells, **keys, holdout=how, key_added=name)
+        keys = {k: getattr(design, k) for k in ("perturbation_key", "context_key", "combination_separator", "dose_key")}
+        cells = AnnData(obs=screen.as_written(screen.labels()))
+        split_cells(cells, **keys, control=design.controls, holdout=how, key_added=name)
         # a split of its own, whatever it is called: no other cells are held out for validation
         design_of = dataclasses.replace(design, split_key=name)
         yield name, dataclasses.replace(screen, design=design_of, split=cells.obs[name].to_numpy().astype(str))
@@ -267,15 +285,16 @@ class _Case:
         scored = screen.take(is_test | screen.is_control)
         begin = list(starts(screen.take(screen.is_control)))
         unit = "counts" if settings.suite == VCC2026 else "log1p"
+        targets_by = scored.target_names[scored.genes]
         return cls(
             name=name,
             screen=known,
             effects=Effects.measure(known, known.is_known),
             of_baselines=Effects.measure(known),
             starts=begin,
-            unit=unit if _hold_counts(begin, settings.suite) else None,
+            unit=unit if hold_counts(begin, settings.suite) else None,
             asked=asked,
-            real=AnnData(_observed(scored, unit), obs=scored.labels(), var=pd.DataFrame(index=genes)),
+            real=AnnData(observed_cells(scored, unit), obs=scored.labels(), var=pd.DataFrame({_TARGET: targets_by})),
             pairs=sorted((p, c) for c, p in screen.pairs(is_test)),
             settings=settings,
             verdicts=[],
@@ -308,6 +327,8 @@ class _Case:
                     frames.append(scores.assign(split=self.name, seed=seed))
                 bar.step(label)
                 logger.info("Split %r: %s is done.", self.name, label)
+        for frame in frames:
+            frame["perturbation"] = self.screen.spelled(frame["perturbation"])
         return frames
 
     def _fit(self, label: str, kind: Any, kwargs: dict, seed: int) -> PerturbationModel:
@@ -366,6 +387,7 @@ class _Case:
                 perturbation_key=design.perturbation_key,
                 control=design.control,
                 context_key=design.context_key,
+                gene_key=_TARGET,
                 suite=settings.suite,
                 scale=self.unit or "log1p",
                 predicted_scale=self.unit or "log1p",
@@ -373,28 +395,3 @@ class _Case:
                 n_jobs=settings.n_jobs,
                 seed=seed,
             )
-
-
-def _hold_counts(begin: list[Start], suite: str | Sequence[str]) -> bool:
-    """Tell whether control cells hold the counts that predicted cells are made of, and warn where they do not."""
-    try:
-        for start in begin:
-            _ = start.counted
-    except NoCountsError as reason:
-        if suite == VCC2026:
-            raise
-        logger.warning(
-            "What models return is scored as it is, and not cells made of it, which need whole counts: %s", reason
-        )
-        return False
-    return True
-
-
-def _observed(cells: Screen, unit: str) -> sparse.csr_matrix:
-    """Return the real cells, as logarithms or as counts."""
-    if unit == "log1p":
-        return cells.expression.rows()
-    if cells.design.scale == "counts":
-        return cells.read_as("counts").expression.rows()
-    log = cells.expression.rows()
-    return counts_of(log, library_of(log))

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 
 import pandas as pd
+from scipy import sparse
 
 from virtualcell import models as _models
 from virtualcell._errors import UnknownNameError, unknown_name
+from virtualcell.data._counts import NoCountsError, counts_of, library_of
 from virtualcell.data._screen import Screen
 from virtualcell.models._base import PerturbationModel
 from virtualcell.models._baselines import Baseline
 from virtualcell.models._effects import Effects
 from virtualcell.models._feature_baselines import FeatureBaseline
+from virtualcell.models._start import Start
 from virtualcell.tl._fit import build_st, train_st
 from virtualcell.tl._fit_options import FitOptions, NetworkOptions, SEOptions, check_call, choose_size
 from virtualcell.tl._questions import Asked
 from virtualcell.tl._verdict import Verdict
 
+logger = logging.getLogger(__name__)
+
 Spec = str | type[PerturbationModel] | tuple[str | type[PerturbationModel], dict]
 
+VCC2026 = "vcc2026"
 _OF_ST = ("perturbation_features", "init_from", "size", "network", "training")
 
 
@@ -119,3 +126,28 @@ def reason_not_to_predict(model: PerturbationModel, perturbations: Sequence[str]
         except UnknownNameError as reason:
             return reason
     return None
+
+
+def hold_counts(begin: list[Start], suite: str | Sequence[str]) -> bool:
+    """Tell whether control cells hold the counts that predicted cells are made of, and warn where they do not."""
+    try:
+        for start in begin:
+            _ = start.counted
+    except NoCountsError as reason:
+        if suite == VCC2026:
+            raise
+        logger.warning(
+            "What models return is scored as it is, and not cells made of it, which need whole counts: %s", reason
+        )
+        return False
+    return True
+
+
+def observed_cells(cells: Screen, unit: str) -> sparse.csr_matrix:
+    """Return the real cells, as logarithms or as counts."""
+    if unit == "log1p":
+        return cells.expression.rows()
+    if cells.design.scale == "counts":
+        return cells.read_as("counts").expression.rows()
+    log = cells.expression.rows()
+    return counts_of(log, library_of(log))

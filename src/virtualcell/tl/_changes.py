@@ -109,7 +109,7 @@ class Setting:
         *,
         min_gene_coverage: float,
         modality: str,
-        **stated: str | None,
+        **stated: object,
     ) -> Setting:
         """Find the model, the control cells and the genes, as `predict_perturbation` does.
 
@@ -153,7 +153,7 @@ class Setting:
                     "`vc.tl.fit_state(adata, ..., perturbation_features=table)`, or leave perturbations out."
                 )
         else:
-            names = names_of(perturbations)
+            names = list(names_of(self.model, perturbations))
         names = [name for name in names if name != self.model.control]
         for name in names:
             self.model.check_perturbation(name)

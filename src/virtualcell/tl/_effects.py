@@ -36,7 +36,7 @@ def effects(
     scale: Scale | None = None,
     library_size_key: str | None = None,
     perturbation_key: str | None = None,
-    control: str | None = None,
+    control: str | Sequence[str] | None = None,
     context_key: str | None = None,
     batch_key: str | None = None,
     min_gene_coverage: float = 1.0,
@@ -107,7 +107,7 @@ def effects(
     codes, n = np.arange(len(names)), len(shown)
     table = pd.DataFrame(
         {
-            "perturbation": pd.Categorical.from_codes(np.repeat(codes, n), names),
+            "perturbation": pd.Categorical.from_codes(np.repeat(codes, n), setting.screen.spelled(names)),
             "gene": pd.Categorical.from_codes(np.tile(np.arange(n), len(names)), setting.genes[shown]),
             **{name: values.ravel().astype(np.float32) for name, values in columns.items()},
         }

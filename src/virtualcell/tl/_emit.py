@@ -144,7 +144,7 @@ def emitted_cells(effect: Effect, start: Start, genes: np.ndarray, *, seed: int 
             genes=genes,
             dispersion=counted.dispersions.after(effect.change),
             target_sum=counted.target_sum,
-            key=f"{start.context}\0{'+'.join(sorted(effect.perturbation.split('+')))}",  # B+A is A+B
+            key=f"{start.context}\0{effect.perturbation}",
             seed=seed,
         )
     return EmittedCells(counts, library, log_of(counts, library, counted.target_sum))

@@ -18,6 +18,7 @@ from virtualcell._progress import Bar
 from virtualcell._settings import seed_of
 from virtualcell._threads import count_threads
 from virtualcell.data._design import (
+    AS_NOTED,
     Design,
     Scale,
     check_library_sizes,
@@ -26,6 +27,7 @@ from virtualcell.data._design import (
     note_design,
     noted_design,
 )
+from virtualcell.data._labels import expression_modality
 from virtualcell.tl._ceiling import CEILING, CORRECTED_CEILING, ceilings
 from virtualcell.tl._evaluate_checks import (
     COLUMNS,
@@ -35,6 +37,7 @@ from virtualcell.tl._evaluate_checks import (
     metric_names,
     scored_before,
     task_of,
+    warn_without_targets,
 )
 from virtualcell.tl._scores import Cells, Comparison, score_rows
 
@@ -44,8 +47,11 @@ def evaluate(
     observed: AnnData | MuData,
     *,
     perturbation_key: str | None = None,
-    control: str | None = None,
+    control: str | Sequence[str] | None = None,
     context_key: str | None = None,
+    combination_separator: str | None = AS_NOTED,
+    dose_key: str | None = None,
+    gene_key: str | None = None,
     batch_key: str | None = None,
     suite: Suite | Sequence[str] = "standard",
     scale: Scale | None = None,
@@ -76,9 +82,14 @@ def evaluate(
         Columns of `obs` on both sides with the perturbation and the context; without `context_key`, all cells are of
         one context.
     control
-        Label that control cells have.
+        Label that control cells have, or several.
     batch_key
         Plays no part in scores; noted for later calls, so that a whole design can be passed.
+    combination_separator, dose_key
+        As in :func:`virtualcell.tl.fit_state`: what it noted, or else "+" and no doses.
+    gene_key
+        Column of `observed.var` with the names of genes that perturbations go by, where these are not `var_names`; as
+        noted where left out. The gene that a perturbation is named after is left out of its discrimination.
     suite
         "standard", the metrics that the page "Evaluation" recommends, Pearson delta and MAE first; "full", all of them;
         "vcc2025", the three metrics of the Virtual Cell Challenge 2025 and discrimination by cosine; "vcc2026", those
@@ -136,7 +147,10 @@ def evaluate(
     """
     seed = seed_of(seed)
     stated = {"perturbation_key": perturbation_key, "control": control, "context_key": context_key}
-    stated |= {"scale": scale, "layer": layer, "library_size_key": library_size_key}
+    stated |= {"scale": scale, "layer": layer, "library_size_key": library_size_key, "dose_key": dose_key}
+    stated["gene_key"] = gene_key
+    if combination_separator != AS_NOTED:
+        stated["combination_separator"] = combination_separator or ""  # None states nothing
     design = _design(observed, modality, stated)
     check_scale(predicted_scale, "predicted_scale")
     names = metric_names(suite)
@@ -158,7 +172,11 @@ def evaluate(
 
         parts = score(task, generic=isinstance(baseline, str))
     else:
+        asked = {p for perturbations in task.contexts.values() for p in perturbations}
+        warn_without_targets(task.screens["observed"], asked, names, expression_modality(observed, modality).var)
         parts = [_defined_alike(pd.concat(_score(task, names), ignore_index=True))]
+    for part in parts:
+        part["perturbation"] = task.screens["observed"].spelled(part["perturbation"])
     counted = task.counted()
     note_design(observed, design.to_uns(), modality)
     note_columns(observed, modality, batch_key=batch_key)

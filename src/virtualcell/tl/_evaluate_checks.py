@@ -15,7 +15,7 @@ from mudata import MuData
 from virtualcell._errors import unknown_name
 from virtualcell._keys import ALL
 from virtualcell.data._design import Design, Scale
-from virtualcell.data._labels import obs_column
+from virtualcell.data._labels import obs_column, parts, text, without_version
 from virtualcell.data._screen import Screen
 from virtualcell.tl._scores import METRICS, SUITES
 
@@ -125,6 +125,32 @@ def task_of(
         _warn_of_totals(screens)
     screens = {side: screen.select(shared) for side, screen in screens.items()}
     return Task(screens, pairs, contexts, predicted_control=predicted_control, **how)
+
+
+def warn_without_targets(
+    screen: Screen, perturbations: Iterable[str], metrics: Sequence[str], var: pd.DataFrame
+) -> None:
+    """Warn where genes go by other names than those that perturbations are named after: no target is left out."""
+    if not any(name.startswith(("discrimination", "pdisc")) for name in metrics):
+        return
+    wanted = {part for name in perturbations for part in parts(name, screen.design.control)}
+    if wanted & set(screen.target_names):
+        return
+    text_columns = [key for key, kind in var.dtypes.items() if not pd.api.types.is_numeric_dtype(kind)]
+    found = {key: len(wanted & {without_version(text(name)) for name in var[key]}) for key in text_columns}
+    best = max(found, key=found.get, default=None)
+    if best is not None and found[best]:
+        logger.warning(
+            "No target is left out of discrimination, which then tells targets apart and not effects: %d of %d names "
+            "of perturbations are in var[%r], and none among the names that genes go by. Say gene_key=%r.",
+            *(found[best], len(wanted), best, best),
+        )
+    elif screen.design.gene_key is None and any(str(gene).startswith("ENSG") for gene in screen.genes[:100]):
+        logger.warning(
+            "No perturbation has the name of a gene, and genes are named by Ensembl ids. If perturbations are named "
+            "after their targets, put the names of genes into a column of var, and say gene_key=: the target is to be "
+            "left out of discrimination."
+        )
 
 
 def check_baseline(baseline: object, suite: Suite | Sequence[str]) -> None:

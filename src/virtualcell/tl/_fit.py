@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Literal
 
@@ -56,9 +56,11 @@ def fit_state(
     adata: AnnData | MuData,
     *,
     perturbation_key: str,
-    control: str,
+    control: str | Sequence[str],
     context_key: str | None = None,
     batch_key: str | None = None,
+    combination_separator: str | None = "+",
+    dose_key: str | None = None,
     split_key: str | None = None,
     layer: str | None = None,
     scale: Scale = "counts",
@@ -93,10 +95,21 @@ def fit_state(
     adata
         Cells x genes of a screen, or a MuData with it in `modality`.
     perturbation_key, control
-        Column of `obs` with the perturbation of each cell (combinations as `A+B`), and its label for unperturbed cells.
+        Column of `obs` with the perturbation of each cell, and its label for unperturbed cells; several labels, in a
+        list, are one control, by the name of the first. Combinations are written `A+B`, in any order; `A+control`,
+        `control+A` and `A` are one perturbation.
     context_key, batch_key
         Columns with the context (cell type, cell line) and the experimental batch. Control cells are matched within
         both, and ST learns an embedding of the batch.
+    combination_separator
+        What stands between the parts of a combination in labels, such as "_". It is one where it joins two names: not
+        within brackets, so that "(+)-JQ1" is one name, and not within the label of the control. `None` where every
+        label is one perturbation. The model calls a combination `A+B`, in alphabetical order; in tables, pictures and
+        predicted cells it is written as it is most often in `adata`.
+    dose_key
+        Column with the dose, a number, of the drug that `perturbation_key` names. Each drug at each dose is a
+        perturbation, by the name "drug_1.0"; :func:`virtualcell.tl.predict_perturbation` takes `drug=` and `dose=`, and
+        doses between those that were measured.
     split_key
         Column with `train`, `val`, `test` (:func:`virtualcell.pp.split`).
     layer, scale, library_size_key
@@ -197,6 +210,8 @@ def fit_state(
         scale=scale,
         library_size_key=library_size_key,
         n_genes=adata.n_vars,
+        combination_separator=combination_separator,
+        dose_key=dose_key,
     )
     waits = of_se.makes(design.use_rep)  # ST, for the embedding that it works on, which is yet to be made
     screen = Screen.from_anndata(

@@ -76,8 +76,9 @@ class Towards(Objective):
         """Aim at the cells with a label: of a perturbation in the same context, or the control cells of another."""
         screen, control = setting.screen, setting.model.control
         here = np.asarray(screen.context == setting.context)
-        cells = here & np.asarray(screen.perturbation == label)
-        if label == control or not cells.any():
+        name = screen.design.name_of(label)
+        cells = here & np.asarray(screen.perturbation == name)
+        if name == control or not cells.any():
             cells = np.asarray(screen.context == label) & screen.is_control & ~here
         if not cells.any():
             known = {*screen.perturbation[here & ~screen.is_control], *screen.context[screen.is_control & ~here]}

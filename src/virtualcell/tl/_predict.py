@@ -28,14 +28,14 @@ from virtualcell.models import ST
 from virtualcell.models._base import PerturbationModel
 from virtualcell.models._common import model_of, put_on
 from virtualcell.models._start import Start, starts
+from virtualcell.tl._doses import Asked, of_drug
 from virtualcell.tl._effect_tables import EffectTables
-from virtualcell.tl._emit import Effect, Emit, check_emit, emitted_cells, predicted_effect
+from virtualcell.tl._emit import Effect, Emit, check_emit, emitted_cells
 from virtualcell.tl._predict_checks import (
     check_numbers,
     common_genes,
     design_of_data,
     names_of,
-    of_drug,
     warn_of_fewer_genes,
 )
 
@@ -59,7 +59,7 @@ def predict_perturbation(
     scale: Scale | None = None,
     library_size_key: str | None = None,
     perturbation_key: str | None = None,
-    control: str | None = None,
+    control: str | Sequence[str] | None = None,
     context_key: str | None = None,
     batch_key: str | None = None,
     min_gene_coverage: float = 1.0,
@@ -81,8 +81,10 @@ def predict_perturbation(
     perturbation
         Name of a perturbation, a combination `A+B`, or several names.
     drug, dose
-        In place of the name, for models whose names hold both, such as "[('Dabrafenib', 0.5, 'uM')]" of Tahoe-100M; see
-        :meth:`virtualcell.models.ST.perturbation_name`.
+        In place of the name, where the model was fitted with `dose_key`, or names hold both, as "drug_1.0" and
+        "[('Dabrafenib', 0.5, 'uM')]" do. A dose between measured ones is interpolated: the change of each gene's mean
+        follows a monotone curve of the logarithm of the dose between any two of them (PCHIP), which begins with the
+        control. Outside of the measured range nothing is predicted.
     context
         Take the control cells of this context, which may be one where the perturbation was never measured; all contexts
         where it is `None`.
@@ -117,7 +119,8 @@ def predict_perturbation(
     -------
     AnnData of predicted cells x the model's genes. `X` is log(1 + counts per 10,000), on which it is ready for
     `scanpy.tl.rank_genes_groups` and for `anndata.concat`, made of the whole counts in `layers["counts"]`. `obs` has
-    the perturbation and the context under the names of their columns in `adata`, the library size that counts were
+    the perturbation and the context under the names of their columns in `adata`, as they are written there and of the
+    same type, the library size that counts were
     divided by (as `library_size`, or under the name of the column it came from), and `control_barcode`, the control
     cell each one started from, whose expression is `layers["control"]`. Matrices are CSR where the data is sparse. With
     `emit="mean"` there is a row per perturbation and context, and neither counts nor control cells to name;
@@ -156,7 +159,9 @@ def predict_perturbation(
     stated |= {"perturbation_key": perturbation_key, "control": control, "batch_key": batch_key}
     expression = expression_modality(adata, modality)
     model = checked_model(stored_model(expression) if model is None else model)
-    names = names_of(of_drug(model, perturbation, drug, dose))
+    written = names_of(model, of_drug(model, perturbation, drug, dose))
+    asked = [Asked.of(model, name, drug=drug is not None) for name in written]
+    names = [name for one in asked for name in one.names]
     for name in names:
         model.check_perturbation(name)
         if name == model.control:
@@ -170,21 +175,23 @@ def predict_perturbation(
     genes = common_genes(expression.var_names, model.genes, coverage)
     warn_of_fewer_genes(design, expression.n_vars)
     columns = pd.Index(model.genes).get_indexer(genes)
-    predicted: dict[str, list[AnnData]] = {name: [] for name in names}
+    predicted: dict[str, list[AnnData]] = {one.name: [] for one in asked}
     make = _cells if emit == "cells" else _mean
     tables = EffectTables()
     for start, in_genes in starts_of(controls.select(genes), model):
-        for name in names:
-            effect = predicted_effect(model, start, in_genes, name, columns=columns, n_cells=n_cells, seed=seed)
+        for question in asked:
+            effect = question.effect(model, start, in_genes, columns=columns, n_cells=n_cells, seed=seed)
             one = make(effect, in_genes, controls.design, genes, seed)
-            for column, value in model.trust(start, name).items():
+            for column, value in question.trust(model, start).items():
                 one.obs[column] = value
-            error = _error(model, start, name, columns, n_samples=n_samples, seed=seed)
-            tables.add(name, start.context, effect.change, error)
+            errors = [_error(model, start, n, columns, n_samples=n_samples, seed=seed) for n in question.around]
+            error = np.max(errors, axis=0)  # at a dose between two that were measured, the larger of theirs
+            tables.add(question.name, start.context, effect.change, error)
             if n_samples is not None:  # the mean absolute value of a normal variable is sqrt(2 / pi) of its deviation
                 one.obs[_keys.EXPECTED_ERROR] = np.sqrt(2 / np.pi) * error.mean()
-            predicted[name].append(one)
+            predicted[question.name].append(one)
     out = _joined(predicted, genes, expression.var, is_sparse=_is_sparse(expression, design))
+    out.obs = controls.as_written(out.obs, written)
     on_this_scale = dataclasses.replace(
         design, layer=None, scale="log1p", library_size_key=None, use_rep=None, n_genes=None
     )

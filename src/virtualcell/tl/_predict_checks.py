@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral
 
-import numpy as np
 import pandas as pd
 from anndata import AnnData
 
 from virtualcell import _keys
 from virtualcell._errors import UnknownNameError, unknown_name
 from virtualcell.data._design import Design
-from virtualcell.models import ST
+from virtualcell.data._labels import is_several, text
 from virtualcell.models._base import PerturbationModel
 
 logger = logging.getLogger(__name__)
@@ -22,8 +21,8 @@ logger = logging.getLogger(__name__)
 
 def check_numbers(context: object, n_cells: int | None, n_samples: int | None, seed: int) -> None:
     """Raise for numbers and labels of the wrong kind."""
-    if context is not None and not isinstance(context, str):
-        raise TypeError(f"context={context!r} must be one label, as a string; leave it out for all contexts.")
+    if is_several(context):
+        raise TypeError(f"context={context!r} must be one label; leave it out for all contexts.")
     for argument, value in (("n_cells", n_cells), ("n_samples", n_samples), ("seed", seed)):
         may_lack = value is None and argument != "seed"
         if not may_lack and (not isinstance(value, Integral) or isinstance(value, bool)):
@@ -57,30 +56,18 @@ def design_of_data(model: PerturbationModel, adata: AnnData, stated: dict[str, s
     return dataclasses.replace(model.design.restated(**stated), split_key=None, gene_key=None)
 
 
-def names_of(perturbation: str | Sequence[str] | None) -> list[str]:
-    """Return the names to predict, each once."""
-    names = [perturbation] if isinstance(perturbation, str) else perturbation
-    listed = isinstance(names, Sequence | np.ndarray | pd.Index | pd.Series)
-    if not listed or not all(isinstance(n, str) for n in names):
-        raise TypeError(f"perturbation={perturbation!r} must be a name, or a list of names, as strings.")
-    if not len(names):
+def names_of(model: PerturbationModel, perturbation: object) -> dict[str, str]:
+    """Return the names to predict, each once, and how they were asked for."""
+    asked = list(perturbation) if is_several(perturbation) else [perturbation]
+    if not asked:
         raise ValueError("perturbation=[] names nothing to predict.")
-    return list(dict.fromkeys(names))
-
-
-def of_drug(
-    model: PerturbationModel, perturbation: str | Sequence[str] | None, drug: str | None, dose: float | None
-) -> str | Sequence[str] | None:
-    """Return the perturbation, or the name of a drug at a dose in its place."""
-    if drug is None:
-        if dose is not None:
-            raise ValueError(f"dose={dose!r} was given without drug=, whose dose it would be.")
-        return perturbation
-    if perturbation is not None:
-        raise ValueError(f"perturbation={perturbation!r} and drug={drug!r} were both given: give one of them.")
-    if not isinstance(model, ST):
-        raise TypeError(f"drug={drug!r} is found in the names of an ST, and model is a {type(model).__name__}.")
-    return model.perturbation_name(drug=drug, dose=dose)
+    if isinstance(perturbation, Mapping) or any(label is None or is_several(label) for label in asked):
+        raise TypeError(f"perturbation={perturbation!r} must be a name, or a list of names.")
+    names: dict[str, str] = {}
+    known = set(model.names)
+    for label in asked:
+        names.setdefault(model.name_of(label, known), text(label))
+    return names
 
 
 def warn_of_fewer_genes(design: Design, n_genes: int) -> None:

@@ -12,7 +12,7 @@ from anndata import AnnData
 from mudata import MuData
 
 from virtualcell._threads import torch_threads_kept
-from virtualcell.data._labels import expression_modality, obs_column, parts
+from virtualcell.data._labels import expression_modality, looks_combined, obs_column, parts
 from virtualcell.data._screen import Screen
 
 logger = logging.getLogger(__name__)
@@ -64,6 +64,19 @@ def with_known_batches(screen: Screen) -> Screen:
     return screen.with_split(np.where(unknown, "test", screen.split))
 
 
+def _warn_of_separators(screen: Screen) -> None:
+    """Warn of names that look like combinations of others: each is learned as a perturbation of its own."""
+    known = {*screen.perturbation_names, screen.design.control}
+    found = {name: how for name in screen.perturbation_names if (how := looks_combined(name, known)) is not None}
+    if found:
+        name, (separator, of) = next(iter(found.items()))
+        logger.warning(
+            "%d perturbations look like combinations of others, as %r of %s, and are learned as if they were not. If "
+            "they are, say combination_separator=%r.",
+            *(len(found), name, " and ".join(map(repr, of)), separator),
+        )
+
+
 def prepared(screen: Screen, *, min_cells: int, has_features: bool, val_fraction: float = 0.1, seed: int = 0) -> Screen:
     """Return the cells to learn from and to validate on, after checking names and controls.
 
@@ -72,6 +85,7 @@ def prepared(screen: Screen, *, min_cells: int, has_features: bool, val_fraction
     """
     screen.require_unique_names()
     screen.require_control()
+    _warn_of_separators(screen)
     screen = with_known_batches(with_enough_cells(screen, min_cells, has_features=has_features))
     is_seen = screen.split != "test"
     screen.check_controls(is_seen)

@@ -41,7 +41,7 @@ def screen(
     scale: Scale | None = None,
     library_size_key: str | None = None,
     perturbation_key: str | None = None,
-    control: str | None = None,
+    control: str | Sequence[str] | None = None,
     context_key: str | None = None,
     batch_key: str | None = None,
     min_gene_coverage: float = 1.0,
@@ -143,7 +143,8 @@ def screen(
             tables.append(_table(changes, goal, alpha))
             alike.add(changes.change)
             bar.show(bar.done + len(changes.names))
-    table = pd.concat(tables).rename_axis("perturbation")
+    table = pd.concat(tables)
+    table.index = pd.Index(setting.screen.spelled(table.index), name="perturbation")
     table["n_genes"] = table["n_genes"].astype("Int64")
     table = table.sort_values("score", ascending=False, kind="stable")
     table.attrs |= {"objective": goal.name, "context": setting.context, "alpha": alpha}

@@ -58,7 +58,7 @@ def prepare_submission(
     sampling: Sampling | None = None,
     missing_genes: Literal["error", "control"] = "error",
     perturbation_key: str | None = None,
-    control: str | None = None,
+    control: str | Sequence[str] | None = None,
     context_key: str | None = None,
     batch_key: str | None = None,
     library_size_key: str | None = None,
@@ -174,7 +174,7 @@ def prepare_submission(
     cells = _read("predicted", predicted, design, column, modality)
     predicted = expression_modality(predicted, modality)
     if controls is not None:
-        stated = {"perturbation_key": design.perturbation_key, "control": design.control, "context_key": context_key}
+        stated = {"perturbation_key": design.perturbation_key, "control": design.controls, "context_key": context_key}
         stated |= {"layer": controls_layer, "scale": controls_scale, "library_size_key": library_size_key}
         note_columns(controls, modality, batch_key=batch_key)
         of_controls = Design.from_data(controls, modality=modality, **stated)

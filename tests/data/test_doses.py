@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from virtualcell.data._doses import at_dose, between_doses, check_between, dose_name, doses_of, drug_and_dose, name_at
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("A_1.0", ("A", 1.0)),
+        ("A_10", ("A", 10.0)),
+        ("a_b_0.5", ("a_b", 0.5)),
+        ("A_1e-07", ("A", 1e-7)),
+        ("[('Dabrafenib', 0.5, 'uM')]", ("Dabrafenib", 0.5)),
+        ("A", None),
+        ("A_", None),
+        ("A_B", None),
+        ("1.0", None),
+    ],
+)
+def test_names_hold_drug_and_dose(name: str, expected: tuple[str, float] | None) -> None:
+    assert drug_and_dose(name) == expected
+
+
+@pytest.mark.parametrize("dose", [1e-7, 0.1, 1, 2.5, 1000.0, 1e17])
+def test_a_name_comes_back(dose: float) -> None:
+    assert drug_and_dose(dose_name("a_b", dose)) == ("a_b", dose)
+    assert drug_and_dose(at_dose("[('A', 1.0, 'uM')]", dose)) == ("A", dose)
+
+
+def test_doses_of_a_drug_rise() -> None:
+    names = ["A_10.0", "A_0.1", "A_2.0", "B_1.0"]
+    assert list(doses_of(names, "a").items()) == [(0.1, "A_0.1"), (2.0, "A_2.0"), (10.0, "A_10.0")]
+    assert name_at(names, "B", None) == "B_1.0"
+    with pytest.raises(KeyError, match=r"drug='C' is unknown\. Known: 'A', 'B'"):
+        doses_of(names, "C")
+
+
+def test_a_straight_line_of_the_logarithm_stays_one() -> None:
+    effects = {1.0: np.array([1.0, -2.0]), 10.0: np.array([2.0, -4.0]), 100.0: np.array([3.0, -6.0])}
+    np.testing.assert_allclose(between_doses(effects, 10**0.5), [1.5, -3.0])
+    np.testing.assert_allclose(between_doses(effects, 10**1.25), [2.25, -4.5])
+    for dose, effect in effects.items():
+        np.testing.assert_allclose(between_doses(effects, dose), effect, atol=1e-12)
+
+
+def test_no_gene_leaves_the_range_of_its_neighbours() -> None:
+    rng = np.random.default_rng(0)
+    doses = np.array([0.01, 0.1, 0.3, 5.0, 40.0])
+    effects = dict(zip(doses, rng.normal(size=(5, 200)), strict=True))
+    for low, high in pairwise(doses):
+        ends = np.sort([effects[low], effects[high]], axis=0)
+        curve = np.array([between_doses(effects, d) for d in np.geomspace(low, high, 12)])
+        assert (curve >= ends[0] - 1e-9).all()
+        assert (curve <= ends[1] + 1e-9).all()
+        steps = np.diff(curve, axis=0) * np.sign(effects[high] - effects[low])
+        assert (steps >= -1e-9).all()
+
+
+@pytest.mark.parametrize("dose", [0.05, 11.0])
+def test_outside_of_the_range_nothing_is_told(dose: float) -> None:
+    with pytest.raises(ValueError, match=r"lies outside of the measured range, 0.1 to 10.0"):
+        check_between("A", dose, [10.0, 0.1])
