@@ -199,20 +199,10 @@ def fit_state(
     data, adata = adata, expression_modality(adata, modality)
     size = choose_size(size, adata.n_obs)
     design = Design(
-        perturbation_key=perturbation_key,
-        control=control,
-        context_key=context_key,
-        batch_key=batch_key,
-        split_key=split_key,
-        gene_key=gene_key,
-        use_rep=networks.use_rep,
-        layer=layer,
-        scale=scale,
-        library_size_key=library_size_key,
-        n_genes=adata.n_vars,
-        combination_separator=combination_separator,
-        dose_key=dose_key,
-    )
+        perturbation_key=perturbation_key, control=control, context_key=context_key, batch_key=batch_key,
+        combination_separator=combination_separator, dose_key=dose_key, split_key=split_key, gene_key=gene_key,
+        use_rep=networks.use_rep, layer=layer, scale=scale, library_size_key=library_size_key, n_genes=adata.n_vars,
+    )  # fmt: skip
     waits = of_se.makes(design.use_rep)  # ST, for the embedding that it works on, which is yet to be made
     screen = Screen.from_anndata(
         data, dataclasses.replace(design, use_rep=None) if waits else design, modality=modality

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Literal
 
 import pandas as pd
@@ -32,9 +33,11 @@ def fit_baseline(
     model: Name = "Additive",
     *,
     perturbation_key: str,
-    control: str,
+    control: str | Sequence[str],
     context_key: str | None = None,
     batch_key: str | None = None,
+    combination_separator: str | None = "+",
+    dose_key: str | None = None,
     split_key: str | None = None,
     layer: str | None = None,
     scale: Scale = "counts",
@@ -58,8 +61,10 @@ def fit_baseline(
     model
         Name of the baseline in :mod:`virtualcell.models`. "Ridge" and "NearestPerturbations" predict from features.
     perturbation_key, control, context_key, batch_key, split_key
-        Columns of `obs`, and the label of control cells. Test cells take no part, and validation cells are learned from
-        like training cells.
+        Columns of `obs`, and the label (or labels) of control cells. Test cells take no part, and validation cells are
+        learned from like training cells.
+    combination_separator, dose_key
+        How labels of perturbations are read, as in :func:`virtualcell.tl.fit_state`.
     layer, scale, library_size_key, gene_key, modality, n_top_genes
         Where expression is, on which scale, and which genes are modelled, as in :func:`virtualcell.tl.fit_state`.
     perturbation_features
@@ -95,6 +100,8 @@ def fit_baseline(
         control=control,
         context_key=context_key,
         batch_key=batch_key,
+        combination_separator=combination_separator,
+        dose_key=dose_key,
         split_key=split_key,
         gene_key=gene_key,
         layer=layer,
