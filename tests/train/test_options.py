@@ -13,7 +13,7 @@ def test_what_is_stated_wins_over_the_model_and_the_model_over_what_is_common() 
     for given in ({"lr": 1e-4, "seed": 3}, TrainOptions(lr=1e-4, seed=3)):
         options = TrainOptions.from_(given, lr=1e-3, max_steps=600, weight_decay=0.02)
         assert (options.lr, options.seed, options.max_steps, options.weight_decay) == (1e-4, 3, 600, 0.02)
-        assert (options.warmup, options.patience, options.precision, options.devices) == (0.03, 10, "auto", "auto")
+        assert (options.warmup, options.patience, options.precision, options.devices) == (0.03, 10, "32-true", "auto")
     # also where the statement is what is common anyway
     assert TrainOptions.from_(
         {"weight_decay": 0.01, "early_stopping": False}, weight_decay=0.02, early_stopping=True
@@ -55,7 +55,7 @@ def test_a_misspelt_option_is_named_with_the_closest() -> None:
         ({"strategy": "fsdp"}, "strategy='fsdp' is unknown. Valid: 'auto', 'ddp', 'ddp_spawn'"),
         ({"precision": "bf16-true"}, "weights stay in float32. Use 'bf16-mixed'"),
         ({"precision": "16-true"}, "weights stay in float32. Use '16-mixed'"),
-        ({"precision": "bf16"}, "precision='bf16' is unknown. Valid: 'auto', '32-true', 'bf16-mixed', '16-mixed'"),
+        ({"precision": "bf16"}, "precision='bf16' is unknown. Valid: '32-true', 'bf16-mixed', '16-mixed'"),
         ({"devices": 0}, "devices=0 is not a number of devices"),
         ({"devices": []}, r"devices=\[\] is not a number of devices"),
         ({"devices": "2"}, "devices='2' is not a number of devices"),

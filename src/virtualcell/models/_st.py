@@ -208,7 +208,7 @@ class ST(PerturbationModel):
 
         Where nothing else is stated, training makes 20 passes over the cells, but at least 400 steps, and beyond 20,000
         steps fewer passes, with batches of 8 sets (up to 64 on a GPU, as long as 400 steps remain) and a learning rate
-        of 1e-3. The large network is trained in bf16 ("bf16-mixed") on a GPU that has it, all others in float32.
+        of 1e-3.
 
         Parameters
         ----------
@@ -235,7 +235,7 @@ class ST(PerturbationModel):
         train, held = screen.groups(screen.is_train), screen.groups(screen.is_val) if screen.is_val.any() else None
         if not len(train):
             raise ValueError("there is nothing to train on: no perturbed training cells with matching controls.")
-        options = completed(options, train, self.set_size, self.module)
+        options = completed(options, train, self.set_size)
         training, validation = self._batches(screen, train, held, options)
         if self.config.head == "both":
             start_at_mean(self.networks, screen)

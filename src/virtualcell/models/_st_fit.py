@@ -21,8 +21,6 @@ from virtualcell.modules import STNetwork
 
 logger = logging.getLogger(__name__)
 
-_LARGE = 10_000_000  # parameters of a network
-
 
 def perturbation_table(screen: Screen, features: pd.DataFrame | None) -> PerturbationTable:
     """Vectors of the perturbations of the training cells, and, with features, of those that validation alone holds."""
@@ -71,8 +69,8 @@ def check_embedding(screen: Screen) -> None:
         )
 
 
-def completed(options: STTrainOptions, groups: CellGroups, set_size: int, network: nn.Module) -> STTrainOptions:
-    """Decide the length, the size of a step and the precision, and say how often a cell is seen."""
+def completed(options: STTrainOptions, groups: CellGroups, set_size: int) -> STTrainOptions:
+    """Decide the length and the size of a step, and say how often a cell is seen."""
     size = options.batch_size or auto_batch_size(
         groups, set_size, on_gpu=_is_on_gpu(options), n_devices=_n_devices(options)
     )
@@ -83,15 +81,7 @@ def completed(options: STTrainOptions, groups: CellGroups, set_size: int, networ
         "%d sets of %d cells.",
         *(n_cells, steps * size * set_size / n_cells, len(groups), steps, size, set_size),
     )
-    precision = _auto_precision(network, options) if options.precision == "auto" else options.precision
-    return dataclasses.replace(options, batch_size=size, max_steps=steps, precision=precision)
-
-
-def _auto_precision(network: nn.Module, options: STTrainOptions) -> str:
-    """Choose bf16 where matrices are so large that it is faster, on a GPU that has it."""
-    is_large = sum(p.numel() for p in network.parameters()) >= _LARGE
-    has_bf16 = _is_on_gpu(options) and torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bf16-mixed" if is_large and has_bf16 else "32-true"
+    return dataclasses.replace(options, batch_size=size, max_steps=steps)
 
 
 def _is_on_gpu(options: STTrainOptions) -> bool:

@@ -25,7 +25,7 @@ _FLAGS = ("early_stopping", "progress_bar")
 _CHOICES = {
     "accelerator": ("auto", "cpu", "gpu", "cuda", "mps"),
     "strategy": ("auto", "ddp", "ddp_spawn", "ddp_fork", "ddp_notebook"),
-    "precision": ("auto", "32-true", "bf16-mixed", "16-mixed"),
+    "precision": ("32-true", "bf16-mixed", "16-mixed"),
 }
 _REMEDIES = {
     "max_steps": "Leave it out to let the model decide.",
@@ -47,7 +47,7 @@ _COMMON = {
     "accelerator": "auto",
     "devices": "auto",
     "strategy": "auto",
-    "precision": "auto",
+    "precision": "32-true",
 }
 
 
@@ -90,8 +90,8 @@ class TrainOptions:
         a script whose main part is guarded by `if __name__ == "__main__"`; "ddp_notebook" ("ddp_fork") forks, which
         notebooks need. "auto" is "ddp", in notebooks "ddp_notebook".
     precision
-        "32-true", or "bf16-mixed" and "16-mixed", which compute in 16 bits on GPUs and keep weights in 32; "auto" is
-        "bf16-mixed" for an ST of 10 million parameters or more on a GPU that has it, else "32-true".
+        "32-true", or "bf16-mixed" and "16-mixed", which compute in 16 bits on GPUs and keep weights in 32. They
+        are faster for large networks, and an ST can lose its gradients by them.
     seed
         Seed of dropout and of whatever else is drawn while training; by default `vc.settings.seed`.
     progress_bar

@@ -164,8 +164,6 @@ def fit(
 
 def _checked(options: TrainOptions, validation: Batches | None) -> TrainOptions:
     options = type(options).from_(options)  # a model's own options have further fields
-    if options.precision == "auto":  # and no model has decided otherwise
-        options = dataclasses.replace(options, precision="32-true")
     for argument in ("max_steps", "lr", "batch_size"):
         if getattr(options, argument) is None:
             raise ValueError(f"{argument}=None: a training needs it. State it in TrainOptions.")
