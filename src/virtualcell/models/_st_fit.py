@@ -9,7 +9,6 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 import torch
-from torch import nn
 
 from virtualcell.data._cell_sets import CellGroups
 from virtualcell.data._labels import parts
