@@ -79,10 +79,10 @@ def calls() -> dict[str, Callable[[AnnData, AnnData, Path], object]]:
             perturbations=sorted(set(p.obs["target_gene"])),
         ),
         "pl.split": lambda a, p, _: vc.pl.split(a, **DESIGN),
-        "pl.perturbation_shift": lambda a, p, _: vc.pl.perturbation_shift(a, p, perturbation=one(p), **DESIGN),
+        "pl.perturbation_shift": lambda a, p, _: vc.pl.perturbation_shift(p, a, perturbation=one(p), **DESIGN),
         "pl.de_agreement": lambda a, p, _: vc.pl.de_agreement(p, a, perturbation=one(p), **DESIGN),
         "pl.de_volcano": lambda a, p, _: vc.pl.de_volcano(a, perturbation=one(p), **DESIGN),
-        "pl.target_expression": lambda a, p, _: vc.pl.target_expression(a, one(p), **DESIGN),
+        "pl.target_expression": lambda a, p, _: vc.pl.target_expression(a, perturbation=one(p), **DESIGN),
     }
 
 
