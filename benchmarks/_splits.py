@@ -251,7 +251,8 @@ def plain(value: object) -> object:
 
 def versions() -> dict[str, str]:
     names = ("torch", "scvi-tools", "lightning", "anndata", "numpy", "scipy")
-    return {"virtualcell": vc.__version__, **{name: version(name) for name in names}}
+    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU"
+    return {"virtualcell": vc.__version__, **{name: version(name) for name in names}, "device": device}
 
 
 def write(path: Path | None, name: str, result: dict) -> None:
