@@ -16,7 +16,7 @@ def chosen(*, n_folds=5, n_per_fold=6, networks=1.0, transferred=1.0, seed=0, of
             observed = rng.normal(size=200)
             parts = (observed + size * harder * rng.normal(size=200) for size in (networks, transferred))
             errors.append(errors_of_weights(*parts, observed))
-    return choose_weight(np.stack(errors))
+    return choose_weight(np.stack(errors), np.repeat(np.arange(n_folds), n_per_fold))
 
 
 def test_errors_of_every_weight_by_hand():
@@ -42,9 +42,9 @@ def test_two_that_err_alike_in_their_own_ways_share():
 
 def test_ties_go_to_the_smaller_weight():
     errors = np.ones((10, len(WEIGHTS)))
-    assert choose_weight(errors) == 0
+    assert choose_weight(errors, np.arange(10)) == 0
     errors[:, 0] = 2
-    assert choose_weight(errors) == WEIGHTS[1]
+    assert choose_weight(errors, np.arange(10)) == WEIGHTS[1]
 
 
 def test_better_by_less_than_a_standard_error_is_not_better():
@@ -52,25 +52,34 @@ def test_better_by_less_than_a_standard_error_is_not_better():
     gain = np.array([0.5, -0.35, 0.2, -0.3, 0.05])
     errors = 1 - np.outer(gain, np.array(WEIGHTS))
     assert gain.mean() > 0
-    assert choose_weight(errors) == 0
-    assert choose_weight(1 - np.outer(gain + 0.4, WEIGHTS)) == 1
+    assert choose_weight(errors, np.arange(5)) == 0
+    assert choose_weight(1 - np.outer(gain + 0.4, WEIGHTS), np.arange(5)) == 1
 
 
 def test_a_single_prediction_goes_by_the_least_error():
     errors = np.array([[3.0, 2.0, 1.0, 2.0, 3.0]])
-    assert choose_weight(errors) == WEIGHTS[2]
+    assert choose_weight(errors, np.zeros(1, int)) == WEIGHTS[2]
 
 
 def test_large_effects_count_for_more():
     """What is chosen has the least squared error over all that was left out, as the score of a model has."""
-    gain = np.array([0.3, -0.25, -0.25, -0.25, -0.25])
-    sizes = np.array([100.0, 1, 1, 1, 1])
-    errors = np.repeat(sizes[:, None] * (1 - np.outer(gain, np.array(WEIGHTS))), 6, axis=0)
-    assert choose_weight(errors) > 0
-    assert choose_weight(np.repeat(1 - np.outer(gain, np.array(WEIGHTS)), 6, axis=0)) == 0
+    gain, sizes = np.tile([0.3, -0.25, -0.25, -0.25, -0.25], 6), np.tile([100.0, 1, 1, 1, 1], 6)
+    folds = np.repeat(np.arange(6), 5)
+    relative = 1 - np.outer(gain, np.array(WEIGHTS))
+    assert choose_weight(sizes[:, None] * relative, folds) > 0
+    assert choose_weight(relative, folds) == 0
+
+
+def test_predictions_of_one_fold_are_not_independent():
+    """Networks that win in two contexts of three, with every perturbation there, have not earned their weight."""
+    gain = np.repeat([0.4, 0.35, -0.35], 50) + 0.02 * np.random.default_rng(0).normal(size=150)
+    errors = 1 - np.outer(gain, np.array(WEIGHTS))
+    assert choose_weight(errors, np.repeat(np.arange(3), 50)) == 0
+    assert choose_weight(errors, np.arange(150)) > 0
 
 
 def test_order_of_predictions_decides_nothing():
     rng = np.random.default_rng(1)
     errors, order = rng.gamma(2, size=(30, len(WEIGHTS))), rng.permutation(30)
-    assert choose_weight(errors) == choose_weight(errors[order])
+    folds = np.arange(30) % 4
+    assert choose_weight(errors, folds) == choose_weight(errors[order], folds[order])

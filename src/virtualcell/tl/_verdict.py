@@ -152,7 +152,7 @@ class _Row:
 
 
 def _choose(rows: list[_Row]) -> float:
-    return choose_weight(np.stack([row.errors for row in rows]))
+    return choose_weight(np.stack([row.errors for row in rows]), np.array([row.fold for row in rows]))
 
 
 def _predicted(
