@@ -63,11 +63,11 @@ intersphinx_mapping = {
 nitpicky = True
 nitpick_ignore_regex = [
     # other projects' names, which cannot be looked up where their inventories cannot be fetched
-    ("py:.*", r"(anndata|collections|matplotlib|mudata|numpy|os|pandas|pathlib|pd|scipy|torch|typing)\..*"),
+    ("py:.*", r"(anndata|collections|matplotlib|mudata|np|numpy|os|pandas|pathlib|pd|scipy|torch|typing)\..*"),
     # types in signatures that are not public, and so have no page
     ("py:class", r"virtualcell\.(\w+\.)?_\w+\.\w+"),
     # a class as its signature writes it: where it comes from cannot be told
-    ("py:(class|exc)", r"(AnnData|MuData|PerturbationTable|[A-Z]+Network|Screen|Sources|\w+Error)"),
+    ("py:(class|exc)", r"(AnnData|MuData|Perturbation(Table|Model)|[A-Z]+Network|Screen|Sources|Start|\w+Error)"),
 ]
 
 html_theme = "sphinx_book_theme"

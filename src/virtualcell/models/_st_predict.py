@@ -155,7 +155,7 @@ def means_from(model: ST, start: Start, perturbations: Sequence[str], sets: np.n
     """Yield the mean profiles of the parts for each perturbation, from the same control cells.
 
     Of what the networks predict only the means are kept, so that many perturbations run together. Parameters as in
-    :func:`virtualcell.models._from_start.means_from`.
+    `virtualcell.models._from_start.means_from`.
     """
     if model.config.n_genes:
         yield from PerturbationModel.means_from(model, start, perturbations, sets)
