@@ -16,12 +16,13 @@ DEMO_ARGS := $(if $(DATA),--data "$(DATA)") \
 # make test TESTS="tests/pp -k split"; one thread in each process, since many of both only wait for each other
 TESTS ?=
 
-.PHONY: help demo journeys test lint format docs clean
+.PHONY: help demo journeys test tutorials lint format docs clean
 
 help:
 	@echo "make demo    run the main job on simulated cells, or on DATA=file.h5ad PERTURBATION_KEY=... CONTROL=..."
 	@echo "make test    run the tests"
 	@echo "make journeys  run the code that the landing page and the page on screens show"
+	@echo "make tutorials  run the notebooks, and compare what they give with what is stored"
 	@echo "make lint    check style and types; make format puts style right"
 	@echo "make docs    build the documentation into docs/_build/html"
 	@echo "make clean   remove the environment and everything that was built"
@@ -34,6 +35,9 @@ test: $(STAMPS)/package
 
 journeys: $(STAMPS)/package
 	$(BIN)/python scripts/journeys.py
+
+tutorials: $(STAMPS)/doc
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/tutorials.py
 
 lint: $(STAMPS)/lint
 	$(BIN)/ruff check

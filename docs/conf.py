@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from importlib.metadata import metadata
+from pathlib import Path
 
 project = "virtualcell"
 author = metadata(project)["Author"]
@@ -23,6 +25,12 @@ extensions = [
 templates_path = ["_templates"]
 exclude_patterns = ["_build", "jupyter_execute"]
 default_role = "code"  # `name` in a docstring is code
+
+# The notebooks lie in tutorials/. A link to that folder would not do: links between them are followed from where they
+# really are.
+HERE = Path(__file__).resolve().parent
+shutil.rmtree(HERE / "notebooks", ignore_errors=True)
+shutil.copytree(HERE.parent / "tutorials", HERE / "notebooks", ignore=shutil.ignore_patterns("README.md", ".*"))
 
 # Public is what a subpackage lists in __all__: the API pages follow it by themselves.
 autosummary_generate = True
