@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import builtins
 import dataclasses
+import logging
 import sys
 
 import numpy as np
@@ -98,6 +99,17 @@ def test_it_needs_counts(halves):
         vc.tl.evaluate(fractions, halves[2], **COUNTS)
     with pytest.raises(TypeError, match=r"baseline='generic' must be predicted cells.*with suite='vcc2026'"):
         vc.tl.evaluate(halves[0], halves[2], **{**COUNTS, "suite": "vcc2025"}, baseline="generic")
+
+
+def test_the_baseline_of_means_is_no_reason_to_warn(caplog):
+    observed = vc.datasets.synthetic(n_contexts=1, n_perturbations=3, n_genes=60, effect_size=0.6, seed=0)
+    predicted = observed[observed.obs["target_gene"] != "non-targeting"].copy()
+    with caplog.at_level("WARNING"):
+        scores = vc.tl.evaluate(predicted, observed, **COUNTS, baseline="generic")
+        assert (scores["source"] == "baseline").any()
+        assert "allow_fractional_counts" not in caplog.text
+        logging.getLogger("cell_eval2.run").warning("allow_fractional_counts is heard of otherwise")
+    assert "allow_fractional_counts" in caplog.text
 
 
 def test_without_the_scorer_the_message_says_what_to_install(halves, monkeypatch):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import anndata as ad
 import numpy as np
@@ -46,7 +49,8 @@ def score(task: Task, *, generic: bool) -> list[pd.DataFrame]:
                 cells = ad.concat([cells, truth[truth.obs[_KEY] == task.control]], index_unique="-")
             parts.append(_rows(cell_eval2.compute_metrics(cells, truth, config=config), config, source, context))
         if generic:
-            result = cell_eval2.build_generic_baseline(truth, config=config, seed=task.seed)
+            with _fractions_are_meant():
+                result = cell_eval2.build_generic_baseline(truth, config=config, seed=task.seed)
             parts.append(_rows(result.results, config, "baseline", context))
         if task.ceiling:
             _, anchor = compute_replicate_anchor(truth, config=config, base_seed=task.seed)
@@ -69,6 +73,21 @@ def challenge_score(metric: str, value: float, baseline: float, replicate: float
 def averaged_metrics() -> list[str]:
     """Return the metrics that the challenge averages."""
     return list(competition_members())
+
+
+@contextmanager
+def _fractions_are_meant() -> Iterator[None]:
+    """Keep the scorer from warning, at length, that means of cells are no whole counts."""
+    scorer = logging.getLogger("cell_eval2.run")
+
+    def other(record: logging.LogRecord) -> bool:
+        return not str(record.msg).startswith("allow_fractional_counts")
+
+    scorer.addFilter(other)
+    try:
+        yield
+    finally:
+        scorer.removeFilter(other)
 
 
 def _cells(screen: Screen, rows: dict[str, np.ndarray]) -> AnnData:
