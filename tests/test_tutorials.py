@@ -47,7 +47,7 @@ def prose(notebook: nbformat.NotebookNode) -> str:
 
 def test_there_are_tutorials() -> None:
     assert [path.stem[:2] for path in NOTEBOOKS] == [f"{i:02}" for i in range(1, len(NOTEBOOKS) + 1)]
-    assert len(NOTEBOOKS) >= 5
+    assert len(NOTEBOOKS) >= 10
 
 
 def test_outputs_are_those_of_the_code(tutorials, notebook) -> None:
