@@ -140,6 +140,23 @@ def test_st_once_with_each_seed_and_baselines_once(run, targets):
     assert not np.allclose(one, other)
 
 
+def test_a_summary_puts_models_beside_each_other(run):
+    scores = run({"ST": ("ST", TINY_ST), "Additive": "Additive"}, seeds=(0, 1), suite=["mae", "pearson_delta"])
+    table = vc.tl.summarize(scores)
+    assert list(table) == ["split", "model", "mae", "mae_spread", "pearson_delta", "pearson_delta_spread"]
+    assert list(table["model"]) == list(dict.fromkeys(scores["model"]))
+    of_st = scores[scores["model"] == "ST"].query("metric == 'mae'").groupby("seed")["value"].mean()
+    row = table.set_index("model").loc["ST"]
+    assert (row["mae"], row["mae_spread"]) == (pytest.approx(of_st.mean()), pytest.approx(of_st.std()))
+    assert np.isnan(table.set_index("model").loc["Additive", "mae_spread"])
+    once = vc.tl.summarize(scores[scores["seed"] == 0])
+    assert list(once) == ["split", "model", "mae", "pearson_delta"]
+    shuffled = vc.tl.summarize(scores.sample(frac=1, random_state=0)).set_index("model")
+    pd.testing.assert_frame_equal(
+        shuffled.loc[table["model"], list(table)[2:]], table.set_index("model")[list(table)[2:]]
+    )
+
+
 def test_data_is_left_as_it_was(run, screen):
     before = screen.copy()
     run({"ST": ("ST", TINY_ST)}, seeds=(0,), splits={"a": {"contexts": ["type_1"]}})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pandas as pd
 
@@ -27,23 +29,28 @@ def summarize(scores: pd.DataFrame) -> pd.DataFrame:
     Parameters
     ----------
     scores
-        Table that :func:`virtualcell.tl.evaluate` returned, whose `.attrs` say which suite it was.
+        Table that :func:`virtualcell.tl.evaluate` returned, whose `.attrs` say which suite it was, or that of
+        :func:`virtualcell.tl.benchmark`.
 
     Returns
     -------
-    One row per `context` and `metric`: `value`, the mean over perturbations where the metric is defined, `n` how many
-    these are, `baseline` and `ceiling` likewise, `ceiling_corrected` (the ceiling corrected for having half of the
-    cells, NaN where there is no correction), `score` and `unclipped`, and `note`. Columns that would hold nothing are
-    left out. A note says where a metric is not defined, and where a value is better than a ceiling: halves of the cells
-    are noisier than a prediction of their mean, which may well have a lower error; `.attrs["note"]` says so at length.
-    Rows of the context "(all)" are means over contexts, each of the same weight. The challenges add the metric
-    "challenge_score", the mean of the scores of the metrics that they average, where there is a baseline.
+    Of a benchmark one row per `split` and `model`, in the order of the table, and one column per metric, the mean over
+    contexts and perturbations, and over seeds; with several seeds of a model, `mae_spread` and the like are the
+    standard deviations over them of those means, NaN for a model that was fitted once.
+
+    Of an evaluation one row per `context` and `metric`: `value`, the mean over perturbations where the metric is
+    defined, `n` how many these are, `baseline` and `ceiling` likewise, `ceiling_corrected` (the ceiling corrected
+    for having half of the cells, NaN where there is no correction), `score` and `unclipped`, and `note`. Columns
+    that would hold nothing are left out. A note says where a metric is not defined, and where a value is better
+    than a ceiling: halves of the cells are noisier than a prediction of their mean, which may well have a lower
+    error; `.attrs["note"]` says so at length. Rows of the context "(all)" are means over contexts, each of the same
+    weight. The challenges add the metric "challenge_score", the mean of the scores of the metrics that they
+    average, where there is a baseline.
 
     Raises
     ------
     TypeError, ValueError
-        If this is not such a table, if it holds several predictions (of several models, splits or seeds), or lacks
-        metrics that the suite's score is made of.
+        If this is not such a table, or lacks metrics that the suite's score is made of.
 
     Examples
     --------
@@ -52,6 +59,8 @@ def summarize(scores: pd.DataFrame) -> pd.DataFrame:
     >>> sorted(table["metric"])
     ['mae', 'pearson_delta']
     """
+    if isinstance(scores, pd.DataFrame) and {"split", "seed", "model"} <= set(scores):
+        return _of_benchmark(scores)
     check_scores(scores, "scores")
     if not (scores["source"] == "model").any():
         raise ValueError(f"scores has no rows of the source 'model', only {sorted(set(scores['source']))}.")
@@ -101,6 +110,21 @@ def summarize(scores: pd.DataFrame) -> pd.DataFrame:
     noted = [text for short, text in _NOTES.items() if short in set(out.get("note", []))]
     out.columns.name = None
     out.attrs = dict(scores.attrs) | ({"note": " ".join(noted)} if noted else {})
+    return out
+
+
+def _of_benchmark(scores: pd.DataFrame) -> pd.DataFrame:
+    """Models beside each other, for each split."""
+    keys = ["split", "model", "metric"]
+    splits, models, metrics = (list(dict.fromkeys(scores[key])) for key in keys)
+    of_seed = scores.groupby([*keys, "seed"])["value"].mean().groupby(keys)
+    out = of_seed.mean().unstack("metric")[metrics]
+    if (of_seed.size() > 1).any():
+        spread = of_seed.std().unstack("metric")
+        for at, metric in enumerate(metrics):
+            out.insert(2 * at + 1, f"{metric}_spread", spread[metric])
+    out = out.loc[[row for row in itertools.product(splits, models) if row in out.index]].reset_index()
+    out.columns.name, out.attrs = None, dict(scores.attrs)
     return out
 
 
