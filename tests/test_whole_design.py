@@ -50,39 +50,39 @@ def fitted(cells) -> tuple[AnnData, AnnData]:
     return adata, vc.tl.predict_perturbation(adata, targets[:2], context="type_3")
 
 
-def calls() -> dict[str, Callable[[AnnData, AnnData, Path], object]]:
+def calls(design: dict[str, str] = DESIGN) -> dict[str, Callable[[AnnData, AnnData, Path], object]]:
     """Every call that takes columns of a design, on measured and predicted cells."""
 
     def one(predicted: AnnData) -> str:
         return sorted(set(predicted.obs["target_gene"]) - {"non-targeting"})[0]
 
     return {
-        "pp.split": lambda a, p, _: vc.pp.split(a, **DESIGN, holdout={"contexts": ["type_3"]}),
-        "pp.knockdown_efficiency": lambda a, p, _: vc.pp.knockdown_efficiency(a, **DESIGN),
-        "pp.expression_gene_embeddings": lambda a, p, _: vc.pp.expression_gene_embeddings(a, **DESIGN),
-        "tl.fit_state": lambda a, p, _: vc.tl.fit_state(a, **DESIGN, **QUICK),
-        "tl.predict_perturbation": lambda a, p, _: vc.tl.predict_perturbation(a, one(p), **DESIGN),
-        "tl.evaluate": lambda a, p, _: vc.tl.evaluate(p, a, **DESIGN, scale="counts", suite=["mae"], genes=p.var_names),
+        "pp.split": lambda a, p, _: vc.pp.split(a, **design, holdout={"contexts": ["type_3"]}),
+        "pp.knockdown_efficiency": lambda a, p, _: vc.pp.knockdown_efficiency(a, **design),
+        "pp.expression_gene_embeddings": lambda a, p, _: vc.pp.expression_gene_embeddings(a, **design),
+        "tl.fit_state": lambda a, p, _: vc.tl.fit_state(a, **design, **QUICK),
+        "tl.predict_perturbation": lambda a, p, _: vc.tl.predict_perturbation(a, one(p), **design),
+        "tl.evaluate": lambda a, p, _: vc.tl.evaluate(p, a, **design, scale="counts", suite=["mae"], genes=p.var_names),
         "tl.benchmark": lambda a, p, _: vc.tl.benchmark(
-            a, ["NoChange"], **DESIGN, splits={"new": {"contexts": ["type_3"]}}, suite=["mae"], seeds=(0,)
+            a, ["NoChange"], **design, splits={"new": {"contexts": ["type_3"]}}, suite=["mae"], seeds=(0,)
         ),
-        "tl.screen": lambda a, p, _: vc.tl.screen(a, context="type_3", **DESIGN),
-        "tl.effects": lambda a, p, _: vc.tl.effects(a, context="type_3", **DESIGN),
+        "tl.screen": lambda a, p, _: vc.tl.screen(a, context="type_3", **design),
+        "tl.effects": lambda a, p, _: vc.tl.effects(a, context="type_3", **design),
         "tl.prepare_submission": lambda a, p, folder: vc.tl.prepare_submission(
             p,
             folder / "a.vcc",
-            **DESIGN,
+            **design,
             year=2026,
             genes=list(p.var_names),
             contexts=["type_3"],
             n_cells=24,
             perturbations=sorted(set(p.obs["target_gene"])),
         ),
-        "pl.split": lambda a, p, _: vc.pl.split(a, **DESIGN),
-        "pl.perturbation_shift": lambda a, p, _: vc.pl.perturbation_shift(p, a, perturbation=one(p), **DESIGN),
-        "pl.de_agreement": lambda a, p, _: vc.pl.de_agreement(p, a, perturbation=one(p), **DESIGN),
-        "pl.de_volcano": lambda a, p, _: vc.pl.de_volcano(a, perturbation=one(p), **DESIGN),
-        "pl.target_expression": lambda a, p, _: vc.pl.target_expression(a, perturbation=one(p), **DESIGN),
+        "pl.split": lambda a, p, _: vc.pl.split(a, **design),
+        "pl.perturbation_shift": lambda a, p, _: vc.pl.perturbation_shift(p, a, perturbation=one(p), **design),
+        "pl.de_agreement": lambda a, p, _: vc.pl.de_agreement(p, a, perturbation=one(p), **design),
+        "pl.de_volcano": lambda a, p, _: vc.pl.de_volcano(a, perturbation=one(p), **design),
+        "pl.target_expression": lambda a, p, _: vc.pl.target_expression(a, perturbation=one(p), **design),
     }
 
 
@@ -100,7 +100,7 @@ def with_columns() -> dict[str, set[str]]:
 
 def test_what_takes_a_column_of_a_design_takes_all() -> None:
     lacking = {name: sorted(missing) for name, missing in with_columns().items() if missing}
-    assert not lacking, f"`**design` must fit; note what has no use with `note_columns`: {lacking}"
+    assert not lacking, f"`**design` must fit; check what has no use with `require_columns` and note it: {lacking}"
     assert set(calls()) <= set(with_columns())
 
 
@@ -112,6 +112,28 @@ def test_whole_design_is_taken_and_noted(fitted, name: str, tmp_path: Path) -> N
     calls()[name](adata, predicted, tmp_path)
     if name not in ("tl.benchmark", "tl.prepare_submission", "tl.screen", "tl.effects"):  # note nothing in these cells
         assert {k: adata.uns["virtualcell"]["design"].get(k) for k in DESIGN} == DESIGN
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in calls() if name[:2] in ("pp", "pl") or name in ("tl.fit_state", "tl.evaluate")]
+)
+def test_a_wrong_control_is_not_noted(fitted, name: str, tmp_path: Path) -> None:
+    adata, predicted = fitted[0].copy(), fitted[1].copy()
+    del adata.uns["virtualcell"]["design"]
+    call = calls({**DESIGN, "control": "non_targeting"})[name]
+    if name == "pl.split":  # which draws cells without controls too
+        call(adata, predicted, tmp_path)
+    else:
+        with pytest.raises(KeyError, match="'non_targeting'"):
+            call(adata, predicted, tmp_path)
+    assert "control" not in adata.uns["virtualcell"].get("design", {})
+
+
+def test_a_picture_takes_columns_of_the_prediction_whatever_else_was_noted(fitted) -> None:
+    adata, predicted = fitted[0].copy(), fitted[1]
+    adata.uns["virtualcell"]["design"] = {"batch_key": "lane"}
+    ax = vc.pl.de_agreement(predicted, adata, layer=None, scale="counts")
+    assert "2 perturbations" in ax.get_title() or ", " in ax.get_title()
 
 
 def test_a_column_without_use_must_be_there_all_the_same(cells) -> None:

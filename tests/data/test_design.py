@@ -11,7 +11,7 @@ from anndata import AnnData
 from mudata import MuData
 
 from virtualcell import _keys
-from virtualcell.data._design import Design, check_library_sizes, check_scale, noted_design
+from virtualcell.data._design import Design, check_library_sizes, check_scale, note_design, noted_design
 
 
 @pytest.fixture
@@ -78,3 +78,20 @@ def test_predicted_cells_have_their_expression_in_x() -> None:
     assert design.of_predicted() == Design("gene", "ctrl", "line", scale="log1p")
     assert design.of_predicted("counts") == Design("gene", "ctrl", "line", library_size_key="depth")
     assert design.plain() == Design("gene", "ctrl", "line", layer="raw", library_size_key="depth")
+
+
+def test_a_statement_replaces_what_goes_with_it(adata: AnnData) -> None:
+    note_design(adata, {"control": ["ctrl", "mock"], "scale": "counts", "layer": "raw", "library_size_key": "n"})
+    noted = noted_design(adata)
+    assert (noted["control"], list(noted["other_controls"])) == ("ctrl", ["mock"])
+    note_design(adata, {"batch_key": "lane"})
+    assert noted_design(adata)["layer"] == "raw"
+    note_design(adata, {"control": "mock", "scale": "log1p"})  # of X, where nothing is divided by library sizes
+    assert noted_design(adata) == {"control": "mock", "scale": "log1p", "batch_key": "lane"}
+
+
+def test_controls_in_a_set_can_be_written(adata: AnnData, tmp_path: Path) -> None:
+    note_design(adata, {"perturbation_key": "gene", "control": {"mock", "ctrl"}})
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    found = Design.from_data(ad.read_h5ad(tmp_path / "a.h5ad"))
+    assert found.controls == ("ctrl", "mock")

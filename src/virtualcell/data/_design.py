@@ -22,6 +22,8 @@ AS_NOTED = "as noted"  # combination_separator= where it is not stated, since No
 
 # What belongs to one model or one split, and is not noted beside the data for other calls.
 _NOT_NOTED = ("split_key", "use_rep")
+# What a statement replaces as well, because it says nothing without it.
+_GO_TOGETHER = {"control": ("other_controls",), "scale": ("layer", "library_size_key")}
 
 
 @dataclass(frozen=True)
@@ -162,16 +164,32 @@ def noted_design(data: AnnData | MuData, modality: str = "rna") -> dict:
     return expression_modality(data, modality).uns.get(_keys.UNS, {}).get("design", {})
 
 
-def note_design(data: AnnData | MuData, found: Mapping[str, object], modality: str = "rna") -> None:
-    """Note columns and scale in `uns["virtualcell"]`, so that nobody has to state them again; the latest counts.
+def require_columns(data: AnnData | MuData, modality: str = "rna", **keys: str | None) -> None:
+    """Raise for columns of `obs` that are not there, by the names of the arguments, whether a call uses them or not."""
+    for argument, key in keys.items():
+        if key is not None:
+            obs_column(data, key, argument=argument, modality=modality)
 
-    What was noted before and is not found anew stays. A view is left as it is: writing to it would copy the data.
+
+def note_design(data: AnnData | MuData, stated: Mapping[str, object], modality: str = "rna") -> None:
+    """Note columns, control and scale in `uns["virtualcell"]`, so that nobody has to state them again.
+
+    For the end of a call, which has read what it notes: what is wrong would be in the way of later calls. Columns that
+    the call has no use for are noted too, which lets every call take a whole design; `require_columns` checks them.
+
+    What was noted before and is not stated anew stays, but for what goes with it: other labels of a control, and the
+    layer and the library sizes of a scale. A view is left as it is: writing to it would copy the data.
     """
     adata = expression_modality(data, modality)
-    if not adata.is_view:
-        found = {k: v for k, v in found.items() if v is not None}
-        before = {k: v for k, v in noted_design(adata).items() if k != "other_controls" or "control" not in found}
-        adata.uns[_keys.UNS] = {**adata.uns.get(_keys.UNS, {}), "design": {**before, **found}}
+    if adata.is_view:
+        return
+    found = {k: v for k, v in stated.items() if v is not None}
+    if "control" in found:  # as h5ad has it
+        first, *others = [*control_labels(found["control"]), *found.pop("other_controls", ())]
+        found |= {"control": first, **({"other_controls": np.array(others, dtype=str)} if others else {})}
+    replaced = {k for key, with_it in _GO_TOGETHER.items() if key in found for k in with_it}
+    before = {k: v for k, v in noted_design(adata).items() if k not in replaced}
+    adata.uns[_keys.UNS] = {**adata.uns.get(_keys.UNS, {}), "design": {**before, **found}}
 
 
 def control_labels(control: object) -> list[str]:
@@ -184,17 +202,6 @@ def control_labels(control: object) -> list[str]:
     if not labels:
         raise ValueError(f"control={control!r} names no label: give that of the unperturbed cells, or several.")
     return labels
-
-
-def note_columns(data: AnnData | MuData, modality: str = "rna", **stated: object) -> None:
-    """Note columns for later calls, whether this one has a use for them or not; they must be there.
-
-    This is what lets every call take a whole design.
-    """
-    for argument, value in stated.items():
-        if value is not None and argument.endswith("_key"):
-            obs_column(data, value, argument=argument, modality=modality)
-    note_design(data, stated, modality)
 
 
 def check_scale(scale: str, argument: str = "scale") -> None:

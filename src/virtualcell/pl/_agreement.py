@@ -20,6 +20,7 @@ from virtualcell.pl._common import (
     in_context,
     mean_profile,
     names_of,
+    note_columns,
     observed_design,
     predicted_screen,
     title,
@@ -87,7 +88,7 @@ def de_agreement(
         Modality of a MuData that holds gene expression.
     perturbation_key, control, context_key, batch_key, layer, scale, library_size_key
         As in :func:`virtualcell.tl.fit_state`; as earlier calls noted them in `uns["virtualcell"]` of `observed` unless
-        stated; noted for later calls if stated. The batch plays no part.
+        stated; columns and control are noted for later calls if stated. The batch plays no part.
     ax
         Axes to draw in; a new figure by default.
 
@@ -107,10 +108,9 @@ def de_agreement(
     --------
     >>> ax = vc.pl.de_agreement(predicted, fitted, perturbation=name, context="type_3")
     """
-    design = observed_design(
-        observed, modality, predicted=predicted, perturbation_key=perturbation_key, control=control,
-        context_key=context_key, layer=layer, scale=scale, library_size_key=library_size_key, batch_key=batch_key,
-    )  # fmt: skip
+    stated = {"perturbation_key": perturbation_key, "control": control, "context_key": context_key}
+    stated |= {"batch_key": batch_key, "layer": layer, "scale": scale, "library_size_key": library_size_key}
+    design = observed_design(observed, modality, stated, predicted=predicted)
     perturbation, context = names_of(design, perturbation, context)
     if not 1 <= n_top <= predicted.n_vars:
         raise ValueError(f"n_top={n_top} must lie between 1 and {predicted.n_vars}, the number of predicted genes.")
@@ -137,6 +137,7 @@ def de_agreement(
     top = largest(np.abs(points).max(axis=1), n_labels)
     labels = [f"{gene} ({name})" if len(names) > 1 else gene for name in names for gene in predicted.var_names]
     place_labels(ax, points[top], [labels[i] for i in top], avoid=points)
+    note_columns(observed, modality, stated)
     return ax
 
 

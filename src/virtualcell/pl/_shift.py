@@ -21,6 +21,7 @@ from virtualcell.pl._common import (
     in_context,
     mean_profile,
     names_of,
+    note_columns,
     observed_design,
     predicted_screen,
     title,
@@ -88,7 +89,7 @@ def perturbation_shift(
         Modality of a MuData that holds gene expression.
     perturbation_key, control, context_key, batch_key, layer, scale, library_size_key
         As in :func:`virtualcell.tl.fit_state`; as earlier calls noted them in `uns["virtualcell"]` unless stated;
-        noted for later calls if stated. The batch plays no part.
+        columns and control are noted for later calls if stated. The batch plays no part.
     seed
         Starts the decomposition and orders the points, so that no group covers the others; by default
         `vc.settings.seed`.
@@ -111,10 +112,9 @@ def perturbation_shift(
     --------
     >>> ax = vc.pl.perturbation_shift(predicted, fitted, perturbation=name, context="type_3")
     """
-    design = observed_design(
-        observed, modality, predicted=predicted, perturbation_key=perturbation_key, control=control,
-        context_key=context_key, layer=layer, scale=scale, library_size_key=library_size_key, batch_key=batch_key,
-    )  # fmt: skip
+    stated = {"perturbation_key": perturbation_key, "control": control, "context_key": context_key}
+    stated |= {"batch_key": batch_key, "layer": layer, "scale": scale, "library_size_key": library_size_key}
+    design = observed_design(observed, modality, stated, predicted=predicted)
     perturbation, context = names_of(design, perturbation, context)
     guess = predicted_screen(predicted, design)
     if perturbation is not None:
@@ -154,6 +154,7 @@ def perturbation_shift(
         shifts.draw(starts[where], ends[where, name], "predicted", 1.6)
     shifts.note(legend_columns=3)
     _name(ax, names, starts, ends, shifts.points, n_labels)
+    note_columns(observed, modality, stated)
     return ax
 
 

@@ -15,10 +15,9 @@ from mudata import MuData
 
 from virtualcell import _keys
 from virtualcell._errors import unknown_name
-from virtualcell.data._design import note_columns
 from virtualcell.data._labels import expression_modality, read_labels
 from virtualcell.data._screen import Screen
-from virtualcell.pl._common import observed_design, title
+from virtualcell.pl._common import note_columns, observed_design, title
 from virtualcell.pl._style import ORANGE, VERMILLION, axes_or_new, ink_of, label_size, outside_text, write_title
 
 _COLOURS = dict(zip(_keys.SPLITS, ("#A9D5F0", ORANGE, VERMILLION), strict=True))
@@ -77,10 +76,10 @@ def split(
     manifest = (
         expression_modality(adata, modality).uns.get(_keys.UNS, {}).get(_keys.SPLIT_MANIFEST, {}).get(split_key, {})
     )
-    note_columns(adata, modality, **stated, batch_key=batch_key, library_size_key=library_size_key)
-    stated = {k: manifest.get(k) if v is None else v for k, v in stated.items()}
-    stated |= {k: manifest.get(k) for k in ("combination_separator", "dose_key")}
-    design = observed_design(adata, modality, **stated)
+    stated |= {"batch_key": batch_key, "library_size_key": library_size_key}
+    of_split = ("perturbation_key", "control", "context_key", "combination_separator", "dose_key")
+    known = {k: v for k in of_split if (v := manifest.get(k)) is not None}
+    design = observed_design(adata, modality, known | {k: v for k, v in stated.items() if v is not None})
     screen = Screen.from_anndata(adata, design, modality=modality)
     part = read_labels(adata, split_key, argument="split_key", modality=modality)
     for name in set(part) - set(_COLOURS):
@@ -121,6 +120,7 @@ def split(
     )  # fmt: skip
     write_title(ax, title(screen.perturbation_names, columns))
     _write_names(ax, rows, y, x, total)
+    note_columns(adata, modality, stated if of_control else stated | {"control": None})
     return ax
 
 

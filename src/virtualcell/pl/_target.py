@@ -15,7 +15,16 @@ from mudata import MuData
 from virtualcell._errors import unknown_name
 from virtualcell.data._design import Scale, noted_design
 from virtualcell.data._screen import Screen
-from virtualcell.pl._common import chosen, contexts_of, names_of, observed_design, the_only, title, with_controls
+from virtualcell.pl._common import (
+    chosen,
+    contexts_of,
+    names_of,
+    note_columns,
+    observed_design,
+    the_only,
+    title,
+    with_controls,
+)
 from virtualcell.pl._style import CONTROL, OBSERVED, axes_or_new, despine, ink_of, legend_below, write_title
 
 
@@ -57,7 +66,7 @@ def target_expression(
         Modality of a MuData that holds gene expression.
     perturbation_key, control, context_key, batch_key, layer, scale, library_size_key
         As in :func:`virtualcell.tl.fit_state`; as earlier calls noted them in `uns["virtualcell"]` unless stated;
-        noted for later calls if stated. The batch plays no part.
+        columns and control are noted for later calls if stated. The batch plays no part.
     ax
         Axes to draw in; a new figure by default.
 
@@ -77,10 +86,9 @@ def target_expression(
     --------
     >>> ax = vc.pl.target_expression(fitted, perturbation=name)
     """
-    design = observed_design(
-        adata, modality, perturbation_key=perturbation_key, control=control, context_key=context_key, layer=layer,
-        scale=scale, library_size_key=library_size_key, batch_key=batch_key,
-    )  # fmt: skip
+    stated = {"perturbation_key": perturbation_key, "control": control, "context_key": context_key}
+    stated |= {"batch_key": batch_key, "layer": layer, "scale": scale, "library_size_key": library_size_key}
+    design = observed_design(adata, modality, stated)
     perturbation, context = names_of(design, perturbation, context)
     if values not in ("log1p", "counts"):
         raise ValueError(f"values={values!r} is unknown. Say 'log1p' or 'counts'.")
@@ -124,6 +132,7 @@ def target_expression(
     write_title(ax, f"{title(perturbation, contexts)}: {subject} {residual}")
     despine(ax)
     legend_below(ax, columns=1)
+    note_columns(adata, modality, stated)
     return ax
 
 

@@ -22,6 +22,7 @@ from virtualcell.pl._common import (
     contexts_of,
     is_prediction,
     names_of,
+    note_columns,
     observed_design,
     the_only,
     title,
@@ -88,7 +89,7 @@ def de_volcano(
         Modality of a MuData that holds gene expression.
     perturbation_key, control, context_key, batch_key, layer, scale, library_size_key
         As in :func:`virtualcell.tl.fit_state`; as earlier calls noted them in `uns["virtualcell"]` unless stated;
-        noted for later calls if stated. The batch plays no part.
+        columns and control are noted for later calls if stated. The batch plays no part.
     ax
         Axes to draw in; a new figure by default.
 
@@ -108,10 +109,9 @@ def de_volcano(
     --------
     >>> ax = vc.pl.de_volcano(fitted, perturbation=name, context="type_3")
     """
-    design = observed_design(
-        adata, modality, perturbation_key=perturbation_key, control=control, context_key=context_key, layer=layer,
-        scale=scale, library_size_key=library_size_key, batch_key=batch_key,
-    )  # fmt: skip
+    stated = {"perturbation_key": perturbation_key, "control": control, "context_key": context_key}
+    stated |= {"batch_key": batch_key, "layer": layer, "scale": scale, "library_size_key": library_size_key}
+    design = observed_design(adata, modality, stated)
     perturbation, context = names_of(design, perturbation, context)
     table, source, where, name = (_predicted if is_prediction(adata) else _measured)(
         adata, design, perturbation, context, modality
@@ -153,6 +153,8 @@ def de_volcano(
     named = order[significant[order]][:n_labels]
     points = np.column_stack([change, height])
     place_labels(ax, points[named], list(table["gene"].iloc[named]), avoid=points)
+    if not is_prediction(adata):  # which has no control cells to know the label by
+        note_columns(adata, modality, stated)
     return ax
 
 

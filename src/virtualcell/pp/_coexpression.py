@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pandas as pd
@@ -13,9 +13,10 @@ from scipy import sparse
 from scipy.linalg import lu
 
 from virtualcell._settings import seed_of
-from virtualcell.data._design import Scale, note_columns
+from virtualcell.data._design import Design, Scale, note_design, require_columns
 from virtualcell.data._expression import Expression
 from virtualcell.data._read_expression import read_expression
+from virtualcell.data._screen import Screen
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ def expression_gene_embeddings(
     scale: Scale = "counts",
     library_size_key: str | None = None,
     perturbation_key: str | None = None,
-    control: str | None = None,
+    control: str | Sequence[str] | None = None,
     context_key: str | None = None,
     batch_key: str | None = None,
     modality: str = "rna",
@@ -70,7 +71,7 @@ def expression_gene_embeddings(
     Raises
     ------
     KeyError
-        If `layer`, `library_size_key` or `modality` does not exist.
+        If the layer, a column, the label of the control or the modality does not exist.
     ValueError
         If the values are not on the stated scale, gene names repeat, or fewer than two genes vary.
 
@@ -80,12 +81,15 @@ def expression_gene_embeddings(
     >>> table.shape  # genes x dimensions
     (60, 8)
     """
+    keys = {"perturbation_key": perturbation_key, "context_key": context_key, "batch_key": batch_key}
+    keys["library_size_key"] = library_size_key
+    require_columns(adata, modality, **keys)
+    if perturbation_key is not None and control is not None:
+        Screen.from_anndata(adata, Design(perturbation_key, control), modality=modality).require_control()
     expression = read_expression(adata, modality=modality, layer=layer, scale=scale, library_size_key=library_size_key)
-    note_columns(
-        adata, modality, perturbation_key=perturbation_key, control=control, context_key=context_key,
-        batch_key=batch_key, library_size_key=library_size_key,
-    )  # fmt: skip
-    return coexpression_vectors(expression, n_comps=n_comps, seed=seed_of(seed))
+    vectors = coexpression_vectors(expression, n_comps=n_comps, seed=seed_of(seed))
+    note_design(adata, keys | {"control": control}, modality)
+    return vectors
 
 
 def coexpression_vectors(expression: Expression, *, n_comps: int | None = None, seed: int = 0) -> pd.DataFrame:

@@ -14,7 +14,7 @@ from scipy import sparse, stats
 
 from virtualcell import _keys
 from virtualcell._errors import unknown_name
-from virtualcell.data._design import Design, Scale, note_columns, note_design
+from virtualcell.data._design import Design, Scale, note_design, require_columns
 from virtualcell.data._labels import expression_modality, parts, without_version
 from virtualcell.data._screen import Screen
 
@@ -121,6 +121,7 @@ def knockdown_efficiency(
     threshold = _THRESHOLDS[direction][0] if threshold is None else threshold
     cell_threshold = _THRESHOLDS[direction][1] if cell_threshold is None else cell_threshold
     expression = expression_modality(adata, modality)
+    require_columns(adata, modality, batch_key=batch_key)
     design = Design(
         perturbation_key, control, context_key, layer=layer, scale=scale, library_size_key=library_size_key,
         combination_separator=combination_separator,
@@ -150,8 +151,7 @@ def knockdown_efficiency(
     expression.obs[_keys.KNOCKDOWN] = residual
     expression.obs[_keys.RESPONDED] = keep
     expression.uns[_keys.UNS] = {**expression.uns.get(_keys.UNS, {}), _keys.KNOCKDOWN: table.copy()}
-    note_design(adata, design.to_uns(), modality)
-    note_columns(adata, modality, batch_key=batch_key)
+    note_design(adata, design.to_uns() | {"batch_key": batch_key}, modality)
     logger.info(
         "%d of %d targets are measured; %d of %d (context, target) pairs that can be judged responded; %d of %d "
         "perturbed cells are kept.",

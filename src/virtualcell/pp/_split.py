@@ -7,6 +7,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pandas as pd
@@ -17,7 +18,7 @@ from virtualcell import _keys
 from virtualcell._errors import unknown_name
 from virtualcell._keys import SPLITS
 from virtualcell._settings import seed_of
-from virtualcell.data._design import Design, note_columns, note_design
+from virtualcell.data._design import Design, note_design, require_columns
 from virtualcell.data._doses import drug_and_dose
 from virtualcell.data._labels import expression_modality, is_several, parts, read_labels, text
 from virtualcell.data._read_design import read_design
@@ -127,6 +128,8 @@ def split(
         perturbation_key, control, context_key, combination_separator=combination_separator, dose_key=dose_key
     )
     control = design.control
+    beside = {"batch_key": batch_key, "library_size_key": library_size_key}
+    require_columns(adata, modality, **beside)
     cells = _cells(adata, design, modality)
     perturbed = cells["perturbation"] != control
     if perturbed.all():
@@ -173,8 +176,7 @@ def split(
         "seed": seed,
     }
     manifest |= {k: v for k, v in (("context_key", context_key), ("dose_key", dose_key)) if v is not None}
-    note_columns(adata, modality, batch_key=batch_key, library_size_key=library_size_key)
-    _write(adata, cells, assigned, manifest, key_added, modality)
+    _write(adata, cells, assigned, manifest, key_added, modality, beside)
     _report(cells, assigned, kind)
 
 
@@ -335,9 +337,15 @@ def _draw(cells: pd.DataFrame, fraction: float, rng: np.random.Generator) -> np.
 
 
 def _write(
-    adata: AnnData | MuData, cells: pd.DataFrame, assigned: pd.Series, manifest: dict, key: str, modality: str
+    adata: AnnData | MuData,
+    cells: pd.DataFrame,
+    assigned: pd.Series,
+    manifest: dict,
+    key: str,
+    modality: str,
+    beside: Mapping[str, str | None] = MappingProxyType({}),
 ) -> None:
-    """Write the split and its manifest, with the table of groups, to the modality."""
+    """Write the split and its manifest, with the table of groups, to the modality; note columns `beside` the labels."""
     expression = expression_modality(adata, modality)
     groups = cells.assign(split=assigned).groupby(["context", "perturbation", "split"]).size()
     expression.obs[key] = pd.Categorical(assigned, categories=SPLITS)
@@ -345,7 +353,7 @@ def _write(
     manifests = {**ours.get(_keys.SPLIT_MANIFEST, {}), key: manifest | {"groups": groups.reset_index(name="n_cells")}}
     expression.uns[_keys.UNS] = {**ours, _keys.SPLIT_MANIFEST: manifests}
     noted = ("perturbation_key", "control", "context_key", "combination_separator", "dose_key")
-    note_design(adata, {k: manifest.get(k) for k in noted}, modality)
+    note_design(adata, {k: manifest.get(k) for k in noted} | dict(beside), modality)
 
 
 def _report(cells: pd.DataFrame, assigned: pd.Series, kind: str) -> None:

@@ -23,9 +23,9 @@ from virtualcell.data._design import (
     Scale,
     check_library_sizes,
     check_scale,
-    note_columns,
     note_design,
     noted_design,
+    require_columns,
 )
 from virtualcell.data._labels import expression_modality
 from virtualcell.tl._ceiling import CEILING, CORRECTED_CEILING, ceilings
@@ -153,6 +153,7 @@ def evaluate(
         stated["combination_separator"] = combination_separator or ""  # None states nothing
     design = _design(observed, modality, stated)
     check_scale(predicted_scale, "predicted_scale")
+    require_columns(observed, modality, batch_key=batch_key)
     names = metric_names(suite)
     check_baseline(baseline, suite)
     official = isinstance(suite, str) and suite == "vcc2026"
@@ -178,8 +179,6 @@ def evaluate(
     for part in parts:
         part["perturbation"] = task.screens["observed"].spelled(part["perturbation"])
     counted = task.counted()
-    note_design(observed, design.to_uns(), modality)
-    note_columns(observed, modality, batch_key=batch_key)
     if isinstance(baseline, pd.DataFrame):
         parts.append(scored_before(baseline, parts, counted))
     scores = pd.concat(parts, ignore_index=True)[COLUMNS]
@@ -195,6 +194,7 @@ def evaluate(
         **counted,
         "versions": {"virtualcell": __version__, scorer: version(scorer)},
     }
+    note_design(observed, design.to_uns() | {"batch_key": batch_key}, modality)
     return scores
 
 

@@ -19,7 +19,7 @@ from virtualcell import _keys
 from virtualcell._errors import unknown_name
 from virtualcell._settings import seed_of
 from virtualcell.data._counts import Sampling, averaged, depth_matched_counts
-from virtualcell.data._design import Design, Scale, note_columns
+from virtualcell.data._design import Design, Scale, note_design, require_columns
 from virtualcell.data._emit import with_totals
 from virtualcell.data._expression import columns_of
 from virtualcell.data._labels import expression_modality, obs_column
@@ -176,10 +176,11 @@ def prepare_submission(
     if controls is not None:
         stated = {"perturbation_key": design.perturbation_key, "control": design.controls, "context_key": context_key}
         stated |= {"layer": controls_layer, "scale": controls_scale, "library_size_key": library_size_key}
-        note_columns(controls, modality, batch_key=batch_key)
-        of_controls = Design.from_data(controls, modality=modality, **stated)
+        require_columns(controls, modality, batch_key=batch_key)
+        given, of_controls = controls, Design.from_data(controls, modality=modality, **stated)
         controls = _read("controls", controls, of_controls, column if year == 2025 else None, modality)
         check_genes("controls", controls.genes, genes)
+        note_design(given, {"batch_key": batch_key}, modality)
     obs = file_labels(cells, "predicted", column)
     control_obs = None if controls is None else file_labels(controls, "controls", column)
     check_labels(obs, control_obs, design, year, perturbations, contexts, n_cells)
