@@ -163,7 +163,9 @@ def _describe_fit(one: argparse.ArgumentParser) -> None:
 
 def _describe_predict(one: argparse.ArgumentParser) -> None:
     one.add_argument("data", type=Path, help="control cells: .h5ad, .h5mu or .zarr")
-    one.add_argument("--perturbation", nargs="+", metavar="NAME", help="perturbations, combinations as A+B")
+    one.add_argument(
+        "--perturbation", nargs="+", metavar="NAME", help="perturbations, A+B for both; by default all learned from"
+    )
     one.add_argument("--model", type=Path, metavar="FOLDER", help="fitted model; by default the one in the data")
     one.add_argument("--drug", help="in place of a name, with --dose")
     one.add_argument("--dose", type=float, help="dose of the drug")
@@ -203,7 +205,7 @@ def _describe_embed(one: argparse.ArgumentParser) -> None:
     _add(one, *_MATRIX, *_GENES)
     one.add_argument("--key-added", metavar="KEY", help="key of obsm to write, X_state by default")
     one.add_argument("--batch-size", type=int, metavar="N", help="cells at a time")
-    one.add_argument("--precision", help="of the computation, such as 32-true or bf16-mixed")
+    one.add_argument("--precision", choices=("auto", "float32", "bf16"), help="of the computation")
     _add(one, *_MODALITY)
     _add_output(one, (".h5ad", ".h5mu"), "the cells with their embedding")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from virtualcell._errors import UnknownNameError
-from virtualcell.data._labels import known_parts
+from virtualcell.data._labels import Known
 from virtualcell.models._features import PerturbationTable
 
 
@@ -80,11 +80,11 @@ def test_what_was_seen_only_in_combination_is_not_known_alone():
 def test_what_was_measured_is_itself_however_it_is_written():
     known = ["A", "A+A", "A+ctrl", "B+A", "ctrl+A"]
     for label in known:  # and not another one that adds up to the same
-        assert known_parts(label, "ctrl", known) == [label]
-    assert known_parts("A+B", "ctrl", known) == ["B+A"]
-    assert known_parts("A+C", "ctrl", known) == ["A", "C"]
-    assert known_parts("A+A", "ctrl", ["A"]) == ["A", "A"]
-    assert known_parts("ctrl", "ctrl", known) == []
+        assert Known(known, "ctrl").parts(label) == [label]
+    assert Known(known, "ctrl").parts("A+B") == ["B+A"]
+    assert Known(known, "ctrl").parts("A+C") == ["A", "C"]
+    assert Known(["A"], "ctrl").parts("A+A") == ["A", "A"]
+    assert Known(known, "ctrl").parts("ctrl") == []
 
 
 def test_tables_of_features_say_what_is_wrong():

@@ -16,7 +16,7 @@ from scipy import sparse
 import virtualcell as vc
 from virtualcell.metrics._de import rank_sum_test
 from virtualcell.models import Additive, ContextMean, NearestContext, NoChange, PerturbationMean
-from virtualcell.tl import _predict
+from virtualcell.tl import _predict, _predict_checks
 
 CONTROL = "non-targeting"
 
@@ -614,7 +614,19 @@ def test_fewer_genes_than_at_fitting_are_reported_because_library_sizes_shrink(f
     assert "library sizes, summed over fewer genes, come out too small" in caplog.text
 
 
-@pytest.mark.parametrize("wrong", [{"STAT1": 1}, ["STAT1", ["JAK2"]], None])
+@pytest.mark.parametrize("wrong", [{"STAT1": 1}, ["STAT1", ["JAK2"]], [None]])
 def test_perturbations_are_names(fitted, wrong):
     with pytest.raises(TypeError, match="must be a name, or a list of names"):
         vc.tl.predict_perturbation(fitted, wrong)
+
+
+def test_all_that_was_learned_is_predicted_where_nothing_is_named(fitted, targets, monkeypatch):
+    named = vc.tl.predict_perturbation(fitted, targets, context="type_2", n_cells=3)
+    unnamed = vc.tl.predict_perturbation(fitted, context="type_2", n_cells=3)
+    assert sorted(set(unnamed.obs["target_gene"])) == sorted(targets)
+    assert_same(unnamed[named.obs_names].X, named.X)
+    monkeypatch.setattr(_predict_checks, "MOST_UNASKED", 3 * len(targets))
+    assert vc.tl.predict_perturbation(fitted, context="type_2", n_cells=3).n_obs == 3 * len(targets)
+    assert vc.tl.predict_perturbation(fitted, context="type_2", emit="mean").n_obs == len(targets)
+    with pytest.raises(ValueError, match=f"asks for {len(targets)} perturbations of 4 cells each"):
+        vc.tl.predict_perturbation(fitted, context="type_2", n_cells=4)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -171,7 +171,7 @@ def require_columns(data: AnnData | MuData, modality: str = "rna", **keys: str |
             obs_column(data, key, argument=argument, modality=modality)
 
 
-def note_design(data: AnnData | MuData, stated: Mapping[str, object], modality: str = "rna") -> None:
+def note_design(data: AnnData | MuData, stated: Mapping[str, Any], modality: str = "rna") -> None:
     """Note columns, control and scale in `uns["virtualcell"]`, so that nobody has to state them again.
 
     For the end of a call, which has read what it notes: what is wrong would be in the way of later calls. Columns that
@@ -185,14 +185,15 @@ def note_design(data: AnnData | MuData, stated: Mapping[str, object], modality: 
         return
     found = {k: v for k, v in stated.items() if v is not None}
     if "control" in found:  # as h5ad has it
-        first, *others = [*control_labels(found["control"]), *found.pop("other_controls", ())]
+        first, *others = control_labels(found["control"])
+        others += map(text, found.pop("other_controls", ()))
         found |= {"control": first, **({"other_controls": np.array(others, dtype=str)} if others else {})}
     replaced = {k for key, with_it in _GO_TOGETHER.items() if key in found for k in with_it}
     before = {k: v for k, v in noted_design(adata).items() if k not in replaced}
     adata.uns[_keys.UNS] = {**adata.uns.get(_keys.UNS, {}), "design": {**before, **found}}
 
 
-def control_labels(control: object) -> list[str]:
+def control_labels(control: Any) -> list[str]:
     """Return the labels of unperturbed cells as text, of which there is one or more."""
     if control is None:
         raise TypeError("control=None: give the label of the unperturbed cells, or a list of them.")

@@ -11,9 +11,11 @@ name each, `(+)-JQ1+Trametinib` is two, and a control such as `non_targeting` st
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from numbers import Real
+from typing import TypeGuard
 
 import numpy as np
 import pandas as pd
@@ -70,7 +72,7 @@ def without_version(gene: str) -> str:
     return gene if found is None else found[1]
 
 
-def is_several(labels: object) -> bool:
+def is_several(labels: object) -> TypeGuard[Collection]:
     """Tell a list of labels from one label."""
     return isinstance(labels, Collection) and not isinstance(labels, str | bytes)
 
@@ -129,7 +131,7 @@ def _with_controls_whole(found: list[str], controls: Sequence[str], separator: s
     return out
 
 
-def parts(name: str, control: str | None = None, known: Iterable[str] = ()) -> list[str]:
+def parts(name: str, control: str | None = None, known: Container[str] = ()) -> list[str]:
     """Split the name of a combination "A+B" into ["A", "B"]; a name that is `known` is one part, the control none."""
     if name == control:
         return []
@@ -138,15 +140,36 @@ def parts(name: str, control: str | None = None, known: Iterable[str] = ()) -> l
     return [p for p in pieces(name) if p != control]
 
 
-def known_parts(name: str, control: str, known: Sequence[str]) -> list[str]:
-    """Names that add up to one: itself where it is `known`, the same combination written otherwise, its parts."""
-    if name not in known:
-        written = {tuple(sorted(parts(p, control))): p for p in known}  # B+A is A+B
-        name = written.get(tuple(sorted(parts(name, control))), name)
-    return parts(name, control, known)
+class Known:
+    """Perturbations that are known, in which others are looked up by what they are made of.
+
+    Parameters
+    ----------
+    names
+        Their names.
+    control
+        Name of the control.
+    """
+
+    def __init__(self, names: Iterable[str], control: str) -> None:
+        self.control = control
+        self.code = {name: i for i, name in enumerate(names)}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.code
+
+    @cached_property
+    def _written(self) -> dict[tuple[str, ...], str]:
+        return {tuple(sorted(parts(name, self.control))): name for name in self.code}  # B+A is A+B
+
+    def parts(self, name: str) -> list[str]:
+        """Names that add up to one: itself where it is known, the same combination written otherwise, its parts."""
+        if name not in self.code:
+            name = self._written.get(tuple(sorted(parts(name, self.control))), name)
+        return parts(name, self.control, self.code)
 
 
-def looks_combined(name: str, known: Collection[str]) -> tuple[str, list[str]] | None:
+def looks_combined(name: str, known: Container[str]) -> tuple[str, list[str]] | None:
     """Return a separator, and the known names that it joins to this one; `None` where there is none such."""
     for separator in ("||", "|", "_", "&", ";", ",", "/", "-", " "):
         found = [part.strip() for part in name.split(separator)]
@@ -188,8 +211,9 @@ class Written:
         other = self.read_off or (lambda name: (asked or {}).get(name, name))
         values = [self.values[name] if name in self.values else other(name) for name in found]
         of_categories = isinstance(self.dtype, pd.CategoricalDtype)
+        kind = self.dtype.categories.dtype if isinstance(self.dtype, pd.CategoricalDtype) else self.dtype
         try:
-            column = pd.Series(values).astype(self.dtype.categories.dtype if of_categories else self.dtype)
+            column = pd.Series(values).astype(kind)
             if not all(text(a) == text(b) for a, b in zip(column, values, strict=True)):
                 raise ValueError("a label would become another")
         except (TypeError, ValueError):

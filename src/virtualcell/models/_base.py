@@ -15,7 +15,7 @@ from scvi.model.base import BaseModelClass
 
 from virtualcell._settings import seed_of
 from virtualcell.data._design import Scale
-from virtualcell.data._labels import expression_modality
+from virtualcell.data._labels import Known, expression_modality
 from virtualcell.data._screen import Screen
 from virtualcell.io._save import State, save
 from virtualcell.models._common import KINDS, forget_data, load_model, summary
@@ -137,7 +137,7 @@ class PerturbationModel(BaseModelClass):
             setup = self.registry["setup_args"]
             modality = setup.get("modality") or "rna"
             self.screen = Screen.from_anndata(self.adata, design_of(setup), modality=modality)
-            self.registry_ = named_registry(self.registry_, self.screen)
+            self.registry_ = named_registry(self.registry, self.screen)
         setup = self.registry["setup_args"]
         states = {k: v["state_registry"] for k, v in self.registry["field_registries"].items()}
         self.modality = setup.get("modality") or "rna"
@@ -268,6 +268,11 @@ class PerturbationModel(BaseModelClass):
     def known_names(self) -> list[str]:
         """Labels of the perturbations that the model learned from, without the control."""
         return self.perturbations
+
+    @property
+    @abstractmethod
+    def lookup(self) -> Known:
+        """Perturbations that the model learned from cells of, in which others are looked up."""
 
     @property
     def featured_names(self) -> list[str]:

@@ -16,7 +16,7 @@ from torch import nn
 
 from virtualcell._errors import unknown_name
 from virtualcell.data._expression import MOST_EXPRESSION
-from virtualcell.data._labels import known_parts
+from virtualcell.data._labels import Known
 from virtualcell.data._screen import Screen
 from virtualcell.io._save import State
 from virtualcell.models._base import PerturbationModel
@@ -40,9 +40,9 @@ class Baseline(PerturbationModel):
     def __init__(self, data: AnnData | MuData | Screen | None = None, *, registry: dict | None = None) -> None:
         super().__init__(data, registry=registry)
         self.known: list[str] = []  # perturbations of the training cells
+        self._lookup = Known([], self.control)
         self.known_contexts: list[str] = []
         self.arrays: dict[str, np.ndarray] = {}  # what was learned, by name
-        self._code: dict[str, int] = {}
         self._context_code: dict[str, int] = {}
         self.module = nn.Module()  # scvi-tools moves it between devices
         self._model_summary_string = f"{type(self).__name__} baseline, {len(self.genes)} genes."
@@ -75,7 +75,7 @@ class Baseline(PerturbationModel):
 
     def _remember(self, known: Sequence[str], contexts: Sequence[str], arrays: dict[str, np.ndarray]) -> None:
         self.known, self.known_contexts = list(known), list(contexts)
-        self._code = {name: i for i, name in enumerate(self.known)}
+        self._lookup = Known(self.known, self.control)
         self._context_code = {name: i for i, name in enumerate(self.known_contexts)}
         # in the order of a file: products of arrays in another order differ in the last digit
         self.arrays = {name: np.asarray(values, order="C") for name, values in arrays.items()}
@@ -91,8 +91,13 @@ class Baseline(PerturbationModel):
 
     @property
     def known_names(self) -> list[str]:
-        """Labels of the perturbations that the baseline learned from."""
+        """Names of the perturbations that the baseline learned from."""
         return self.known
+
+    @property
+    def lookup(self) -> Known:
+        """The same, in which others are looked up."""
+        return self._lookup
 
     @abstractmethod
     def _effect(self, perturbation: str, context: int, base: np.ndarray) -> np.ndarray:
@@ -100,17 +105,15 @@ class Baseline(PerturbationModel):
 
     def _rows(self, perturbation: str) -> list[int]:
         """Rows of the known perturbations whose effects add up to this one; a pair that was measured is one."""
-        if perturbation in self._code:
-            return [self._code[perturbation]]
-        names = known_parts(perturbation, self.control, self._code)
-        if unseen := [n for n in names if n not in self._code]:
+        names = self.lookup.parts(perturbation)
+        if unseen := [n for n in names if n not in self.lookup]:
             raise unknown_name(
                 "perturbation",
                 unseen[0],
                 self.known,
                 "This baseline copies effects it has seen; Ridge and NearestPerturbations reach others from features.",
             )
-        return [self._code[n] for n in names]
+        return [self.lookup.code[n] for n in names]
 
     def check_perturbation(self, perturbation: str) -> None:
         """Raise a KeyError that names the closest ones if this baseline has no effect for a perturbation."""

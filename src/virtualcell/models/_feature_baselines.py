@@ -12,7 +12,6 @@ import pandas as pd
 from anndata import AnnData
 from mudata import MuData
 
-from virtualcell.data._labels import parts
 from virtualcell.data._screen import Screen
 from virtualcell.io._save import State
 from virtualcell.models._baselines import Baseline
@@ -146,5 +145,5 @@ class NearestPerturbations(FeatureBaseline):
         return {"features": features[rows], "effects": fit.perturbation[rows], "contexts": fit.context}
 
     def _effect(self, perturbation: str, context: int, base: np.ndarray) -> np.ndarray:
-        query = self._encode(parts(perturbation, self.control, self.table.names))[0]
+        query = self._encode(self.table.parts(perturbation))[0]
         return self.fitted.effect(query).sum(axis=0) + self._of_context(context)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from virtualcell._errors import unknown_name
 from virtualcell.data._doses import of_tahoe
-from virtualcell.data._labels import looks_combined, parts
+from virtualcell.data._labels import Known, looks_combined, parts
 
 
 class PerturbationTable:
@@ -37,9 +37,8 @@ class PerturbationTable:
     ) -> None:
         self.names, self.vectors, self.control = list(names), vectors.float(), control
         self.seen, self.has_features = list(seen), has_features
-        self._row = {name: i for i, name in enumerate(self.names)}
-        # published models have a row of their own for combinations
-        self._combined = {tuple(sorted(found)): name for name in self.names if len(found := parts(name, control)) > 1}
+        self.rows = Known(self.names, control)  # of which published models have some for combinations
+        self.learned = Known(self.seen, control)
 
     def frame(self) -> pd.DataFrame:
         """Return the features as a table, perturbations x dims, without the column that counts."""
@@ -80,7 +79,7 @@ class PerturbationTable:
         labels = sorted(set(labels) - {control})
         names = [str(n) for n in features.index]
         table = cls(names, torch.from_numpy(values), control=control, seen=labels, has_features=True)
-        needed = {p for label in (*labels, *unseen) for p in parts(label, control, table._row)}
+        needed = {p for label in (*labels, *unseen) for p in parts(label, control, table.rows)}
         missing = sorted(needed - set(names))
         if missing:
             raise ValueError(
@@ -94,12 +93,9 @@ class PerturbationTable:
         """Width of a vector."""
         return self.vectors.shape[1]
 
-    def _parts(self, label: str) -> list[str]:
+    def parts(self, label: str) -> list[str]:
         """Rows that add up to a perturbation; its own where there is one, and the control's where it has one."""
-        if label in self._row:
-            return [label]
-        found = parts(label, self.control, self._row)
-        return [self._combined[key]] if (key := tuple(sorted(found))) in self._combined else found
+        return [label] if label in self.rows else self.rows.parts(label)
 
     def encode(self, labels: Sequence[str]) -> Tensor:
         """Return the vectors of labels, (n, n_dims).
@@ -111,19 +107,19 @@ class PerturbationTable:
         """
         out = torch.zeros(len(labels), self.n_dims)
         for i, label in enumerate(labels):
-            for part in self._parts(label):
-                if part not in self._row:
+            for part in self.parts(label):
+                if part not in self.rows:
                     raise self._unknown(label)
-                out[i] += self.vectors[self._row[part]]
+                out[i] += self.vectors[self.rows.code[part]]
         return out
 
     def check(self, label: str) -> None:
         """Raise a KeyError for a perturbation without a vector, or, of one-hot ones, seen only within combinations."""
         self.encode([label])
-        if self.has_features or label in self.seen:
+        if self.has_features or label in self.learned:
             return
-        for part in parts(label, self.control, self._row):
-            if part not in self.seen:
+        for part in self.parts(label):
+            if part not in self.learned:
                 pairs = [s for s in self.seen if part in parts(s, self.control)]
                 raise unknown_name(
                     "perturbation",
@@ -147,7 +143,7 @@ class PerturbationTable:
                 "A one-hot model predicts only what it was trained on; to reach unseen perturbations "
                 "train with perturbation_features= (for instance a table of gene embeddings)."
             )
-        if (combined := looks_combined(label, self.names)) is not None:
+        if (combined := looks_combined(label, self.rows)) is not None:
             remedy = (
                 f"Its parts are known: the combination is written {'+'.join(sorted(combined[1]))!r}. (Other separators "
                 "than a plus are stated at fitting, combination_separator=.)"

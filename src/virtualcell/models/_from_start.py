@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
-from virtualcell.data._labels import known_parts
 from virtualcell.models._common import require_finite
 from virtualcell.models._mixture import standard_error
 from virtualcell.models._start import Start
@@ -120,8 +119,7 @@ def error_from(
 
 def where_measured(model: PerturbationModel, perturbation: str, context: str) -> Measured:
     """Tell whether the model learned from cells of a perturbation, "here", in this context, or where else."""
-    known = model.known_names
-    names = known_parts(perturbation, model.control, known)
-    if len(names) != 1 or names[0] not in known:
+    names = model.lookup.parts(perturbation)
+    if len(names) != 1 or names[0] not in model.lookup:
         return "no"
     return "here" if model.design.context_key is None else "somewhere"

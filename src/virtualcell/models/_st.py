@@ -15,7 +15,7 @@ from mudata import MuData
 
 from virtualcell._errors import unknown_name
 from virtualcell.data._cell_sets import CellGroups, SetSampler
-from virtualcell.data._labels import known_parts
+from virtualcell.data._labels import Known
 from virtualcell.data._packed import DenseRows, PackedRows
 from virtualcell.data._screen import Screen
 from virtualcell.models._base import PerturbationModel
@@ -318,8 +318,8 @@ class ST(PerturbationModel):
         """Whether other experiments measured a perturbation that one's own cells lack."""
         if self.elsewhere is None or self.transferred is None or perturbation == self.control:
             return False
-        own = self.transferred.perturbations
-        if all(name in own for name in known_parts(perturbation, self.control, own)):
+        own = self.transferred.lookup(self.control)
+        if all(name in own for name in own.parts(perturbation)):
             return False
         return self.elsewhere.measured(perturbation)
 
@@ -353,6 +353,11 @@ class ST(PerturbationModel):
         """Labels of the perturbations that the model learned from, here or in other experiments."""
         others = [] if self.elsewhere is None else self.elsewhere.known_names
         return [*self.table.seen, *(name for name in others if self.measured_elsewhere(name))]
+
+    @property
+    def lookup(self) -> Known:
+        """Perturbations that it learned from cells of, in which others are looked up."""
+        return self.table.learned
 
     @property
     def featured_names(self) -> list[str]:

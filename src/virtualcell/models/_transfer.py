@@ -17,7 +17,6 @@ from mudata import MuData
 from virtualcell._errors import unknown_name
 from virtualcell._keys import AGREEMENT
 from virtualcell.data._design import Design, Scale
-from virtualcell.data._labels import known_parts
 from virtualcell.data._screen import Screen, scvi_registry
 from virtualcell.io._save import State
 from virtualcell.models._baselines import Baseline
@@ -283,7 +282,7 @@ class Transfer(Baseline):
     def _effect_of(self, name: str) -> np.ndarray:
         slope, neighbours = self.arrays["slope_of_mean"], self.arrays["slope_of_neighbours"]
         mean = slope * self.arrays["mean"]
-        if (code := self._code.get(name)) is not None:
+        if (code := self.lookup.code.get(name)) is not None:
             own = np.nan_to_num(self.arrays["effects"][code])
             # the mean of the others: that over all has a share of this one
             mean = mean - slope * self.arrays["share"][code] * own * (self.arrays["mean"] != 0)
@@ -297,12 +296,12 @@ class Transfer(Baseline):
         return np.zeros(len(self.genes))
 
     def _names(self, perturbation: str) -> list[str]:
-        return known_parts(perturbation, self.control, self._code)
+        return self.lookup.parts(perturbation)
 
     def _neighbours(self, name: str) -> np.ndarray:
         """Numbers of the measured perturbations whose features are the most similar."""
         features, row = self.arrays["features"], self._row_of[name]
-        own = self._code.get(name, -1)
+        own = self.lookup.code.get(name, -1)
         candidates = np.array([i for i, p in enumerate(self.known) if p in self._row_of and i != own], dtype=int)
         theirs = features[[self._row_of[self.known[i]] for i in candidates]]
         return candidates[nearest(features[[row]], theirs, int(self.arrays["k"]))[0]]
@@ -318,7 +317,7 @@ class Transfer(Baseline):
     def measured(self, perturbation: str) -> bool:
         """Whether a source has a perturbation, or all parts of a combination."""
         names = self._names(perturbation)
-        return bool(names) and all(name in self._code for name in names)
+        return bool(names) and all(name in self.lookup for name in names)
 
     def agreement(self, perturbation: str) -> float:
         """Tell how well the sources agree on a perturbation: the mean cosine between their centred effects.
@@ -332,7 +331,7 @@ class Transfer(Baseline):
         return float(np.mean(values)) if values else float("nan")
 
     def _agreement_on(self, name: str) -> float:
-        code = self._code.get(name)
+        code = self.lookup.code.get(name)
         if code is not None and not np.isnan(found := self.arrays["agreement"][code]):
             return float(found)
         if name not in self._row_of:

@@ -10,7 +10,7 @@ from typing import Self
 
 import numpy as np
 
-from virtualcell.data._labels import known_parts, parts
+from virtualcell.data._labels import Known
 from virtualcell.models._axes import leading_axes, single_genes
 from virtualcell.models._closed_forms import SimilarContexts, additive, similarity
 from virtualcell.models._effects import Effects, group_sums, named_pairs
@@ -151,8 +151,14 @@ class Transferred:
     # -- prediction ---------------------------------------------------------------------------------------------------
 
     @cached_property
-    def _code(self) -> dict[str, int]:
-        return {name: i for i, name in enumerate(self.perturbations)}
+    def _lookups(self) -> dict[str, Known]:
+        return {}
+
+    def lookup(self, control: str) -> Known:
+        """Return the measured perturbations, in which others are looked up."""
+        if control not in self._lookups:
+            self._lookups[control] = Known(self.perturbations, control)
+        return self._lookups[control]
 
     @cached_property
     def _similar(self) -> SimilarContexts:
@@ -182,10 +188,11 @@ class Transferred:
 
     def question(self, perturbation: str, context: str, *, control: str) -> Question:
         """Return what is asked: "cells" of a measured pair, new "contexts", or new "perturbations" and combinations."""
-        names = known_parts(perturbation, control, self._code)  # B+A was measured where A+B was
-        if len(names) != 1 or names[0] not in self._code:
+        known = self.lookup(control)
+        names = known.parts(perturbation)  # B+A was measured where A+B was
+        if len(names) != 1 or names[0] not in known:
             return "perturbations"
-        return "cells" if (self._where(context), self._code[names[0]]) in self._own else "contexts"
+        return "cells" if (self._where(context), known.code[names[0]]) in self._own else "contexts"
 
     def error_of(self, perturbation: str, context: str, *, control: str) -> np.ndarray:
         """Return the error that the change of each gene's mean is expected to have, (n_genes,)."""
@@ -247,16 +254,17 @@ class Transferred:
         features
             The features that were fitted with.
         """
-        names = known_parts(perturbation, control, self._code)
+        known = self.lookup(control)
+        names = known.parts(perturbation)
         if not names:
             return np.zeros_like(base)
         where = self._where(context)
-        if all(name in self._code for name in names):
-            effect = self._of_measured([self._code[name] for name in names], where, base)
+        if all(name in known for name in names):
+            effect = self._of_measured([known.code[name] for name in names], where, base)
         elif features is None or not len(self.intercept):
             return None
         else:
-            vectors = features.encode(parts(perturbation, control, features.names)).numpy()[:, :-1]
+            vectors = features.encode(features.parts(perturbation)).numpy()[:, :-1]
             scores = self._told.effect(vectors).sum(axis=0)
             effect = self.amplitude_unseen * (scores @ self.axes) + self._of_context(where, base)
         return change_of_mean(base, effect).astype(np.float32)

@@ -241,9 +241,9 @@ def _band(ax: Axes, runs: pd.DataFrame, colour: str, name: str, label: str, dash
     """Shade from the mean to the end of the axis, and write the name of the band at its foot."""
     if runs["value"].notna().any():
         at, ink = _mean_of(runs).mean(), ink_of(ax)
-        colour = ink.visible(colour)
-        ax.axvline(at, color=colour, lw=1.4, ls=dashes, zorder=1, label=label)
-        ax.axvspan(at, ax.get_xlim()[upwards], color=colour, alpha=0.18, lw=0, zorder=0)
+        visible = ink.visible(colour)
+        ax.axvline(at, color=visible, lw=1.4, ls=dashes, zorder=1, label=label)
+        ax.axvspan(at, ax.get_xlim()[upwards], color=visible, alpha=0.18, lw=0, zorder=0)
         ax.annotate(
             name, (at, 0), (2.5 if upwards else -2.5, 3), xycoords=("data", "axes fraction"),
             textcoords="offset points", rotation=90, ha="left" if upwards else "right", va="bottom",

@@ -14,6 +14,7 @@ from virtualcell.data._design import Design, note_design, noted_design, require_
 from virtualcell.data._labels import text
 from virtualcell.data._screen import Screen
 
+
 def observed_design(
     data: AnnData | MuData, modality: str, stated: Mapping[str, object], *, predicted: AnnData | None = None
 ) -> Design:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -297,9 +298,7 @@ def _cells(adata: AnnData | MuData, design: Design, modality: str) -> pd.DataFra
     return pd.DataFrame(columns, index=names)
 
 
-def _names(
-    wanted: Sequence[str] | int | float, part: str, column: pd.Series, design: Design, rng: np.random.Generator
-) -> list[str]:
+def _names(wanted: Any, part: str, column: pd.Series, design: Design, rng: np.random.Generator) -> list[str]:
     """Return the names to hold out, checked where they are listed and drawn where `wanted` is a number."""
     known = sorted(column.unique())
     if isinstance(wanted, Real):
@@ -312,11 +311,11 @@ def _names(
         number = int(wanted) if whole else max(1, round(wanted * len(known)))
         return sorted(rng.choice(known, size=number, replace=False).tolist())
     name_of = design.name_of if part == "perturbations" else text
-    names = {name_of(label) for label in (wanted if is_several(wanted) else [wanted])}
+    asked = {name_of(label) for label in (wanted if is_several(wanted) else [wanted])}
     if part == "perturbations" and design.dose_key is not None:  # a drug stands for all of its doses
-        doses = {name: {k for k in known if (at := drug_and_dose(k)) is not None and at[0] == name} for name in names}
-        names = set().union(*(doses[name] or {name} for name in names))
-    names = sorted(names)
+        doses = {name: {k for k in known if (at := drug_and_dose(k)) is not None and at[0] == name} for name in asked}
+        asked = set().union(*(doses[name] or {name} for name in asked))
+    names = sorted(asked)
     if part == "perturbations" and design.control in names:
         raise ValueError(f"holdout names the control {design.control!r}, which every model needs. Leave it out.")
     for name in names:

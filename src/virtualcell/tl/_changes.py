@@ -143,9 +143,7 @@ class Setting:
 
     def names(self, perturbations: str | Sequence[str] | None) -> list[str]:
         """Names of the perturbations to predict, each of which the model must know or have features of."""
-        if perturbations is None:
-            names = list(self.model.known_names)
-        elif isinstance(perturbations, str) and perturbations == ALL_FEATURES:
+        if isinstance(perturbations, str) and perturbations == ALL_FEATURES:
             names = list(self.model.featured_names)
             if not names:
                 raise ValueError(

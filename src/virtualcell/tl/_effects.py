@@ -92,6 +92,7 @@ def effects(
     """
     seed = seed_of(seed)
     check_numbers(context, n_cells, None, seed)
+    stated: dict[str, object]
     stated = {"layer": layer, "scale": scale, "library_size_key": library_size_key, "context_key": context_key}
     stated |= {"perturbation_key": perturbation_key, "control": control, "batch_key": batch_key}
     setting = Setting.of(adata, context, model, min_gene_coverage=min_gene_coverage, modality=modality, **stated)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import pandas as pd
@@ -120,7 +120,7 @@ def fit_baseline(
     return baseline
 
 
-def _kind(name: str, features: pd.DataFrame | None) -> type[Baseline]:
+def _kind(name: str, features: pd.DataFrame | None) -> Callable[..., Baseline]:
     """Return the class of a baseline, after checking that features are there where it needs them, and only there."""
     kinds = {n: getattr(models, n) for n in models.__all__}
     kinds = {n: k for n, k in kinds.items() if inspect.isclass(k) and issubclass(k, Baseline) and k is not Transfer}

@@ -32,6 +32,7 @@ from virtualcell.tl._doses import Asked, of_drug
 from virtualcell.tl._effect_tables import EffectTables
 from virtualcell.tl._emit import Effect, Emit, check_emit, emitted_cells
 from virtualcell.tl._predict_checks import (
+    check_not_too_many,
     check_numbers,
     common_genes,
     design_of_data,
@@ -79,7 +80,7 @@ def predict_perturbation(
         Data that :func:`virtualcell.tl.fit_state` was run on, or, with `model`, any data with control cells, the
         model's genes and the same columns of `obs`. It is not changed.
     perturbation
-        Name of a perturbation, a combination `A+B`, or several names.
+        Name of a perturbation, a combination `A+B`, or several names; by default all that the model learned from.
     drug, dose
         In place of the name, where the model was fitted with `dose_key`, or names hold both, as "drug_1.0" and
         "[('Dabrafenib', 0.5, 'uM')]" do. A dose between measured ones is interpolated: the change of each gene's mean
@@ -142,7 +143,8 @@ def predict_perturbation(
     KeyError
         For an unknown perturbation, context, gene or column; the message names the closest ones and the remedy.
     ValueError
-        If there is no fitted model, the matrix is not on the stated scale, or there are no counts to make cells of.
+        If there is no fitted model, the matrix is not on the stated scale, or there are no counts to make cells of; or
+        if cells of all perturbations would be more than a million, and none was named.
 
     Examples
     --------
@@ -155,6 +157,7 @@ def predict_perturbation(
     check_emit(emit)
     seed = seed_of(seed)
     check_numbers(context, n_cells, n_samples, seed)
+    stated: dict[str, object]
     stated = {"layer": layer, "scale": scale, "library_size_key": library_size_key, "context_key": context_key}
     stated |= {"perturbation_key": perturbation_key, "control": control, "batch_key": batch_key}
     expression = expression_modality(adata, modality)
@@ -171,6 +174,9 @@ def predict_perturbation(
     model = model.on_genes(expression.var_names)
     design = design_of_data(model, expression, stated)
     controls = controls_of(Screen.from_anndata(adata, design, modality=modality), context)
+    if perturbation is drug is None and emit == "cells":
+        n_contexts = len(controls.controls())
+        check_not_too_many(len(names), controls.n_cells if n_cells is None else n_cells * n_contexts)
     coverage = min_gene_coverage if design.use_rep is None else None  # where genes are no input, they may lack
     genes = common_genes(expression.var_names, model.genes, coverage)
     warn_of_fewer_genes(design, expression.n_vars)

@@ -18,6 +18,8 @@ from virtualcell.models._base import PerturbationModel
 
 logger = logging.getLogger(__name__)
 
+MOST_UNASKED = 1_000_000  # cells that are predicted where no perturbation was named
+
 
 def check_numbers(context: object, n_cells: int | None, n_samples: int | None, seed: int) -> None:
     """Raise for numbers and labels of the wrong kind."""
@@ -35,7 +37,7 @@ def check_numbers(context: object, n_cells: int | None, n_samples: int | None, s
         raise ValueError(f"n_samples={n_samples!r}: at least 2 draws are needed for a standard error.")
 
 
-def design_of_data(model: PerturbationModel, adata: AnnData, stated: dict[str, str | None]) -> Design:
+def design_of_data(model: PerturbationModel, adata: AnnData, stated: Mapping[str, object]) -> Design:
     """Return the design of the data: that of the model, and what was stated otherwise."""
     for key in ("context_key", "batch_key"):
         if stated[key] is not None and getattr(model.design, key) is None:
@@ -57,7 +59,9 @@ def design_of_data(model: PerturbationModel, adata: AnnData, stated: dict[str, s
 
 
 def names_of(model: PerturbationModel, perturbation: object) -> dict[str, str]:
-    """Return the names to predict, each once, and how they were asked for."""
+    """Return the names to predict, each once, and how they were asked for; `None` asks for all that are known."""
+    if perturbation is None:
+        return {name: name for name in model.known_names if name != model.control}
     asked = list(perturbation) if is_several(perturbation) else [perturbation]
     if not asked:
         raise ValueError("perturbation=[] names nothing to predict.")
@@ -68,6 +72,15 @@ def names_of(model: PerturbationModel, perturbation: object) -> dict[str, str]:
     for label in asked:
         names.setdefault(model.name_of(label, known), text(label))
     return names
+
+
+def check_not_too_many(n_names: int, n_cells: int) -> None:
+    """Raise where all perturbations were asked for, which nobody named, and so many cells would fill the memory."""
+    if n_names * n_cells > MOST_UNASKED:
+        raise ValueError(
+            f"perturbation=None asks for {n_names:,} perturbations of {n_cells:,} cells each. Predict means, "
+            'emit="mean", or fewer cells, n_cells=, or name the perturbations.'
+        )
 
 
 def warn_of_fewer_genes(design: Design, n_genes: int) -> None:

@@ -133,6 +133,7 @@ def screen(
     check_numbers(context, n_cells, None, seed)
     if not 0 < alpha < 1:
         raise ValueError(f"alpha={alpha!r} must be above 0 and below 1; 0.05 is usual.")
+    stated: dict[str, object]
     stated = {"layer": layer, "scale": scale, "library_size_key": library_size_key, "context_key": context_key}
     stated |= {"perturbation_key": perturbation_key, "control": control, "batch_key": batch_key}
     setting = Setting.of(adata, context, model, min_gene_coverage=min_gene_coverage, modality=modality, **stated)
