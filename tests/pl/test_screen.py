@@ -6,9 +6,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib.colors import to_hex
 
 import virtualcell as vc
+from virtualcell.pl._style import contrast, ink_of
 
 
 def table_of(n: int, **attrs) -> pd.DataFrame:
@@ -54,7 +54,9 @@ def test_names_of_many_rows_do_not_touch(style):
         bold = [t.get_text() for t in ax.get_yticklabels() if t.get_fontweight() == "bold"]
         assert bold == ["GENE7"]
         line = ax.lines[-1]
-        assert to_hex(line.get_color()) == to_hex(plt.rcParams["axes.labelcolor"])
+        assert contrast(line.get_color(), ink_of(ax).background) > 1.5
+        points = [bars.lines[0].get_color() for bars in ax.containers]
+        assert all(contrast(colour, ink_of(ax).background) >= 2 for colour in points)
 
 
 def test_of_many_the_first_are_named(assert_readable):

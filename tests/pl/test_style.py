@@ -5,10 +5,11 @@ import logging
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from matplotlib.patches import Patch
 from matplotlib.text import Text
 
 import virtualcell as vc
-from virtualcell.pl._style import balanced_alphas, contrast, ink_of, place_labels, write_title
+from virtualcell.pl._style import balanced_alphas, contrast, ink_of, legend_beside, place_labels, write_title
 
 
 def test_labels_of_crowded_points_do_not_collide(assert_readable):
@@ -20,6 +21,36 @@ def test_labels_of_crowded_points_do_not_collide(assert_readable):
     assert [t.get_text() for t in placed] == [f"GENE{i}" for i in range(20)]
     np.testing.assert_allclose([t.xy for t in placed], points)
     assert_readable(ax)
+
+
+def test_labels_are_placed_again_where_the_axes_turn_out_smaller(assert_readable):
+    figure, (ax, other) = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
+    points = np.random.default_rng(0).normal(size=(8, 2)) * 0.3
+    ax.scatter(*points.T)
+    ax.set(xlim=(-1, 1), ylim=(-1, 1))
+    labels = place_labels(ax, points, [f"GENE{i}" for i in range(8)], avoid=points)
+    width, before = ax.get_window_extent().width, [label.get_position() for label in labels]
+    figure.canvas.draw()
+    assert [label.get_position() for label in labels] == before
+    other.set_yticks([0, 1], ["a name that is so long that the panel beside it must give way"] * 2)
+    figure.canvas.draw()
+    assert ax.get_window_extent().width < 0.75 * width
+    assert all(label.get_visible() for label in labels)
+    assert [label.get_position() for label in labels] != before
+    assert_readable(ax)
+
+
+def test_a_legend_beside_axes_covers_no_others():
+    _, (ax, other) = plt.subplots(1, 2)  # nothing makes room between them
+    ax.plot([0, 1])
+    legend_beside(ax, [Patch(label="train (12,345 cells)")])
+    assert not ax.get_legend().get_window_extent().overlaps(other.get_window_extent())
+    figure, (ax, other) = plt.subplots(1, 2, layout="constrained")
+    legend_beside(ax, [Patch(label="train (12,345 cells)")])
+    figure.canvas.draw()
+    box = ax.get_legend().get_window_extent()
+    assert not box.overlaps(other.get_window_extent())
+    assert box.x0 >= ax.get_window_extent().x1 - 1
 
 
 def test_label_keeps_off_existing_text_legend_and_points(assert_readable):

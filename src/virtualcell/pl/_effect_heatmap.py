@@ -13,7 +13,7 @@ from matplotlib.image import AxesImage
 from scipy.cluster.hierarchy import leaves_list, linkage
 
 from virtualcell._errors import unknown_name
-from virtualcell.pl._style import BLUE, GREY, VERMILLION
+from virtualcell.pl._style import BLUE, GREY, VERMILLION, ink_of, write_title
 
 _OBSERVED = "observed_"
 _VALUES = {
@@ -83,7 +83,7 @@ def effect_heatmap(
         note = f" ({lacking} not measured)" if lacking else ""
         context = effects.attrs.get("context")
         where = "" if context in (None, "(all)") else f", {context}"
-        ax.set_title(("observed" if side else "predicted") + where + note, fontsize="medium")
+        write_title(ax, ("observed" if side else "predicted") + where + note)
     for ax in axes[1:]:
         ax.tick_params(labelleft=False)
     figure = axes[0].get_figure(root=True)
@@ -127,8 +127,9 @@ def _axes(axes: Axes | Sequence[Axes] | None, tables: list[pd.DataFrame]) -> np.
 
 def _draw(ax: Axes, table: pd.DataFrame, limit: float) -> AxesImage:
     """Draw one heatmap; what is missing is grey."""
-    colours = LinearSegmentedColormap.from_list("change", [BLUE, ax.get_facecolor()[:3], VERMILLION])
-    colours = colours.with_extremes(bad=GREY)
+    ink = ink_of(ax)
+    ends = [ink.visible(BLUE), ink.background, ink.visible(VERMILLION)]
+    colours = LinearSegmentedColormap.from_list("change", ends).with_extremes(bad=ink.visible(GREY))
     values = np.ma.masked_invalid(table.to_numpy(dtype=float))
     image = ax.imshow(values, cmap=colours, vmin=-limit, vmax=limit, aspect="auto", interpolation="none")
     ax.set_yticks(np.arange(len(table)), [str(name) for name in table.index])

@@ -16,8 +16,10 @@ from virtualcell.pl._style import (
     VERMILLION,
     axes_or_new,
     despine,
+    ink_of,
     legend_below,
     place_labels,
+    write_title,
 )
 
 _MOST_ROWS = 60  # perturbations that have a row of their own
@@ -73,6 +75,7 @@ def screen(table: pd.DataFrame, *, n_labels: int = 20, highlight: Sequence[str] 
     table = table.sort_values("score", ascending=False, kind="stable")
     in_rows = len(table) <= _MOST_ROWS
     ax = axes_or_new(ax, figsize=(5.2, max(2.4, 1.6 + 0.17 * len(table))) if in_rows else (6.5, 4.6))
+    ink = ink_of(ax)
     score, error = table["score"].to_numpy(), table["score_error"].fillna(0).to_numpy()
     rank = np.arange(1, len(table) + 1)
     for kind, (colour, label) in reversed(_MEASURED.items()):  # few are measured of many: they lie on top
@@ -82,13 +85,13 @@ def screen(table: pd.DataFrame, *, n_labels: int = 20, highlight: Sequence[str] 
         x, y, bars = (score, rank, "xerr") if in_rows else (rank, score, "yerr")
         ax.errorbar(
             x[rows], y[rows], **{bars: error[rows]}, fmt="o", ms=4.5 if in_rows else 2.5, lw=0, elinewidth=1.1,
-            color=colour, alpha=1 if in_rows else 0.6, label=f"{label} ({rows.sum():,})",
+            color=ink.visible(colour), alpha=1 if in_rows else 0.6, label=f"{label} ({rows.sum():,})",
         )  # fmt: skip
     kind = table.attrs.get("objective", "own")
     context = table.attrs.get("context")
     named = "" if context in (None, "(all)") else f", {context}"
-    ax.set_title(f"Screen of {len(table):,} perturbations{named}", fontsize="medium")
-    (ax.axvline if in_rows else ax.axhline)(0, color=ax.xaxis.label.get_color(), alpha=0.35, lw=0.8, zorder=0)
+    write_title(ax, f"Screen of {len(table):,} perturbations{named}")
+    (ax.axvline if in_rows else ax.axhline)(0, color=ink.muted(0.35), lw=0.8, zorder=0)
     despine(ax)
     (ax.set_xlabel if in_rows else ax.set_ylabel)(_SCORES[kind])
     if in_rows:
@@ -101,10 +104,8 @@ def screen(table: pd.DataFrame, *, n_labels: int = 20, highlight: Sequence[str] 
     legend_below(ax, columns=3)
     chosen = np.union1d(np.arange(min(n_labels, len(table))), table.index.get_indexer(list(highlight))).astype(int)
     points = np.column_stack([rank, score])
-    for text in place_labels(
-        ax, points[chosen], list(table.index[chosen]), avoid=points[:: max(len(points) // 500, 1)]
-    ):
-        text.set_fontweight("bold" if text.get_text() in set(highlight) else "normal")
+    few = points[:: max(len(points) // 500, 1)]
+    place_labels(ax, points[chosen], list(table.index[chosen]), avoid=few, bold=set(highlight))
     return ax
 
 

@@ -18,7 +18,7 @@ from virtualcell._errors import unknown_name
 from virtualcell.data._labels import expression_modality, read_labels
 from virtualcell.data._screen import Screen
 from virtualcell.pl._common import note_columns, observed_design, title
-from virtualcell.pl._style import ORANGE, VERMILLION, axes_or_new, ink_of, label_size, outside_text, write_title
+from virtualcell.pl._style import ORANGE, VERMILLION, axes_or_new, ink_of, label_size, legend_beside, write_title
 
 _COLOURS = dict(zip(_keys.SPLITS, ("#A9D5F0", ORANGE, VERMILLION), strict=True))
 _LINE = 1.1  # room that a line of text needs, in units of its size
@@ -114,10 +114,7 @@ def split(
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
     handles = [Patch(color=_COLOURS[p], label=f"{p} ({int(counts[p].sum()):,} cells)") for p in parts]
-    ax.legend(
-        handles=handles, loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize="small",
-        labelcolor=outside_text(ax),
-    )  # fmt: skip
+    legend_beside(ax, handles)
     write_title(ax, title(screen.perturbation_names, columns))
     _write_names(ax, rows, y, x, total)
     note_columns(adata, modality, stated if of_control else stated | {"control": None})

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import matplotlib as mpl
 import matplotlib.patheffects as effects
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.backend_bases import RendererBase
 from matplotlib.colors import to_rgb, to_rgba
 from matplotlib.text import Annotation, Text
 from matplotlib.transforms import offset_copy
@@ -122,12 +124,8 @@ def legend_below(ax: Axes, *, columns: int, title: str | None = None) -> None:
     # In points, so that low axes keep their tick labels and axis label clear of it too.
     size = LEGEND_SIZE * _font_size()
     figure = ax.get_figure(root=True)
-    if figure.get_layout_engine() is None and len(figure.axes) > 1:  # nothing makes room for it below
-        legend = ax.legend(
-            loc="best", fontsize=0.85 * size, labelcolor=ink_of(ax).foreground, facecolor=ink_of(ax).background,
-            framealpha=0.7, edgecolor="none", title=title, title_fontsize=0.85 * size,
-        )  # fmt: skip
-        legend.get_title().set_color(ink_of(ax).foreground)
+    if not _has_room_around(ax):
+        _legend_inside(ax, title=title)
         return
     below = offset_copy(ax.transAxes, figure, y=-3.6 * _font_size(), units="points")
     for n in range(columns, 0, -1):
@@ -142,6 +140,32 @@ def legend_below(ax: Axes, *, columns: int, title: str | None = None) -> None:
             return
     for text in (*legend.get_texts(), legend.get_title()):
         text.set_fontsize(max(size / share, 0.6 * size))
+
+
+def legend_beside(ax: Axes, handles: Sequence[Artist]) -> None:
+    """Put the legend at the right of the axes, or into them where it would cover others."""
+    if not _has_room_around(ax):
+        _legend_inside(ax, handles=handles)
+        return
+    ax.legend(
+        handles=handles, loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=LEGEND_SIZE * _font_size(),
+        labelcolor=outside_text(ax),
+    )  # fmt: skip
+
+
+def _has_room_around(ax: Axes) -> bool:
+    """Whether something makes room for what stands beside the axes, or nothing else is there."""
+    figure = ax.get_figure(root=True)
+    return figure.get_layout_engine() is not None or len(figure.axes) == 1
+
+
+def _legend_inside(ax: Axes, *, title: str | None = None, **handles: Sequence[Artist]) -> None:
+    size, ink = 0.85 * LEGEND_SIZE * _font_size(), ink_of(ax)
+    legend = ax.legend(
+        loc="best", fontsize=size, labelcolor=ink.foreground, facecolor=ink.background, framealpha=0.7,
+        edgecolor="none", title=title, title_fontsize=size, **handles,
+    )  # fmt: skip
+    legend.get_title().set_color(ink.foreground)
 
 
 def outside_text(ax: Axes) -> str:
@@ -160,58 +184,98 @@ def _font_size() -> float:
 
 
 def place_labels(
-    ax: Axes, points: np.ndarray, texts: Sequence[str], *, avoid: np.ndarray | None = None
+    ax: Axes,
+    points: np.ndarray,
+    texts: Sequence[str],
+    *,
+    avoid: np.ndarray | None = None,
+    bold: Collection[str] = (),
 ) -> list[Annotation]:
     """Write each text beside its point: no two boxes overlap, all lie inside the axes, few of `avoid` are covered.
 
-    Call this last, since whatever moves the axes or their limits later moves the points away from under their labels.
-    A text for which there is no room is left out and counted in the log. `points` and `avoid` are (n, 2), data units.
+    Where the figure is drawn with axes of another size or other limits, they are placed again. A text for which there
+    is no room is left out and counted in the log. `points` and `avoid` are (n, 2), data units.
     """
-    figure = ax.get_figure(root=True)
-    figure.draw_without_rendering()  # a layout engine sizes the axes only now
-    pixels, ink = figure.dpi / 72, ink_of(ax)
-    frame = ax.get_window_extent()
-    anchors = ax.transData.transform(np.reshape(points, (-1, 2)))
-    marks = anchors if avoid is None else np.vstack([ax.transData.transform(avoid), np.repeat(anchors, 5, axis=0)])
-    taken = [Text.get_window_extent(t).extents for t in ax.texts if t.get_text()]
-    if ax.get_legend() is not None:
-        taken.append(ax.get_legend().get_window_extent().extents)
-
-    radius, angle = (a.ravel() for a in np.meshgrid(_RADII * pixels, _ANGLES, indexing="ij"))
-    direction = np.column_stack([np.cos(angle), np.sin(angle)])
-    placed = []
-    for anchor, text in zip(anchors, texts, strict=True):
-        half = _text_size(ax, text) / 2 + pixels
-        centre = anchor + direction * (radius[:, None] + half)
-        boxes = np.hstack([centre - half, centre + half])  # (candidates, x0 y0 x1 y1)
-        leaders = anchor + np.linspace(0, 1, 12)[:, None, None] * (centre - anchor)  # (12, candidates, 2)
-        free = (boxes[:, :2] >= frame.min).all(1) & (boxes[:, 2:] <= frame.max).all(1)
-        crossed = np.zeros(len(boxes))
-        for x0, y0, x1, y1 in taken:
-            free &= (boxes[:, 2] < x0) | (boxes[:, 0] > x1) | (boxes[:, 3] < y0) | (boxes[:, 1] > y1)
-            crossed += ((leaders > (x0, y0)) & (leaders < (x1, y1))).all(-1).any(0)
-        if not free.any():
-            continue
-        covered = ((marks > boxes[:, None, :2]) & (marks < boxes[:, None, 2:])).all(-1).sum(1)
-        best = np.flatnonzero(free)[np.argmin((covered + 20 * crossed + radius / pixels / 6)[free])]
-        taken.append(boxes[best])
-        marks = np.vstack([marks, np.repeat(leaders[:, best], 3, axis=0)])
-        placed.append(
-            ax.annotate(
-                text, ax.transData.inverted().transform(anchor), (centre[best] - anchor) / pixels,
-                textcoords="offset points", ha="center", va="center", fontsize=label_size(), zorder=5,
-                color=ink.foreground, path_effects=[effects.withStroke(linewidth=2, foreground=ink.background)],
-                arrowprops={"arrowstyle": "-", "lw": 0.6, "color": ink.muted(0.65), "shrinkA": 0, "shrinkB": 1},
-            )
-        )  # fmt: skip
+    ax.get_figure(root=True).draw_without_rendering()  # a layout engine sizes the axes only now
+    ink, points = ink_of(ax), np.reshape(points, (-1, 2))
+    labels = [
+        ax.annotate(
+            text, point, (0, 0), textcoords="offset points", ha="center", va="center", fontsize=label_size(), zorder=5,
+            color=ink.foreground, path_effects=[effects.withStroke(linewidth=2, foreground=ink.background)],
+            fontweight="bold" if text in bold else "normal", in_layout=False,
+            arrowprops={"arrowstyle": "-", "lw": 0.6, "color": ink.muted(0.65), "shrinkA": 0, "shrinkB": 1},
+        )
+        for point, text in zip(points, texts, strict=True)
+    ]  # fmt: skip
+    placing = _Placing(ax, labels, points if avoid is None else np.vstack([avoid, *[points] * 5]))
+    placing.place()
+    placed = [label for label in labels if label.get_visible()]
+    for label in labels:
+        if label not in placed:
+            label.remove()
     if len(placed) < len(texts):
         logger.info("%d of %d labels found no room; give a larger `ax`.", len(texts) - len(placed), len(texts))
+    placing.labels = placed
+    ax.add_artist(placing)
     return placed
 
 
-def _text_size(ax: Axes, text: str) -> np.ndarray:
-    """Measure a label in pixels, (width, height)."""
-    probe = ax.text(0, 0, text, fontsize=label_size())
-    size = np.array(probe.get_window_extent().size)
-    probe.remove()
-    return size
+class _Placing(Artist):
+    """Draws nothing, but finds places for labels whenever axes are drawn otherwise than they were before.
+
+    Parameters
+    ----------
+    ax
+        The axes.
+    labels
+        Annotations of points, whose offsets are found.
+    avoid
+        What not to cover, (n, 2), data units.
+    """
+
+    def __init__(self, ax: Axes, labels: list[Annotation], avoid: np.ndarray) -> None:
+        super().__init__()
+        self.set(zorder=-1, in_layout=False)  # drawn before the labels
+        self.ax, self.labels, self.avoid = ax, labels, avoid
+        self._seen = np.empty(0)
+
+    def draw(self, renderer: RendererBase) -> None:
+        """Find places again, if the axes have another size or other limits."""
+        if not np.array_equal(self._seen, self._look()):
+            self.place(renderer)
+
+    def _look(self) -> np.ndarray:
+        """Size, in points, and limits of the axes, on which places depend; resolutions do not matter."""
+        size = np.array(self.ax.get_window_extent().size) * 72 / self.ax.get_figure(root=True).dpi
+        return np.array([*size.round(1), *self.ax.viewLim.extents])
+
+    def place(self, renderer: RendererBase | None = None) -> None:
+        """Find a place for each label; those without one are not seen."""
+        ax, pixels = self.ax, self.ax.get_figure(root=True).dpi / 72
+        frame, marks = ax.get_window_extent(), ax.transData.transform(self.avoid)
+        taken = [Text.get_window_extent(t, renderer).extents for t in ax.texts if t.get_text() and t not in self.labels]
+        if ax.get_legend() is not None:
+            taken.append(ax.get_legend().get_window_extent(renderer).extents)
+        radius, angle = (a.ravel() for a in np.meshgrid(_RADII * pixels, _ANGLES, indexing="ij"))
+        direction = np.column_stack([np.cos(angle), np.sin(angle)])
+        for label in self.labels:
+            label.set_visible(True)  # text that is not has no size
+            anchor = ax.transData.transform(label.xy)
+            half = np.array(Text.get_window_extent(label, renderer).size) / 2 + pixels
+            centre = anchor + direction * (radius[:, None] + half)
+            boxes = np.hstack([centre - half, centre + half])  # (candidates, x0 y0 x1 y1)
+            leaders = anchor + np.linspace(0, 1, 12)[:, None, None] * (centre - anchor)  # (12, candidates, 2)
+            free = (boxes[:, :2] >= frame.min).all(1) & (boxes[:, 2:] <= frame.max).all(1)
+            crossed = np.zeros(len(boxes))
+            for x0, y0, x1, y1 in taken:
+                free &= (boxes[:, 2] < x0) | (boxes[:, 0] > x1) | (boxes[:, 3] < y0) | (boxes[:, 1] > y1)
+                crossed += ((leaders > (x0, y0)) & (leaders < (x1, y1))).all(-1).any(0)
+            if not free.any():
+                label.set_visible(False)
+                continue
+            covered = ((marks > boxes[:, None, :2]) & (marks < boxes[:, None, 2:])).all(-1).sum(1)
+            best = np.flatnonzero(free)[np.argmin((covered + 20 * crossed + radius / pixels / 6)[free])]
+            taken.append(boxes[best])
+            marks = np.vstack([marks, np.repeat(leaders[:, best], 3, axis=0)])
+            label.set_position((centre[best] - anchor) / pixels)
+        self._seen = self._look()
