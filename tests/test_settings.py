@@ -53,6 +53,16 @@ def test_a_misspelt_setting_is_an_error() -> None:
         vc.settings.progres = False
 
 
+def test_a_misspelt_setting_is_none_to_override_or_to_read() -> None:
+    with (
+        pytest.raises(AttributeError, match="no 'threads'. There are verbosity, progress"),
+        vc.settings.override(threads=1),
+    ):
+        pass
+    with pytest.raises(AttributeError, match="no 'threads'"):
+        vc.settings.threads  # noqa: B018
+
+
 def test_calls_take_the_seed_of_the_settings_unless_they_state_one() -> None:
     few = {"n_genes": 20, "n_perturbations": 2, "n_cells_per_group": 5, "n_control_cells": 10}
     first, second = (vc.datasets.synthetic(seed=seed, **few).X.toarray() for seed in (0, 3))

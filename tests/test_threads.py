@@ -73,6 +73,17 @@ def test_the_number_comes_back_after_an_error(n_threads: int) -> None:
     assert torch.get_num_threads() == n_threads
 
 
+def test_a_system_that_does_not_tell_its_load_is_no_error(n_threads: int, monkeypatch) -> None:
+    def unknown() -> None:
+        raise OSError("load average is unobtainable")
+
+    monkeypatch.setattr(_threads._Own, "was_said", False)
+    monkeypatch.setattr(os, "getloadavg", unknown)
+    with vc.settings.override(n_threads=2), own_threads():
+        assert torch.get_num_threads() == 2
+    assert (torch.get_num_threads(), _threads._Own.n_calls) == (n_threads, 0)
+
+
 def test_overlapping_calls_leave_the_number_as_it_was(n_threads: int) -> None:
     inside, go_on, found = threading.Event(), threading.Event(), []
 

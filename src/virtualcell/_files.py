@@ -1,4 +1,4 @@
-"""Files that the command line reads and writes; a file is put in place when it is whole."""
+"""Files of cells and tables, read and written by their suffix; a file is put in place when it is whole."""
 
 from __future__ import annotations
 

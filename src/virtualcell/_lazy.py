@@ -38,7 +38,7 @@ def attach(package: str) -> tuple[Callable[[str], object], Callable[[], list[str
         setattr(module, name, value)  # the next look-up finds it without a call
         return value
 
-    def __dir__() -> list[str]:
-        return sorted({*vars(module), *homes})
+    def __dir__() -> list[str]:  # what is public, and not what this file needs
+        return sorted([*homes, *(name for name in vars(module) if name.startswith("__"))])
 
     return __getattr__, __dir__

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from enum import IntEnum
 from numbers import Integral
 from pathlib import Path
+from typing import NoReturn
 
 import pooch
 
@@ -78,6 +79,9 @@ class Settings:
         super().__setattr__(name, _CHECKS[name](value))
         if name == "verbosity":
             _set_log(self.verbosity)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"vc.settings has no {name!r}. There are {', '.join(_CHECKS)}.")
 
     def __repr__(self) -> str:
         shown = {**vars(self), "verbosity": self.verbosity.name, "cache_dir": str(self.cache_dir)}

@@ -62,10 +62,11 @@ def own_threads() -> Iterator[None]:
         if _Own.n_calls == 0:
             _Own.n_after = _in_new_thread(torch.get_num_threads)
         _Own.n_calls += 1
-        _set(_Own.n_after if settings.n_threads is None else settings.n_threads)
-    _note_busy_machine(torch.get_num_threads())
     _Own.here.inside = True
     try:
+        with _Own.lock:
+            _set(_Own.n_after if settings.n_threads is None else settings.n_threads)
+        _note_busy_machine(torch.get_num_threads())
         yield
     finally:
         _Own.here.inside = False
@@ -89,10 +90,12 @@ def _set(n_threads: int) -> None:
 
 def others_running() -> float:
     """Return how many cores other processes have kept busy in the last minute; 0 where the system does not say."""
-    if not hasattr(os, "getloadavg"):
+    try:
+        load = os.getloadavg()[0]
+    except (AttributeError, OSError):  # of Windows, and of containers that hide it
         return 0.0
     own = time.process_time() / max(time.monotonic() - _IMPORTED, 60.0)
-    return max(os.getloadavg()[0] - own, 0.0)
+    return max(load - own, 0.0)
 
 
 def _note_busy_machine(n_threads: int) -> None:

@@ -101,6 +101,16 @@ def test_what_is_not_known_is_not_guessed_and_the_remedy_works(served, tmp_path)
     assert vc.datasets.load("replogle_2022_rpe1", **stated, folder=tmp_path).n_obs == N - 1
 
 
+def test_several_labels_may_be_those_of_the_control(served, tmp_path):
+    write(stand_in("replogle_2022_rpe1"), "replogle_2022_rpe1", served.folder)
+    stated = {"perturbation_key": "gene", "folder": tmp_path}
+    adata = vc.datasets.load("replogle_2022_rpe1", control=["63(mod)_pBA580", "A"], **stated)
+    assert adata.uns["design"]["control"] == ["63(mod)_pBA580", "A"]
+    # one in a list, as the command line has it
+    one = vc.datasets.load("replogle_2022_rpe1", control=["63(mod)_pBA580"], **stated)
+    assert one.uns["design"]["control"] == "63(mod)_pBA580"
+
+
 def test_a_file_of_another_form_is_refused_with_what_it_has(served, tmp_path):
     source = stand_in("norman_2019")
     source.obs = source.obs.rename(columns={"perturbation_name": "guides", "gemgroup": "lane"})

@@ -147,6 +147,7 @@ def test_scale_gene_names_and_order_do_not_change_the_result(papalexi, papalexi_
     other.var_names = [f"ENSG{i}" for i in range(other.n_vars)]
     table = vc.pp.knockdown_efficiency(other, **DESIGN, layer="lognorm", scale="log1p", gene_key="symbol")
     pd.testing.assert_frame_equal(table, papalexi_table, rtol=1e-4)
+    assert other.uns["virtualcell"]["design"]["gene_key"] == "symbol"
 
 
 def test_results_survive_files(papalexi, papalexi_table, tmp_path):

@@ -58,6 +58,9 @@ def test_only_the_design_is_written_and_a_fitted_st_stays(fitted, design, target
     vc.tl.fit_baseline(fitted, **design, batch_key="batch")
     assert fitted.uns["virtualcell"]["st"] is stored
     assert fitted.uns["virtualcell"]["design"]["batch_key"] == "batch"
+    fitted.uns["virtualcell"]["design"] |= {"dose_key": "dose", "layer": "raw"}  # of an earlier fit
+    vc.tl.fit_baseline(fitted, **design)
+    assert not {"batch_key", "dose_key", "layer"} & set(fitted.uns["virtualcell"]["design"])
     assert set(fitted.uns["virtualcell"]) == set(before.uns["virtualcell"])
     pd.testing.assert_frame_equal(fitted.obs, before.obs)
     assert (fitted.X != before.X).nnz == 0

@@ -171,14 +171,17 @@ def require_columns(data: AnnData | MuData, modality: str = "rna", **keys: str |
             obs_column(data, key, argument=argument, modality=modality)
 
 
-def note_design(data: AnnData | MuData, stated: Mapping[str, Any], modality: str = "rna") -> None:
+def note_design(
+    data: AnnData | MuData, stated: Mapping[str, Any], modality: str = "rna", *, whole: bool = False
+) -> None:
     """Note columns, control and scale in `uns["virtualcell"]`, so that nobody has to state them again.
 
     For the end of a call, which has read what it notes: what is wrong would be in the way of later calls. Columns that
     the call has no use for are noted too, which lets every call take a whole design; `require_columns` checks them.
 
     What was noted before and is not stated anew stays, but for what goes with it: other labels of a control, and the
-    layer and the library sizes of a scale. A view is left as it is: writing to it would copy the data.
+    layer and the library sizes of a scale; nothing stays where the `whole` design is stated. A view is left as it is:
+    writing to it would copy the data.
     """
     adata = expression_modality(data, modality)
     if adata.is_view:
@@ -189,7 +192,7 @@ def note_design(data: AnnData | MuData, stated: Mapping[str, Any], modality: str
         others += map(text, found.pop("other_controls", ()))
         found |= {"control": first, **({"other_controls": np.array(others, dtype=str)} if others else {})}
     replaced = {k for key, with_it in _GO_TOGETHER.items() if key in found for k in with_it}
-    before = {k: v for k, v in noted_design(adata).items() if k not in replaced}
+    before = {} if whole else {k: v for k, v in noted_design(adata).items() if k not in replaced}
     adata.uns[_keys.UNS] = {**adata.uns.get(_keys.UNS, {}), "design": {**before, **found}}
 
 

@@ -29,7 +29,7 @@ JOIN = "+"  # between the parts of a name, whatever is between those of a label
 # what screens call the control where it stands beside a target, as in `A+ctrl` or `A_NegCtrl0`
 _CONTROL = re.compile(r"nt|ntc|(ctrl|control|non[-_ ]?targeting|neg[-_ ]?(ctrl|control))[-_ ]?\d*", re.IGNORECASE)
 # text that files have where a label is missing
-_MISSING = {"", "nan", "NaN", "NAN", "NA", "N/A", "n/a", "<NA>", "None", "NULL", "null", "NaT"}
+MISSING = {"", "nan", "NaN", "NAN", "NA", "N/A", "n/a", "<NA>", "None", "NULL", "null", "NaT"}
 _VERSIONED = re.compile(r"(ENS[A-Z]*G\d{11})\.\d+")  # an Ensembl gene with its version
 _OPEN, _CLOSE = "([{", ")]}"
 
@@ -244,7 +244,7 @@ def read_names(
     """
     column = obs_column(data, key, argument=argument, modality=modality)
     codes, labels = _distinct(column)
-    is_missing = np.array([text(v).strip() in _MISSING and text(v) not in allowed for v in labels], dtype=bool)
+    is_missing = np.array([text(v).strip() in MISSING and text(v) not in allowed for v in labels], dtype=bool)
     if (codes < 0).any():
         raise ValueError(
             f"{argument}={key!r}: {int((codes < 0).sum())} cells have no label there. Give them one, or drop them "

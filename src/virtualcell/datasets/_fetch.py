@@ -5,17 +5,16 @@ from __future__ import annotations
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
-import anndata as ad
-import mudata as md
 import pooch
 from anndata import AnnData
 from mudata import MuData
 from pooch.utils import unique_file_name
 from requests.exceptions import RequestException
 
+from virtualcell._files import read_cells
 from virtualcell._settings import settings
 
-_READERS = {".h5ad": ad.read_h5ad, ".h5mu": md.read_h5mu}
+_SUFFIXES = (".h5ad", ".h5mu")
 
 
 def fetch(url: str, *, known_hash: str | None, folder: str | Path | None = None) -> AnnData | MuData:
@@ -44,14 +43,9 @@ def fetch(url: str, *, known_hash: str | None, folder: str | Path | None = None)
     """
     name = PurePosixPath(urlsplit(url).path).name
     suffix = PurePosixPath(name).suffix
-    if suffix not in _READERS:
-        raise ValueError(f"url={url!r} must end in {' or '.join(_READERS)}; {name!r} does not.")
-    return read(retrieve(url, name=unique_file_name(url), known_hash=known_hash, folder=folder))
-
-
-def read(path: Path) -> AnnData | MuData:
-    """Read a file by its suffix."""
-    return _READERS[path.suffix](path)
+    if suffix not in _SUFFIXES:
+        raise ValueError(f"url={url!r} must end in {' or '.join(_SUFFIXES)}; {name!r} does not.")
+    return read_cells(retrieve(url, name=unique_file_name(url), known_hash=known_hash, folder=folder))
 
 
 def retrieve(url: str, *, name: str, known_hash: str | None, folder: str | Path | None = None) -> Path:

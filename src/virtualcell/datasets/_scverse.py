@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import pandas as pd
 from anndata import AnnData
 
 from virtualcell._errors import unknown_name
-from virtualcell.datasets._fetch import read, retrieve_unpinned
+from virtualcell._files import read_cells
+from virtualcell.data._design import control_labels
+from virtualcell.datasets._fetch import retrieve_unpinned
 from virtualcell.datasets._tidy import (
     BATCH,
     CONTEXT,
@@ -183,7 +186,7 @@ def load(
     name: str,
     *,
     perturbation_key: str | None = None,
-    control: str | None = None,
+    control: str | Sequence[str] | None = None,
     context_key: str | None = None,
     batch_key: str | None = None,
     layer: str | None = None,
@@ -219,8 +222,8 @@ def load(
     name
         Name of the data set.
     perturbation_key, control, context_key, batch_key
-        Columns of the file's `obs`, and the label of the control, in place of those noted here for the data set. For
-        "adamson_2016_upr_perturb_seq" the control must be named, for the two of Replogle the perturbation as well.
+        Columns of the file's `obs`, and the label of the control, or several, in place of those noted here for the data
+        set. For "adamson_2016_upr_perturb_seq" the control must be named, for the two of Replogle the perturbation too.
     layer
         Layer with raw counts, or "X", in place of the one noted for the data set.
     folder
@@ -257,13 +260,14 @@ def load(
     if name not in EXAMPLES:
         raise unknown_name("name", name, EXAMPLES, "`vc.datasets.available()` describes them.")
     noted = EXAMPLES[name]
-    adata = expression_of(read(retrieve_unpinned(f"{EXAMPLE_DATA}/{noted.file}", name=noted.file, folder=folder)))
+    adata = expression_of(read_cells(retrieve_unpinned(f"{EXAMPLE_DATA}/{noted.file}", name=noted.file, folder=folder)))
     perturbation_key, control = perturbation_key or noted.perturbation_key, control or noted.control
+    controls = None if control is None else control_labels(control)
     context_key, batch_key = context_key or noted.context_key, batch_key or noted.batch_key
     layer = layer or noted.layer
 
     perturbation = labels_of(adata, name, "perturbation_key", perturbation_key)
-    check_control(perturbation, name, perturbation_key, control)
+    check_control(perturbation, name, perturbation_key, controls)
     one_context = context_key is None and noted.context is not None
     columns = {
         PERTURBATION: perturbation,
@@ -282,7 +286,7 @@ def load(
     for key in columns:
         tidy.obs[key] = tidy.obs[key].cat.remove_unused_categories()
     tidy.var_names_make_unique()
-    tidy.uns["design"] = design_of(control)
+    tidy.uns["design"] = design_of(controls[0] if len(controls) == 1 else controls)
     return tidy
 
 

@@ -10,14 +10,15 @@ from anndata import AnnData
 from mudata import MuData
 from scipy import sparse
 
+from virtualcell.data._labels import MISSING, text
+
 logger = logging.getLogger(__name__)
 
 PERTURBATION, CONTEXT, BATCH = "perturbation", "context", "batch"
 _LOOKED_AT = 1_000_000  # values that are looked at to tell counts from other things
-_NO_LABEL = ("", "nan", "None", "<NA>")
 
 
-def design_of(control: str, *, library_size_key: str | None = None) -> dict[str, str]:
+def design_of(control: str | list[str], *, library_size_key: str | None = None) -> dict[str, str | list[str]]:
     """Return the arguments of `fit_state` that name the columns of a tidy data set."""
     design = {"perturbation_key": PERTURBATION, "control": control, "context_key": CONTEXT, "batch_key": BATCH}
     return design if library_size_key is None else design | {"library_size_key": library_size_key}
@@ -46,8 +47,8 @@ def labels_of(adata: AnnData, name: str, argument: str, key: str | None) -> pd.S
             f"vc.datasets.load({name!r}, {argument}=...)."
         )
     labels = adata.obs[key].astype(object)
-    labels = labels.where(labels.notna(), None).map(lambda label: None if label is None else str(label))
-    return labels.where(~labels.isin(_NO_LABEL), None)
+    is_missing = labels.isna() | labels.map(lambda label: text(label).strip() in MISSING)
+    return labels.map(text).where(~is_missing, None)
 
 
 def _shown(column: pd.Series) -> str:
@@ -56,11 +57,11 @@ def _shown(column: pd.Series) -> str:
     return f"{column.name!r} ({', '.join(map(repr, values[:4]))}{more})"
 
 
-def check_control(labels: pd.Series, name: str, key: str, control: str | None) -> None:
-    """Raise, with the labels that are there, unless some cells have the label of the control."""
-    if control is not None and (labels == control).any():
+def check_control(labels: pd.Series, name: str, key: str, control: list[str] | None) -> None:
+    """Raise, with the labels that are there, unless some cells have a label of the control."""
+    if control is not None and labels.isin(control).any():
         return
-    said = "is not known" if control is None else f"should be {control!r}, which no cell has"
+    said = "is not known" if control is None else f"should be {' or '.join(map(repr, control))}, which no cell has"
     counts = labels.value_counts()
     raise ValueError(
         f"{name}: the label of the control {said}. obs[{key!r}] has {len(counts)} labels; those of most cells are "

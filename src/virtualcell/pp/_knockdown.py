@@ -13,9 +13,8 @@ from mudata import MuData
 from scipy import sparse, stats
 
 from virtualcell import _keys
-from virtualcell._errors import unknown_name
 from virtualcell.data._design import Design, Scale, note_design, require_columns
-from virtualcell.data._labels import expression_modality, parts, without_version
+from virtualcell.data._labels import expression_modality, parts
 from virtualcell.data._screen import Screen
 
 logger = logging.getLogger(__name__)
@@ -33,6 +32,7 @@ def knockdown_efficiency(
     control: str | Sequence[str],
     context_key: str | None = None,
     batch_key: str | None = None,
+    combination_separator: str | None = "+",
     layer: str | None = None,
     scale: Scale = "counts",
     library_size_key: str | None = None,
@@ -42,7 +42,6 @@ def knockdown_efficiency(
     cell_threshold: float | None = None,
     min_cells: int = 30,
     modality: str = "rna",
-    combination_separator: str | None = "+",
 ) -> pd.DataFrame:
     r"""Measure the residual expression of each target in its own cells, and mark those that responded.
 
@@ -72,6 +71,8 @@ def knockdown_efficiency(
         Label of the control cells, or several.
     batch_key
         Plays no part here; noted for later calls, so that a whole design can be passed.
+    combination_separator
+        As in :func:`virtualcell.tl.fit_state`.
     layer, scale
         Where the expression is, and whether it is raw "counts" or "log1p" of counts per 10,000.
     library_size_key
@@ -87,8 +88,6 @@ def knockdown_efficiency(
         Least number of responding cells.
     modality
         Modality of a MuData with the expression.
-    combination_separator
-        As in :func:`virtualcell.tl.fit_state`.
 
     Returns
     -------
@@ -124,7 +123,7 @@ def knockdown_efficiency(
     require_columns(adata, modality, batch_key=batch_key)
     design = Design(
         perturbation_key, control, context_key, layer=layer, scale=scale, library_size_key=library_size_key,
-        combination_separator=combination_separator,
+        combination_separator=combination_separator, gene_key=gene_key,
     )  # fmt: skip
     control = design.control
     screen = Screen.from_anndata(adata, design, modality=modality)
@@ -139,7 +138,7 @@ def knockdown_efficiency(
 
     perturbed = np.unique(label[~is_control])
     targets = {p: parts(p, control) for p in perturbed}
-    genes = _match(expression, sorted({t for of_label in targets.values() for t in of_label}), gene_key)
+    genes = _match(screen, sorted({t for of_label in targets.values() for t in of_label}))
     linear = screen.expression.select(list(genes.values())).rows().tocsc()
     linear.data = np.expm1(linear.data.astype(np.float64))
     column_of = {target: i for i, target in enumerate(genes)}
@@ -165,12 +164,9 @@ def knockdown_efficiency(
     return table
 
 
-def _match(adata: AnnData, targets: list[str], gene_key: str | None) -> dict[str, str]:
+def _match(screen: Screen, targets: list[str]) -> dict[str, str]:
     """Map the targets that are measured to their `var_names`."""
-    if gene_key is not None and gene_key not in adata.var:
-        raise unknown_name("gene_key", gene_key, adata.var.columns, "Leave it out to use var_names.")
-    by = adata.var_names if gene_key is None else adata.var[gene_key].astype(str)
-    names = pd.Series(adata.var_names, index=[without_version(str(gene)) for gene in by])
+    names, gene_key = pd.Series(screen.genes, index=screen.target_names.to_numpy()), screen.design.gene_key
     found = names[names.index.isin(targets)]
     if found.empty:
         where = "var_names" if gene_key is None else f"var[{gene_key!r}]"

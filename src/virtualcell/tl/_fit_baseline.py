@@ -116,7 +116,7 @@ def fit_baseline(
     baseline = kind(screen) if perturbation_features is None else kind(screen, perturbation_features)
     baseline.train()
     baseline.forget_data()
-    note_design(adata, design.to_uns(), modality)
+    note_design(adata, design.to_uns(), modality, whole=True)
     return baseline
 
 
