@@ -55,7 +55,7 @@ def test_a_misspelt_setting_is_an_error() -> None:
 
 def test_a_misspelt_setting_is_none_to_override_or_to_read() -> None:
     with (
-        pytest.raises(AttributeError, match="no 'threads'. There are verbosity, progress"),
+        pytest.raises(AttributeError, match=r"no 'threads'\. There are verbosity"),
         vc.settings.override(threads=1),
     ):
         pass
