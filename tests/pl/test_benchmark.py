@@ -6,6 +6,8 @@ import pandas as pd
 import pytest
 
 import virtualcell as vc
+from virtualcell.pl._benchmark import _LOSSES, _NEUTRAL
+from virtualcell.tl._scores import METRICS
 
 VALUES = {"ST": (0.8, 0.05), "Additive": (0.7, 0.06), "NoChange": (0.0, 0.09), "PerturbationMean": (0.6, 0.07)}
 
@@ -129,3 +131,9 @@ def test_errors(scores):
         vc.pl.benchmark(scores, models=["Aditive"])
     with pytest.raises(ValueError, match=r"lacks the columns \['split'\].*vc\.tl\.benchmark"):
         vc.pl.benchmark(scores.drop(columns="split"))
+
+
+def test_where_less_is_better_is_as_the_scores_have_it():
+    best = {name: metric.best for name, metric in METRICS.items()}
+    assert {name for name in best if best[name] == 0} == set(_LOSSES) & set(best)
+    assert {name for name in best if best[name] is None} == set(_NEUTRAL)

@@ -152,3 +152,12 @@ def test_what_is_better_than_a_ceiling_is_explained():
 def test_other_tables_are_refused():
     with pytest.raises(ValueError, match=r"scores has the columns \['a'\]"):
         vc.tl.summarize(pd.DataFrame({"a": [1]}))
+
+
+def test_contexts_of_a_benchmark_count_the_same_as_in_its_picture():
+    keys = {"split": "new", "seed": 0, "source": "model", "model": "Additive", "metric": "mae"}
+    rows = [("one", "A", 1.0), ("one", "B", 1.0), ("one", "C", 1.0), ("two", "A", 3.0)]
+    scores = pd.DataFrame([keys | {"context": c, "perturbation": p, "value": v} for c, p, v in rows])
+    assert vc.tl.summarize(scores)["mae"].tolist() == [2.0]
+    drawn = vc.pl.benchmark(scores).collections[0].get_offsets()
+    assert drawn[0, 0] == 2.0

@@ -35,8 +35,9 @@ def summarize(scores: pd.DataFrame) -> pd.DataFrame:
     Returns
     -------
     Of a benchmark one row per `split` and `model`, in the order of the table, ceilings last, and one column per
-    metric, the mean over contexts and perturbations, and over seeds; with several seeds of a model, `mae_spread`
-    and the like are the standard deviations over them of those means, NaN for a model that was fitted once.
+    metric, the mean over perturbations, then over contexts, and over seeds; with several seeds of a model,
+    `mae_spread` and the like are the standard deviations over them of those means, NaN for a model that was fitted
+    once.
 
     Of an evaluation one row per `context` and `metric`: `value`, the mean over perturbations where the metric is
     defined, `n` how many these are, `baseline` and `ceiling` likewise, `ceiling_corrected` (the ceiling corrected
@@ -118,7 +119,9 @@ def _of_benchmark(scores: pd.DataFrame) -> pd.DataFrame:
     keys = ["split", "model", "metric"]
     splits, models, metrics = (list(dict.fromkeys(scores[key])) for key in keys)
     models.sort(key=[CEILING, CORRECTED_CEILING].__contains__)  # the ceilings last
-    of_seed = scores.groupby([*keys, "seed"])["value"].mean().groupby(keys)
+    # as for an evaluation and in `vc.pl.benchmark`, contexts count the same whatever was predicted in them
+    by_context = scores.groupby([*keys, "seed", "context"])["value"].mean()
+    of_seed = by_context.groupby([*keys, "seed"]).mean().groupby(keys)
     out = of_seed.mean().unstack("metric")[metrics]
     if (of_seed.size() > 1).any():
         spread = of_seed.std().unstack("metric")
