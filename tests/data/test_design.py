@@ -95,3 +95,13 @@ def test_controls_in_a_set_can_be_written(adata: AnnData, tmp_path: Path) -> Non
     adata.write_h5ad(tmp_path / "a.h5ad")
     found = Design.from_data(ad.read_h5ad(tmp_path / "a.h5ad"))
     assert found.controls == ("ctrl", "mock")
+
+
+def test_another_scale_is_that_of_another_matrix(adata: AnnData) -> None:
+    note_design(adata, {"perturbation_key": "gene", "control": "ctrl", "scale": "counts", "layer": "raw"})
+    note_design(adata, {"library_size_key": "n"})
+    same = Design.from_data(adata, scale="counts")
+    assert (same.layer, same.library_size_key) == ("raw", "n")
+    other = Design.from_data(adata, scale="log1p")
+    assert (other.layer, other.library_size_key) == (None, None)
+    assert Design.from_data(adata, scale="log1p", layer="logs").layer == "logs"

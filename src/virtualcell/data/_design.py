@@ -144,11 +144,17 @@ class Design:
 
     @classmethod
     def from_data(cls, data: AnnData | MuData, *, modality: str = "rna", **stated: object) -> Design:
-        """Take what the caller stated, and the rest from what earlier calls noted in `uns["virtualcell"]`."""
+        """Take what the caller stated, and the rest from what earlier calls noted in `uns["virtualcell"]`.
+
+        Another scale than the one that was noted is that of another matrix: `X`, where no layer is stated with it.
+        """
         stated = {k: v for k, v in stated.items() if v is not None}
         noted = noted_design(data, modality)
-        if "control" in stated:
-            noted = {k: v for k, v in noted.items() if k != "other_controls"}
+        changed = {"control"} & set(stated)
+        if stated.get("scale") not in (None, noted.get("scale", stated.get("scale"))):
+            changed.add("scale")
+        replaced = {k for key in changed for k in _GO_TOGETHER[key]}
+        noted = {k: v for k, v in noted.items() if k not in replaced}
         found = {f.name: noted[f.name] for f in fields(cls) if f.name in noted} | stated
         missing = [k for k in ("perturbation_key", "control") if k not in found]
         if missing:

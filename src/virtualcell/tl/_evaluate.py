@@ -97,7 +97,8 @@ def evaluate(
     scale
         Scale of `observed`: "counts" or "log1p" (of counts per 10,000); it is never guessed, and checked. It, the
         columns, `control`, `layer` and `library_size_key` are by default as earlier calls noted them in `observed.uns`,
-        and are noted there for later ones, such as plots.
+        and are noted there for later ones, such as plots. Another scale than was noted is that of `X`, unless a layer
+        is stated with it.
     predicted_scale
         Scale of `predicted`, whose expression is in its `X`.
     layer, library_size_key
