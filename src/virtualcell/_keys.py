@@ -8,6 +8,9 @@ SPLITS = ("train", "val", "test")
 # Stands for the context where a design has none, and in tables for "over all contexts" or "over all perturbations".
 ALL = "(all)"
 
+# Text that files have where a label is missing.
+MISSING = {"", "nan", "NaN", "NAN", "NA", "N/A", "n/a", "<NA>", "None", "NULL", "null", "NaT"}
+
 # obs
 SPLIT = "split"
 KNOCKDOWN = "knockdown"  # residual expression of the cell's own target

@@ -22,14 +22,13 @@ import pandas as pd
 from anndata import AnnData
 from mudata import MuData
 
+from virtualcell import _keys
 from virtualcell._errors import unknown_name
 
 JOIN = "+"  # between the parts of a name, whatever is between those of a label
 
 # what screens call the control where it stands beside a target, as in `A+ctrl` or `A_NegCtrl0`
 _CONTROL = re.compile(r"nt|ntc|(ctrl|control|non[-_ ]?targeting|neg[-_ ]?(ctrl|control))[-_ ]?\d*", re.IGNORECASE)
-# text that files have where a label is missing
-MISSING = {"", "nan", "NaN", "NAN", "NA", "N/A", "n/a", "<NA>", "None", "NULL", "null", "NaT"}
 _VERSIONED = re.compile(r"(ENS[A-Z]*G\d{11})\.\d+")  # an Ensembl gene with its version
 _OPEN, _CLOSE = "([{", ")]}"
 
@@ -244,7 +243,7 @@ def read_names(
     """
     column = obs_column(data, key, argument=argument, modality=modality)
     codes, labels = _distinct(column)
-    is_missing = np.array([text(v).strip() in MISSING and text(v) not in allowed for v in labels], dtype=bool)
+    is_missing = np.array([text(v).strip() in _keys.MISSING and text(v) not in allowed for v in labels], dtype=bool)
     if (codes < 0).any():
         raise ValueError(
             f"{argument}={key!r}: {int((codes < 0).sum())} cells have no label there. Give them one, or drop them "

@@ -12,7 +12,6 @@ from anndata import AnnData
 
 from virtualcell._errors import unknown_name
 from virtualcell._files import read_cells
-from virtualcell.data._design import control_labels
 from virtualcell.datasets._fetch import retrieve_unpinned
 from virtualcell.datasets._tidy import (
     BATCH,
@@ -262,7 +261,7 @@ def load(
     noted = EXAMPLES[name]
     adata = expression_of(read_cells(retrieve_unpinned(f"{EXAMPLE_DATA}/{noted.file}", name=noted.file, folder=folder)))
     perturbation_key, control = perturbation_key or noted.perturbation_key, control or noted.control
-    controls = None if control is None else control_labels(control)
+    controls = [control] if isinstance(control, str) else None if control is None else list(control)
     context_key, batch_key = context_key or noted.context_key, batch_key or noted.batch_key
     layer = layer or noted.layer
 

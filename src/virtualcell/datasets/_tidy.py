@@ -10,7 +10,7 @@ from anndata import AnnData
 from mudata import MuData
 from scipy import sparse
 
-from virtualcell.data._labels import MISSING, text
+from virtualcell._keys import MISSING
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +47,8 @@ def labels_of(adata: AnnData, name: str, argument: str, key: str | None) -> pd.S
             f"vc.datasets.load({name!r}, {argument}=...)."
         )
     labels = adata.obs[key].astype(object)
-    is_missing = labels.isna() | labels.map(lambda label: text(label).strip() in MISSING)
-    return labels.map(text).where(~is_missing, None)
+    is_missing = labels.isna() | labels.map(lambda label: str(label).strip() in MISSING)
+    return labels.map(str).where(~is_missing, None)
 
 
 def _shown(column: pd.Series) -> str:
