@@ -68,6 +68,7 @@ def test_only_x_state_and_uns_are_written(screen, fit):
         "n_genes": 90,
         "context_key": "cell_type",
         "batch_key": "batch",
+        "combination_separator": "+",
         "scale": "counts",
         "target_sum": 1e4,
     }
