@@ -368,7 +368,7 @@ def test_errors():
         Transfer.fit([table(signal(3, 3))], weights={"source 2": 1})
     with pytest.raises(ValueError, match="from 0 to 1"):
         Transfer.fit([table(signal(3, 3))], slope=2)
-    with pytest.raises(ValueError, match="finite numbers"):
+    with pytest.raises(ValueError, match=r"hold no numbers, \['gene'\]"):
         Transfer.fit([table(signal(3, 3))], perturbation_features=pd.DataFrame({"gene": ["A"]}))
     with pytest.raises(ValueError, match="no perturbation besides the control 'P00'"):
         Transfer.fit([table(signal(1, 3), control="P00")])

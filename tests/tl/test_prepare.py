@@ -221,5 +221,5 @@ def test_repeated_genes_and_wrong_numbers(screen, read):
     with pytest.raises(ValueError, match=r"^n_top_genes=0: at least one gene is needed\. Say None for all genes"):
         chosen(read(), 0)
     screen.var_names = ["same"] * screen.n_vars
-    with pytest.raises(ValueError, match=r"^var_names repeats genes\. Run `adata\.var_names_make_unique\(\)`"):
+    with pytest.raises(ValueError, match=r"^var_names repeats \[.same.*\]\. Run `adata\.var_names_make_unique\(\)`"):
         chosen(read(), 5)

@@ -15,6 +15,7 @@ from mudata import MuData
 from virtualcell import _keys
 from virtualcell.data._doses import at_dose, drug_and_dose
 from virtualcell.data._labels import JOIN, canonical, expression_modality, is_several, obs_column, parts, text
+from virtualcell.data._tables import Vectors, as_table
 
 Scale = Literal["counts", "log1p"]
 
@@ -112,8 +113,9 @@ class Design:
         """Return the name of what a label of `perturbation_key` says without the dose."""
         return canonical(label, self.controls, self.combination_separator)
 
-    def named(self, features: pd.DataFrame) -> pd.DataFrame:
-        """Return features of perturbations, under the names of these, without any of the control."""
+    def named(self, features: Vectors) -> pd.DataFrame:
+        """Return features of perturbations as a table, under the names of these, without any of the control."""
+        features = as_table(features, "perturbation_features")
         features = features.set_axis([self.name_of(label) for label in features.index])
         return features[features.index != self.control]
 

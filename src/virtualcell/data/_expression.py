@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -14,6 +15,15 @@ from scipy import sparse
 
 from virtualcell._errors import unknown_name
 from virtualcell.data._design import Scale, check_scale
+from virtualcell.data._scales import (
+    are_nearly_whole,
+    are_whole,
+    counts_elsewhere,
+    fault_of_fractions,
+    fault_of_totals,
+    is_one_total,
+    rounded,
+)
 from virtualcell.data._stored import BLOCK, StoredMatrix, row_numbers, row_sums
 from virtualcell.data._threads import in_threads
 
@@ -21,17 +31,8 @@ Unit = Literal["log1p", "log_counts", "counts"]
 
 MOST_EXPRESSION = np.float32(np.log1p(1e4))  # log1p CP10k of a cell that holds one gene only
 
-_FEW_CELLS = 10  # equal totals of fewer cells than this may be chance
 _SAMPLE = 1000  # cells whose totals are looked at
-_FEW = 1 << 15  # values looked at together
 _GROUPS = 256  # groups whose sums are held at a time
-
-# Logarithms that are not natural ones of 1 + x, and what undoes them: if the cells then have one total, that was it.
-_OTHER_LOGARITHMS = {
-    "was put through log(1 + x) twice": lambda x: np.expm1(np.expm1(x)),
-    "holds logarithms to base 2": lambda x: np.expm1(x * np.log(2)),
-    "holds logarithms to base 10": lambda x: np.expm1(x * np.log(10)),
-}
 
 
 class Moments(NamedTuple):
@@ -48,7 +49,8 @@ class Moments(NamedTuple):
 class Expression:
     """The rows of one expression matrix on the model's scale and genes, whatever holds them.
 
-    Values must be finite, not negative and on the stated scale: that is checked once, at the first reading, on the
+    Values must be finite, not negative and on the stated scale (counts may be off by what arithmetic leaves, a
+    thousandth, and are rounded): that is checked once, at the first reading, on the
     rows that this object covers. The matrix itself is never changed and never copied as a whole.
 
     Parameters
@@ -94,6 +96,7 @@ class Expression:
         name = "X" if layer is None else f"layers[{layer!r}]"
         self._where = f"{name} of {side}" if side else name
         self._matrix = StoredMatrix(adata, layer, self._where)
+        self._adata, self._layer = weakref.ref(adata), layer  # for messages
         self._cells = adata.obs_names
         self._index: np.ndarray | None = None  # rows of the matrix that are covered; None for all
         self._columns: np.ndarray | None = None
@@ -130,7 +133,7 @@ class Expression:
         out._index = rows if self._index is None else self._index[rows]
         out._cells = self._cells[rows]
         sizes = self._found.sizes
-        out._found = _Found(None if sizes is None else sizes[rows], self._found.is_checked)
+        out._found = _Found(None if sizes is None else sizes[rows], self._found.is_checked, self._found.is_noisy)
         return out
 
     def read_as(self, unit: Unit) -> Expression:
@@ -227,57 +230,81 @@ class Expression:
             index = self._index
         elif self._index is not None:
             index = self._index[index]
-        return self._matrix.rows(index)
+        block = self._matrix.rows(index)
+        return rounded(block) if self._found.is_noisy else block
 
     def _check(self) -> None:
         """Raise unless the covered cells can be what the caller stated; sum up their library sizes on the way."""
         if self._found.is_checked:
             return
-        whole, most, sums = True, 0.0, np.zeros(self.n_cells)
+        whole, exact, most, sums = True, True, 0.0, np.zeros(self.n_cells)
         self._raw(slice(0, 0))  # what is stored by columns is turned around once, not in every thread
         blocks = [slice(start, min(start + BLOCK, self.n_cells)) for start in range(0, self.n_cells, BLOCK)]
-        for rows, (is_whole, highest, of_rows) in zip(blocks, in_threads(self._look_at, blocks), strict=True):
-            whole, most = whole and is_whole, max(most, highest)
+        for rows, (is_whole, is_exact, highest, of_rows) in zip(blocks, in_threads(self._look_at, blocks), strict=True):
+            whole, exact, most = whole and is_whole, exact and is_exact, max(most, highest)
             sums[rows] = of_rows
-        if self.scale == "log1p" and not whole:
-            self._check_logarithms()
+        if not whole:
+            self._check_fractions()
         self._check_scale(whole, most)
         if self.scale == "counts" and self.unit == "log1p":
             self._check_sizes(sums)
         elif self.scale == "log1p" and self.unit != "log_counts":  # which are of any total
             self._check_totals()
+        self._found.is_noisy = self.scale == "counts" and not exact
         self._found.is_checked = True
 
-    def _look_at(self, rows: slice) -> tuple[bool, float, np.ndarray | float]:
-        """Raise for values that are none; tell whether others are whole, the highest, and the sums of counts."""
+    def _look_at(self, rows: slice) -> tuple[bool, bool, float, np.ndarray | float]:
+        """Raise for values that are none; tell whether others are whole, to the last bit, the highest, sums of counts.
+
+        Counts may be off by what arithmetic leaves, and are then rounded.
+        """
         block = self._raw(rows)
         low, high = block.data.min(initial=0), block.data.max(initial=0)  # NaN where there is one
         if not (np.isfinite(low) and np.isfinite(high)):
             raise ValueError(f"{self._where} holds NaN or infinite values. Set them to a number or drop those cells.")
-        if low < 0:
+        is_exact = low >= 0 and are_whole(block.data)
+        is_whole = is_exact or (self.scale == "counts" and are_nearly_whole(block.data))
+        if low < 0 and not (is_whole and low > -0.5):
             raise ValueError(
                 f"{self._where} holds negative values (least {low:.3g}), so it is scaled or residual expression. Give "
-                "the layer with raw counts or log1p values."
+                f"the layer with raw counts or log1p values.{self._counts_elsewhere()}"
             )
-        sums = row_sums(block) if self.scale == "counts" and self.unit == "log1p" else 0.0
-        return _are_whole(block.data), float(high), sums
+        if self.scale != "counts" or self.unit != "log1p":
+            return is_whole, is_exact, float(high), 0.0
+        return is_whole, is_exact, float(high), row_sums(block if is_exact or not is_whole else rounded(block))
+
+    def _counts_elsewhere(self) -> str:
+        return counts_elsewhere(self._adata(), self._layer, self._argument)
+
+    def _check_fractions(self) -> None:
+        """Raise where fractions are known to be neither counts nor the logarithms that are meant."""
+        what = fault_of_fractions(self._sample(), self.scale, self._argument, self.target_sum, measured=self._measured)
+        if what is not None:
+            self._refuse(what)
+
+    def _refuse(self, what: str) -> None:
+        stated = f"{self._argument}={self.scale!r} was stated, but {self._where}"
+        raise ValueError(f"{stated} {what}{self._counts_elsewhere()}")
 
     def _check_scale(self, whole: bool, most: float) -> None:
         stated, argument = f"{self._argument}={self.scale!r} was stated, but {self._where}", self._argument
         logs, is_high = f"log(1 + counts per {self.target_sum:,.0f})", most > 1.01 * np.log1p(self.target_sum)
         if not whole and is_high:
             with np.errstate(over="ignore"):  # of what is no logarithm
-                one_total = _is_one_total(row_sums(self._sample().expm1()))
+                one_total = is_one_total(row_sums(self._sample().expm1()))
             if one_total:  # such as a million: rounding logarithms would not make them counts
                 self._check_totals()
             raise ValueError(
                 f"{stated} holds fractions and reaches {most:.4g}: these are neither raw counts nor {logs}. Give the "
                 f"layer with raw counts (layer=), or round counts that were corrected with `np.rint` and say "
-                f"{argument}='counts'."
+                f"{argument}='counts'.{self._counts_elsewhere()}"
             )
         if self.scale == "counts" and not whole:
-            remedy = f"Give the layer with raw counts (layer=), or say {argument}='log1p' if these are {logs}."
-            raise ValueError(f"{stated} holds fractions. {remedy}")
+            raise ValueError(
+                f"{stated} holds fractions. Give the layer with raw counts (layer=), or say {argument}='log1p' if these"
+                f" are {logs}. Counts that were corrected (by SoupX, CellBender, alevin-fry) are to be rounded, with "
+                f"`np.rint`.{self._counts_elsewhere()}"
+            )
         if self.scale == "log1p" and is_high:
             what = f"{stated} reaches {most:.4g}, more than {logs} can."
             raise ValueError(f"{what} Say {argument}='counts' if these are raw counts.")
@@ -306,55 +333,20 @@ class Expression:
         rows = np.unique(np.linspace(0, self.n_cells - 1, min(_SAMPLE, self.n_cells)).astype(int))
         return self._raw(rows).astype(np.float64)
 
-    def _check_logarithms(self) -> None:
-        """Raise where cells have one total if other logarithms than natural ones of 1 + x are undone."""
-        logs = self._sample()
-        with np.errstate(over="ignore"):  # of values and of their sums, which are then no one total
-            if _is_one_total(row_sums(logs.expm1())):
-                return
-            for what, undone in _OTHER_LOGARITHMS.items():
-                counts = sparse.csr_matrix((undone(logs.data), logs.indices, logs.indptr), shape=logs.shape)
-                if _is_one_total(row_sums(counts)):
-                    raise ValueError(
-                        f"{self._argument}='log1p' was stated, but {self._where} {what}. Use `sc.pp.log1p(adata)`, once"
-                        f" and without a base, or give raw counts with {self._argument}='counts'."
-                    )
-
     def _check_totals(self) -> None:
-        """Raise where logarithms are of something else than counts per `target_sum`.
-
-        Genes that were left out make totals smaller and unequal, which is as it should be. An empty cell has no total.
-        """
-        counts = self._sample().expm1()
-        totals = row_sums(counts)
-        if not totals.any():
-            return
-        median = float(np.median(totals[totals > 0]))
-        stated = f"{self._argument}={self.scale!r} was stated, but {self._where}"
-        anew = (
-            f"Normalise anew with `sc.pp.normalize_total(adata, target_sum={self.target_sum:g})`, or give raw counts "
-            f"with {self._argument}='counts'."
-        )
-        on_target = np.mean(np.abs(totals[totals > 0] / self.target_sum - 1) < 1e-3) > 0.9
-        if not on_target and np.allclose(counts.data, np.rint(counts.data), rtol=0, atol=0.01):
-            raise ValueError(
-                f"{stated} holds logarithms of whole numbers: of raw counts, not divided by their total. Give the raw "
-                f"counts, with {self._argument}='counts'."
-            )
-        off = abs(median / self.target_sum - 1)
-        if (_is_one_total(totals) and off > 0.01) or (self._measured and median > 1.05 * self.target_sum):
-            raise ValueError(
-                f"{stated} was normalised to {median:.4g} counts per cell (median) and not to {self.target_sum:g}: "
-                f"scanpy's normalize_total takes the median where target_sum is left out. {anew}"
-            )
+        """Raise where logarithms are of something else than counts per `target_sum`."""
+        what = fault_of_totals(self._sample(), self._argument, self.target_sum, measured=self._measured)
+        if what is not None:
+            self._refuse(what)
 
 
 @dataclass
 class _Found:
-    """What the first reading found out: library sizes of the cells (or those given), and that all is as stated."""
+    """What the first reading found out: library sizes, or those given, and whether the rest is as stated."""
 
     sizes: np.ndarray | None = None
     is_checked: bool = False
+    is_noisy: bool = False
 
 
 def _pieces(lengths: np.ndarray) -> Iterator[list[tuple[int, int, int]]]:
@@ -370,19 +362,6 @@ def _pieces(lengths: np.ndarray) -> Iterator[list[tuple[int, int, int]]]:
             size += stop - start
     if pieces:
         yield pieces
-
-
-def _are_whole(values: np.ndarray) -> bool:
-    """Tell whether there are no fractions, looking at few values at a time, which stay in the cache of a core."""
-    return all(np.array_equal(v := values[i : i + _FEW], np.rint(v)) for i in range(0, len(values), _FEW))
-
-
-def _is_one_total(totals: np.ndarray) -> bool:
-    """Tell whether cells were divided by their totals. Those of copies of one cell are equal to the last bit."""
-    totals = totals[totals > 0]
-    if len(totals) < _FEW_CELLS or not np.isfinite(totals).all() or np.ptp(totals) == 0:
-        return False
-    return bool(np.mean(np.abs(totals / np.median(totals) - 1) < 1e-3) > 0.9)
 
 
 def columns_of(names: pd.Index, genes: Sequence[str]) -> np.ndarray | None:

@@ -9,19 +9,25 @@ from mudata import MuData
 
 from virtualcell.data._design import Design
 from virtualcell.data._doses import dose_name, drug_and_dose, numbers
-from virtualcell.data._labels import JOIN, Written, obs_column, parts, read_names
+from virtualcell.data._labels import JOIN, Written, expression_modality, obs_column, parts, read_names
 
 
 def read_design(
-    data: AnnData | MuData, design: Design, *, modality: str = "rna", prefix: str = ""
+    data: AnnData | MuData, design: Design, *, modality: str = "rna", prefix: str = "", untreated: bool = False
 ) -> tuple[dict[str, pd.Categorical], dict[str, Written]]:
     """Return the names that the labels of cells stand for and how they are written, by the design's name of a column.
 
-    Nothing but `obs` is read. `prefix` begins the name of the argument in messages.
+    Nothing but `obs` is read. `prefix` begins the name of the argument in messages. All cells are control cells where
+    they are `untreated`, and the columns of perturbations and doses need not be there.
     """
     labels, written = {}, {}
     for role in ("context_key", "split_key", "perturbation_key", "batch_key"):
         if (key := getattr(design, role)) is None:
+            continue
+        if untreated and role == "perturbation_key":
+            n = expression_modality(data, modality).n_obs
+            labels[role] = pd.Categorical([design.control] * n)
+            written[role] = Written(key, np.dtype(object), {design.control: design.control})
             continue
         of_perturbation = (
             {"name_of": design.drug_name, "allowed": design.controls} if role == "perturbation_key" else {}
@@ -30,7 +36,10 @@ def read_design(
             data, key, argument=f"{prefix}{role}", modality=modality, **of_perturbation
         )
     if design.dose_key is not None:
-        column = obs_column(data, design.dose_key, argument=f"{prefix}dose_key", modality=modality)
+        if untreated:
+            column = pd.Series(np.full(len(labels["perturbation_key"]), np.nan))
+        else:
+            column = obs_column(data, design.dose_key, argument=f"{prefix}dose_key", modality=modality)
         drugs = labels["perturbation_key"], written["perturbation_key"]
         labels["perturbation_key"], *both = _at_doses(*drugs, column, design)
         written["perturbation_key"], written["dose_key"] = both

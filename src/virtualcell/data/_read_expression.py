@@ -1,4 +1,4 @@
-"""Expression with the library sizes that a column of `obs` holds."""
+"""Expression with the library sizes that a column of `obs` holds, and embeddings of cells."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 from mudata import MuData
+from scipy import sparse
 
+from virtualcell._errors import unknown_name
+from virtualcell._keys import X_STATE
 from virtualcell.data._design import Scale
 from virtualcell.data._expression import Expression
-from virtualcell.data._labels import expression_modality, obs_column
+from virtualcell.data._labels import expression_modality, obs_column, without_version
 
 
 def read_expression(
@@ -44,3 +47,46 @@ def read_expression(
         sizes = column.to_numpy(dtype=np.float64, na_value=np.nan)
     adata = expression_modality(data, modality)
     return Expression(adata, scale=scale, library_size=sizes, library_size_key=library_size_key, side=side, **how)
+
+
+def read_embedding(data: AnnData | MuData, key: str, *, modality: str = "rna") -> np.ndarray:
+    """Return cell embeddings, (n_cells, n_dims), float32, of the modality or else of the MuData; missing ones are NaN.
+
+    Raises
+    ------
+    KeyError
+        Where there are none of that name.
+    ValueError
+        For what is no table of numbers, one row a cell.
+    """
+    adata = expression_modality(data, modality)
+    if key in adata.obsm:
+        values = adata.obsm[key]
+    elif isinstance(data, MuData) and key in data.obsm and adata.obs_names.isin(data.obs_names).all():
+        values = data.obsm[key]
+        rows = data.obs_names.get_indexer(adata.obs_names)
+        values = values.iloc[rows] if isinstance(values, pd.DataFrame) else values[rows]
+    else:
+        remedy = "Run `vc.tl.embed(adata, model)` first." if key == X_STATE else "Compute it first."
+        raise unknown_name("use_rep", key, adata.obsm, remedy)
+    if isinstance(values, pd.DataFrame):
+        text = [c for c in values if pd.to_numeric(values[c], errors="coerce").isna().ne(values[c].isna()).any()]
+        if text:
+            raise ValueError(f"obsm[{key!r}] has columns that hold no numbers, {text[:3]}: leave them out.")
+        values = values.apply(pd.to_numeric).to_numpy(dtype=np.float32, na_value=np.nan)
+    values = values.toarray() if sparse.issparse(values) else np.ma.filled(np.ma.asarray(values), np.nan)
+    if values.ndim != 2 or not values.shape[1] or values.dtype.kind not in "fiub":
+        raise ValueError(
+            f"obsm[{key!r}] is an array of {values.dtype} and shape {values.shape}: cells x dimensions, of real "
+            "numbers, are needed."
+        )
+    return values.astype(np.float32, copy=False)
+
+
+def read_target_names(adata: AnnData, gene_key: str | None) -> pd.Series:
+    """Return the name of each gene that perturbations go by, indexed by `var_names`."""
+    if gene_key is None:
+        return pd.Series([without_version(str(gene)) for gene in adata.var_names], index=adata.var_names)
+    if gene_key not in adata.var:
+        raise unknown_name("gene_key", gene_key, adata.var.columns, "Leave it out to match genes by var_names.")
+    return adata.var[gene_key].astype(str).map(without_version)

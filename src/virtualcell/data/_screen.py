@@ -13,16 +13,15 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 from mudata import MuData
-from scipy import sparse
 
 from virtualcell._errors import unknown_name
-from virtualcell._keys import ALL, SPLITS, X_STATE
+from virtualcell._keys import ALL, SPLITS
 from virtualcell.data._cell_sets import CellGroups
 from virtualcell.data._design import Design
 from virtualcell.data._expression import Expression, Unit
-from virtualcell.data._labels import Written, expression_modality, parts, text, without_version
+from virtualcell.data._labels import Written, expression_modality, parts, text
 from virtualcell.data._read_design import read_design
-from virtualcell.data._read_expression import read_expression
+from virtualcell.data._read_expression import read_embedding, read_expression, read_target_names
 from virtualcell.data._stored import row_numbers
 
 logger = logging.getLogger(__name__)
@@ -78,6 +77,7 @@ class Screen:
         side: str = "",
         scale_argument: str = "scale",
         measured: bool = True,
+        untreated: bool = False,
     ) -> Screen:
         """Read the labels of all cells; the matrix is looked at when rows are asked for.
 
@@ -94,6 +94,8 @@ class Screen:
             As in :class:`virtualcell.data._expression.Expression`.
         side
             Name of the argument that `data` was given as, for messages of calls with several.
+        untreated
+            Whether all cells are control cells, whatever `obs` says.
 
         Raises
         ------
@@ -104,8 +106,11 @@ class Screen:
         """
         adata = expression_modality(data, modality)
         prefix = f"{side}: " if side else ""
-
-        labels, written = read_design(data, design, modality=modality, prefix=prefix)
+        if not adata.var_names.is_unique:
+            twice = list(adata.var_names[adata.var_names.duplicated()][:3])
+            where = f"var_names of {side}" if side else "var_names"
+            raise ValueError(f"{where} repeats {twice}. Run `{side or 'adata'}.var_names_make_unique()` first.")
+        labels, written = read_design(data, design, modality=modality, prefix=prefix, untreated=untreated)
         context, split = labels.get("context_key"), labels.get("split_key")
         if split is not None and not set(split.categories) <= set(SPLITS):
             raise ValueError(f"split_key={design.split_key!r} holds {list(split.categories)}; valid are {SPLITS}.")
@@ -129,8 +134,8 @@ class Screen:
                 scale_argument=scale_argument,
                 measured=measured,
             ),
-            rep=_embedding(adata, design.use_rep),
-            target_names=_target_names(adata, design.gene_key),
+            rep=None if design.use_rep is None else read_embedding(data, design.use_rep, modality=modality),
+            target_names=read_target_names(adata, design.gene_key),
             written=written,
         )
 
@@ -290,7 +295,7 @@ class Screen:
     def hold_out(self, fraction: float, seed: int = 0) -> Screen:
         """Mark that share of the perturbed training cells of each context and perturbation "val", rounded down.
 
-        Cells are drawn by name, so that their order in a file changes nothing.
+        Cells are drawn by name, so that their order in a file changes nothing. Each batch keeps training cells.
         Control cells stay "train", as :func:`virtualcell.pp.split` has them: predictions start from all of them.
         """
         rng = np.random.default_rng(seed)
@@ -298,6 +303,8 @@ class Screen:
         for rows in self.pairs(self.is_train & ~self.is_control).values():
             n = int(fraction * len(rows) + 1e-9)  # a tenth of 30 is 3, whatever 0.1 * 30 is
             split[rng.permutation(rows)[:n]] = "val"
+        if self.batch is not None:  # of a batch that validation alone has nothing would be learned
+            split[(split == "val") & ~self.batch.isin(self.batch[split == "train"])] = "train"
         return self.with_split(split)
 
     def groups(self, mask: np.ndarray) -> CellGroups:
@@ -341,7 +348,20 @@ class Screen:
         """Raise unless there are control cells."""
         if not self.is_control.any():
             names = _present(self.perturbation)
-            raise unknown_name("control", self.design.control, names, "It labels the unperturbed cells.")
+            are_numbers = names and all(name.replace(".", "", 1).isdigit() for name in names)
+            of_r = " Where numbers stand for labels, as R writes a factor, give the control's." if are_numbers else ""
+            raise unknown_name("control", self.design.control, names, f"It labels the unperturbed cells.{of_r}")
+
+    def check_embedding(self, mask: np.ndarray | None = None) -> None:
+        """Raise for embeddings of the cells, or of the marked ones, that are not finite."""
+        if self.rep is None:
+            return
+        bad = self.names[~np.isfinite(self.rep).all(axis=1) & (True if mask is None else mask)]
+        if len(bad):
+            raise ValueError(
+                f"obsm[{self.design.use_rep!r}] holds NaN or infinite values in {len(bad)} cells, among them "
+                f"{list(bad[:3])}. Embed them again, or drop them."
+            )
 
     def check_controls(self, mask: np.ndarray) -> None:
         """Raise for a context of the marked cells that has no control cells to start from, of those not "test"."""
@@ -378,22 +398,3 @@ def scvi_registry(model: str, setup: dict, states: dict[str, dict], summaries: d
 def _present(labels: pd.Categorical) -> list[str]:
     """Return the labels that occur, sorted."""
     return [str(label) for label in labels.categories[np.unique(labels.codes)]]
-
-
-def _embedding(adata: AnnData, key: str | None) -> np.ndarray | None:
-    if key is None:
-        return None
-    if key not in adata.obsm:
-        remedy = "Run `vc.tl.embed(adata, model)` first." if key == X_STATE else "Compute it first."
-        raise unknown_name("use_rep", key, adata.obsm, remedy)
-    values = adata.obsm[key]
-    values = values.toarray() if sparse.issparse(values) else np.asarray(values)
-    return values.astype(np.float32, copy=False)
-
-
-def _target_names(adata: AnnData, gene_key: str | None) -> pd.Series:
-    if gene_key is None:
-        return pd.Series([without_version(str(gene)) for gene in adata.var_names], index=adata.var_names)
-    if gene_key not in adata.var:
-        raise unknown_name("gene_key", gene_key, adata.var.columns, "Leave it out to match genes by var_names.")
-    return adata.var[gene_key].astype(str).map(without_version)

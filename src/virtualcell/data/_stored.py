@@ -34,7 +34,13 @@ class StoredMatrix:
             raise ValueError(f"{where} is empty.")
         if not (sparse.issparse(self._stored) or isinstance(self._stored, np.ndarray)):
             name = type(self._stored).__name__
-            raise TypeError(f"{where} is a {name}; give a numpy array or a scipy sparse matrix.")
+            raise TypeError(
+                f"{where} is a {name}; give a numpy array or a scipy sparse matrix. Load it: `adata.to_memory()`."
+            )
+        if np.ma.is_masked(self._stored):
+            raise ValueError(
+                f"{where} is an array with masked values, which are missing. Fill them, or drop the cells."
+            )
 
     @property
     def entries_per_cell(self) -> float:

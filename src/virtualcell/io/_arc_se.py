@@ -17,6 +17,7 @@ import yaml
 from torch import Tensor
 
 from virtualcell.data._screen import scvi_registry
+from virtualcell.data._tables import as_table
 from virtualcell.io._arc import (
     OURS,
     checked_parameters,
@@ -183,6 +184,7 @@ def _with_both_names(state: dict[str, Tensor], *, source: str) -> dict[str, Tens
 
 def _gene_table(folder: Path, given: pd.DataFrame | None, content: Mapping) -> tuple[list[str], Tensor]:
     if given is not None:
+        given = as_table(given, "gene_embeddings")
         return [str(g) for g in given.index], torch.from_numpy(given.to_numpy(dtype=np.float32))
     if (folder / _GENES).exists():
         table, source = read_torch(folder / _GENES), str(folder / _GENES)

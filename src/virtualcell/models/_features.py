@@ -13,6 +13,7 @@ from torch import Tensor
 from virtualcell._errors import unknown_name
 from virtualcell.data._doses import of_tahoe
 from virtualcell.data._labels import Known, looks_combined, parts
+from virtualcell.data._tables import as_table
 
 
 class PerturbationTable:
@@ -64,16 +65,10 @@ class PerturbationTable:
             doubled = list(features.index[features.index.duplicated()][:3])
             raise ValueError(f"perturbation_features has several rows for {doubled}; keep one of each.")
         features = features[features.index.astype(str) != control]  # it is the zero vector
-        text = [c for c, kind in features.dtypes.items() if not pd.api.types.is_numeric_dtype(kind)]
-        if text:
-            raise ValueError(
-                f"perturbation_features has columns that hold no numbers, {text[:3]}. Rows are named by the index: "
-                f"`perturbation_features.set_index({text[0]!r})`, if these are the names."
-            )
-        values = features.to_numpy(dtype=np.float64)
-        if not np.isfinite(values).all():
-            raise ValueError("perturbation_features holds NaN or infinite values; drop or fill those rows.")
+        values = as_table(features, "perturbation_features").to_numpy()
         spread = values.std(axis=0)
+        if len(values) > 1 and not spread.any():
+            raise ValueError("perturbation_features has one vector for all perturbations, which tells none apart.")
         values = (values - values.mean(axis=0))[:, spread > 0] / spread[spread > 0]
         values = np.concatenate([values / np.sqrt(max(values.shape[1], 1)), np.ones((len(values), 1))], axis=1)
         labels = sorted(set(labels) - {control})

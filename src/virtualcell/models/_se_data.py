@@ -23,6 +23,7 @@ from virtualcell.data._labels import expression_modality, read_labels
 from virtualcell.data._screen import Screen, scvi_registry
 from virtualcell.data._sentence_batches import SentenceBatches, Sentences
 from virtualcell.data._stored import BLOCK
+from virtualcell.data._tables import Vectors, as_table
 from virtualcell.data._threads import in_threads
 from virtualcell.models._se_options import SETrainOptions
 from virtualcell.pp._genes import match_genes
@@ -184,13 +185,12 @@ def refuse_empty(names: pd.Index) -> None:
     )
 
 
-def gene_table(gene_embeddings: pd.DataFrame | None) -> tuple[pd.Index, Tensor]:
+def gene_table(gene_embeddings: Vectors | None) -> tuple[pd.Index, Tensor]:
     """Return names and vectors of a table of genes."""
     if gene_embeddings is None:
         raise ValueError("gene_embeddings must be given, for instance vc.pp.expression_gene_embeddings(adata).")
-    vectors = torch.from_numpy(gene_embeddings.to_numpy(dtype=np.float32, copy=True))
-    if not torch.isfinite(vectors).all():
-        raise ValueError("gene_embeddings holds NaN or infinite values; drop or fill those rows.")
+    gene_embeddings = as_table(gene_embeddings, "gene_embeddings")
+    vectors = torch.from_numpy(gene_embeddings.to_numpy(dtype=np.float32))
     return pd.Index([str(g) for g in gene_embeddings.index]), vectors
 
 

@@ -27,7 +27,6 @@ from virtualcell.models._mixture import Mixture
 from virtualcell.models._set_batches import SetBatches, SetSource, validation_steps
 from virtualcell.models._st_files import from_arc, from_state, state_of, to_arc
 from virtualcell.models._st_fit import (
-    check_embedding,
     check_validation,
     completed,
     perturbation_table,
@@ -65,8 +64,9 @@ class ST(PerturbationModel):
     data
         Data registered with :meth:`setup_anndata` or :meth:`setup_mudata`.
     perturbation_features
-        One row of features per perturbation (gene embeddings, drug fingerprints): perturbations that were never
-        measured can then be predicted. Without it every perturbation learns a vector of its own.
+        One row of features per perturbation (gene embeddings, drug fingerprints), in a table or as a dictionary of
+        vectors by name: perturbations that were never measured can then be predicted. Without it every perturbation
+        learns a vector of its own.
     size
         Size of the network: "small" (laptop), "medium", or "large" (the paper's for genetic screens).
     set_size
@@ -228,7 +228,7 @@ class ST(PerturbationModel):
         """
         screen = training_screen(self)
         self.check_width(len(screen.genes) if screen.rep is None else screen.rep.shape[1])
-        check_embedding(screen)
+        screen.check_embedding(screen.split != "test")
         options = self.train_options(options, **keywords)
         if self.design.split_key is None and not screen.is_val.any():
             screen = screen.hold_out(options.val_fraction, options.seed)

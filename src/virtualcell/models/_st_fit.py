@@ -6,7 +6,6 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 
-import numpy as np
 import pandas as pd
 import torch
 
@@ -53,18 +52,6 @@ def check_validation(screen: Screen, table: PerturbationTable) -> None:
         raise ValueError(
             f"{untold[:10]} occur in validation but in no training cells, and a one-hot model learns nothing of them. "
             "Mark their cells 'test', or give perturbation_features."
-        )
-
-
-def check_embedding(screen: Screen) -> None:
-    """Raise for cell embeddings that are not finite, of the cells that are looked at."""
-    if screen.rep is None:
-        return
-    bad = screen.names[~np.isfinite(screen.rep).all(axis=1) & (screen.split != "test")]
-    if len(bad):
-        raise ValueError(
-            f"obsm[{screen.design.use_rep!r}] holds NaN or infinite values in {len(bad)} cells, among them "
-            f"{list(bad[:3])}. Embed them again, or drop them."
         )
 
 

@@ -11,6 +11,7 @@ import pandas as pd
 from sklearn.decomposition import PCA
 from sklearn.preprocessing import StandardScaler
 
+from virtualcell.data._tables import as_table
 from virtualcell.models._closed_forms import unit_rows
 from virtualcell.models._shrinkage import shrink
 from virtualcell.models._transfer_sources import SourceEffects
@@ -172,12 +173,7 @@ def checked_features(features: pd.DataFrame) -> pd.DataFrame:
     if not index.is_unique:
         doubled = list(index[index.duplicated()][:3])
         raise ValueError(f"perturbation_features has several rows for {doubled}; keep one of each.")
-    values = features.to_numpy()
-    if not np.issubdtype(values.dtype, np.number) or not np.isfinite(values).all():
-        raise ValueError(
-            "perturbation_features must hold finite numbers only, with the names of perturbations as its index: "
-            "`table.set_index('gene')`; drop rows with missing values."
-        )
+    values = as_table(features, "perturbation_features").to_numpy()
     order = np.argsort(index.to_numpy(dtype=str), kind="stable")
     return pd.DataFrame(standardised(values[order]), index=index[order])
 

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Mapping
 
 import numpy as np
-import pandas as pd
 from anndata import AnnData
 from mudata import MuData
 
@@ -15,6 +14,7 @@ from virtualcell.data._design import Scale
 from virtualcell.data._expression import Expression
 from virtualcell.data._labels import expression_modality
 from virtualcell.data._sentences import sentences
+from virtualcell.data._tables import Vectors, as_table
 from virtualcell.pp._genes import match_genes
 
 logger = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 def cell_sentences(
     adata: AnnData | MuData,
-    gene_embeddings: pd.DataFrame,
+    gene_embeddings: Vectors,
     *,
     length: int = 2048,
     layer: str | None = None,
@@ -42,7 +42,8 @@ def cell_sentences(
     adata
         Cells; of a MuData, the modality named by `modality` is read and written.
     gene_embeddings
-        Gene table, genes x dimensions, indexed by gene name. Genes are matched by name, never by position.
+        Gene table, genes x dimensions, indexed by gene name, or a dictionary of vectors. Genes are matched by
+        name, never by position.
     length
         Places in a sentence; a cell with fewer expressed genes is padded.
     layer
@@ -79,11 +80,7 @@ def cell_sentences(
     """
     if length < 1:
         raise ValueError(f"length={length} must be at least 1.")
-    if not isinstance(gene_embeddings, pd.DataFrame):
-        raise TypeError(
-            f"gene_embeddings must be a DataFrame of genes x dimensions, got {type(gene_embeddings).__name__}. "
-            "Read a file with `vc.pp.read_gene_embeddings(path)`."
-        )
+    gene_embeddings = as_table(gene_embeddings, "gene_embeddings")
     rna = expression_modality(adata, modality)
     expression = Expression(rna, layer=layer, scale=scale, unit="log_counts")
     tokens = match_genes(rna, gene_embeddings.index, gene_key=gene_key, aliases=aliases)

@@ -120,7 +120,7 @@ class Setting:
         """
         expression = expression_modality(data, modality)
         model = checked_model(stored_model(expression) if model is None else model).on_genes(expression.var_names)
-        design = design_of_data(model, expression, stated)
+        design = design_of_data(model, data, stated, modality=modality)
         screen = Screen.from_anndata(data, design, modality=modality)
         if context is None and len(there := list(screen.controls())) > 1:
             raise ValueError(f"context=None, but there are control cells of {there}. Name one of these contexts.")

@@ -17,6 +17,7 @@ from anndata import AnnData
 from virtualcell import _keys
 from virtualcell._errors import unknown_name
 from virtualcell.data._screen import Screen
+from virtualcell.data._tables import as_table, is_vectors
 from virtualcell.models import SE, ST
 from virtualcell.models._partly import check_adapters, check_partly
 from virtualcell.models._se_options import SETrainOptions
@@ -181,6 +182,8 @@ class SEOptions:
         options: FitOptions,
     ) -> SEOptions:
         """Check that what was said of SE fits together, and what was said of the model to go on from."""
+        if is_vectors(se):
+            se = as_table(se, "se")
         if not (se is None or se is False or isinstance(se, SE | pd.DataFrame | Mapping)):
             raise TypeError(
                 f"se must be a trained SE, a table of gene vectors, a dictionary of options, False or None, got "
@@ -189,8 +192,8 @@ class SEOptions:
         _check_start(init_from, options)
         given = dict(se) if isinstance(se, Mapping) else {}
         table = se if isinstance(se, pd.DataFrame) else given.pop("gene_embeddings", None)
-        if not (table is None or isinstance(table, pd.DataFrame)):
-            raise TypeError(f"se: gene_embeddings must be a table, genes x dims, got {type(table).__name__}.")
+        if table is not None:
+            table = as_table(table, "se: gene_embeddings" if isinstance(se, Mapping) else "se")
         training = _training_of_se(given, options)
         if isinstance(init_from, SE):
             if table is not None or se is False or isinstance(se, SE):
@@ -275,7 +278,7 @@ def require_validation(options: FitOptions, screen: Screen) -> None:
     """Raise where training is to stop by validation cells, and there are none."""
     if options.early_stopping and not screen.is_val.any():
         if screen.design.split_key is None and options.val_fraction > 0:
-            most = max(map(len, screen.pairs(screen.is_train).values()))
+            most = max(map(len, screen.pairs(screen.is_train & ~screen.is_control).values()))
             least = math.ceil(1000 / most) / 1000  # with which the largest group gives a cell
             raise ValueError(
                 f"early_stopping=True needs validation cells, and val_fraction={options.val_fraction!r} of each "

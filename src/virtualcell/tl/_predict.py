@@ -32,6 +32,7 @@ from virtualcell.tl._doses import Asked, of_drug
 from virtualcell.tl._effect_tables import EffectTables
 from virtualcell.tl._emit import Effect, Emit, check_emit, emitted_cells
 from virtualcell.tl._predict_checks import (
+    check_columns,
     check_not_too_many,
     check_numbers,
     common_genes,
@@ -63,6 +64,7 @@ def predict_perturbation(
     control: str | Sequence[str] | None = None,
     context_key: str | None = None,
     batch_key: str | None = None,
+    untreated: bool = False,
     min_gene_coverage: float = 1.0,
     seed: int | None = None,
     modality: str = "rna",
@@ -107,6 +109,9 @@ def predict_perturbation(
         :meth:`virtualcell.models.ST.from_arc` expect log(1 + counts per 10,000) unless `scale="counts"` is stated.
     perturbation_key, control, context_key, batch_key
         Columns of `obs` and label of the control cells, where they have other names than in the model's own data.
+    untreated
+        Whether all cells of `adata` are control cells, as those of an atlas without perturbations are. The column of
+        perturbations is then not read, and need not be there.
     min_gene_coverage
         Share of the model's genes that `adata` must have, by name. Below 1.0 the missing ones enter as 0, which the
         model never saw for a gene that is expressed, and are left out of the result.
@@ -172,8 +177,9 @@ def predict_perturbation(
     if fallback is not None:
         model = _better_one(model, fallback, names)
     model = model.on_genes(expression.var_names)
-    design = design_of_data(model, expression, stated)
-    controls = controls_of(Screen.from_anndata(adata, design, modality=modality), context)
+    design = design_of_data(model, adata, stated, modality=modality)
+    check_columns(adata, design, modality=modality, untreated=untreated)
+    controls = controls_of(Screen.from_anndata(adata, design, modality=modality, untreated=untreated), context)
     if perturbation is drug is None and emit == "cells":
         n_contexts = len(controls.controls())
         check_not_too_many(len(names), controls.n_cells if n_cells is None else n_cells * n_contexts)
@@ -268,6 +274,7 @@ def controls_of(screen: Screen, context: str | None) -> Screen:
     controls = screen.take(np.sort(rows))
     if not controls.names.is_unique:
         raise ValueError("obs_names repeats control cells. Run `adata.obs_names_make_unique()` first.")
+    controls.check_embedding()
     return controls
 
 

@@ -9,11 +9,12 @@ from numbers import Integral
 
 import pandas as pd
 from anndata import AnnData
+from mudata import MuData
 
 from virtualcell import _keys
 from virtualcell._errors import UnknownNameError, unknown_name
 from virtualcell.data._design import Design
-from virtualcell.data._labels import is_several, text
+from virtualcell.data._labels import expression_modality, is_several, obs_column, text
 from virtualcell.models._base import PerturbationModel
 
 logger = logging.getLogger(__name__)
@@ -37,13 +38,16 @@ def check_numbers(context: object, n_cells: int | None, n_samples: int | None, s
         raise ValueError(f"n_samples={n_samples!r}: at least 2 draws are needed for a standard error.")
 
 
-def design_of_data(model: PerturbationModel, adata: AnnData, stated: Mapping[str, object]) -> Design:
+def design_of_data(
+    model: PerturbationModel, data: AnnData | MuData, stated: Mapping[str, object], *, modality: str
+) -> Design:
     """Return the design of the data: that of the model, and what was stated otherwise."""
+    adata = expression_modality(data, modality)
     for key in ("context_key", "batch_key"):
         if stated[key] is not None and getattr(model.design, key) is None:
             raise ValueError(f"{key}={stated[key]!r} was given, but the model was set up without {key}.")
     rep = model.design.use_rep
-    if rep is not None and rep not in adata.obsm:
+    if rep is not None and rep not in adata.obsm and rep not in data.obsm:
         remedy = "Run `vc.tl.embed(adata, model.se)` first." if rep == _keys.X_STATE else "Compute it first."
         raise UnknownNameError(f"the model works on obsm[{rep!r}], which this data does not have. {remedy}")
     layer = model.design.layer
@@ -56,6 +60,26 @@ def design_of_data(model: PerturbationModel, adata: AnnData, stated: Mapping[str
             f"in X, put it there first, `adata.layers[{layer!r}] = adata.X`.",
         )
     return dataclasses.replace(model.design.restated(**stated), split_key=None, gene_key=None)
+
+
+def check_columns(data: AnnData | MuData, design: Design, *, modality: str, untreated: bool) -> None:
+    """Raise for columns of the design that data of other cells may lack, and say what to do about each."""
+    if not isinstance(untreated, bool):
+        raise TypeError(f"untreated={untreated!r} must be True, where all cells are control cells, or False.")
+    remedies = {
+        "perturbation_key": "If all cells are control cells, say untreated=True; otherwise name a column of obs.",
+        "context_key": "Name a column of obs, or put the cell type there, `adata.obs[{key!r}] = 'name'`.",
+        "batch_key": "Name a column of obs, or put a batch that the model knows there, `adata.obs[{key!r}] = 'name'`.",
+    }
+    for argument, remedy in remedies.items():
+        key = getattr(design, argument)
+        if key is None or (untreated and argument == "perturbation_key"):
+            continue
+        try:
+            obs_column(data, key, argument=argument, modality=modality)
+        except KeyError as error:
+            said = str(error).removesuffix("Name a column of obs.")
+            raise UnknownNameError(f"{said}{remedy.format(key=key)}") from error
 
 
 def names_of(model: PerturbationModel, perturbation: object) -> dict[str, str]:

@@ -132,8 +132,6 @@ def choose_genes(screen: Screen, n_top_genes: int | None, *, targets: list[str])
     They come sorted, so that the order of genes in a file changes nothing.
     """
     names = screen.genes
-    if not names.is_unique:
-        raise ValueError("var_names repeats genes. Run `adata.var_names_make_unique()` first.")
     if n_top_genes is not None and not (isinstance(n_top_genes, Integral) and n_top_genes >= 1):
         raise ValueError(f"n_top_genes={n_top_genes!r}: at least one gene is needed. Say None for all genes.")
     if n_top_genes is None or n_top_genes >= len(names):

@@ -1,0 +1,167 @@
+"""What a matrix of expression holds: whole counts, logarithms, totals of cells, or something else."""
+
+from __future__ import annotations
+
+import numpy as np
+from anndata import AnnData
+from scipy import sparse
+
+from virtualcell.data._stored import row_sums
+
+_FEW_CELLS = 10  # equal totals of fewer cells than this may be chance
+_FEW_PART = 5  # so may totals, equal to five digits, of fewer
+_FEW_VALUES = 20  # that may be whole by chance
+_FEW = 1 << 15  # values looked at together
+_LOOKED_AT = 100  # cells of a matrix that nobody asked for
+
+# Logarithms that are not natural ones of 1 + x, and what undoes them: if the cells then have one total, or counts are
+# whole, that was it.
+OTHER_LOGARITHMS = {
+    "was put through log(1 + x) twice": lambda x: np.expm1(np.expm1(x)),
+    "holds logarithms to base 2": lambda x: np.expm1(x * np.log(2)),
+    "holds logarithms to base 10": lambda x: np.expm1(x * np.log(10)),
+}
+
+
+def are_whole(values: np.ndarray) -> bool:
+    """Tell whether there are no fractions, looking at few values at a time, which stay in the cache of a core."""
+    return all(np.array_equal(v := values[i : i + _FEW], np.rint(v)) for i in range(0, len(values), _FEW))
+
+
+def are_nearly_whole(values: np.ndarray) -> bool:
+    """Tell whether numbers are whole but for what arithmetic leaves: a thousandth, or a millionth of large ones."""
+    parts = (values[i : i + _FEW] for i in range(0, len(values), _FEW))
+    return all((np.abs(v - np.rint(v)) <= 1e-3 + 1e-6 * np.abs(v)).all() for v in parts)
+
+
+def rounded(block: sparse.csr_matrix) -> sparse.csr_matrix:
+    """Return nearly whole numbers as whole ones, in memory of their own and without stored zeros."""
+    out = sparse.csr_matrix((np.rint(block.data), block.indices.copy(), block.indptr.copy()), shape=block.shape)
+    out.eliminate_zeros()
+    return out
+
+
+def is_one_total(totals: np.ndarray) -> bool:
+    """Tell whether cells were divided by their totals. Those of copies of one cell are equal to the last bit."""
+    totals = totals[totals > 0]
+    if len(totals) < _FEW_CELLS or not np.isfinite(totals).all() or np.ptp(totals) == 0:
+        return False
+    return bool(np.mean(np.abs(totals / np.median(totals) - 1) < 1e-3) > 0.9)
+
+
+def totals_of(totals: np.ndarray) -> dict[float, float]:
+    """Return the totals that cells were divided to, where there are several, and the share of cells that have each.
+
+    A total is one that a tenth of the cells have to five digits. Where these are not nearly all cells there is none:
+    cells of few molecules may have equal sums.
+    """
+    totals = np.unique(totals[totals > 0])  # copies of one cell say it once
+    found: dict[float, float] = {}
+    if not np.isfinite(totals).all():
+        return found
+    n = len(totals)
+    while len(totals):
+        size = np.searchsorted(totals, totals * (1 + 1e-5), side="right") - np.arange(len(totals))
+        first = int(np.argmax(size))
+        if size[first] < max(_FEW_PART, 0.1 * n):
+            break
+        here = slice(first, first + size[first])
+        found[float(np.median(totals[here]))] = size[first] / n
+        totals = np.delete(totals, here)
+    return found if sum(found.values()) > 0.9 else {}
+
+
+def other_logarithm(logs: sparse.csr_matrix) -> str | None:
+    """Name the logarithm that was taken where it is no natural one of 1 + x, `None` where nothing says so."""
+    with np.errstate(over="ignore"):  # of values and of their sums, which are then no one total
+        if is_one_total(row_sums(logs.expm1())):
+            return None
+        for what, undone in OTHER_LOGARITHMS.items():
+            counts = sparse.csr_matrix((undone(logs.data), logs.indices, logs.indptr), shape=logs.shape)
+            if is_one_total(row_sums(counts)) or look_counted(counts.data):
+                return what
+    return None
+
+
+def fault_of_fractions(
+    sample: sparse.csr_matrix, scale: str, argument: str, target_sum: float, *, measured: bool
+) -> str | None:
+    """Say what fractions are, and what to do, where they are known not to be what was stated."""
+    if scale == "log1p" and (what := other_logarithm(sample)) is not None:
+        return (
+            f"{what}. Use `sc.pp.log1p(adata)`, once and without a base, or give raw counts with {argument}='counts'."
+        )
+    if measured and is_one_total(row_sums(sample)):  # sums of predicted logarithms may be near each other
+        return (
+            f"holds counts that were divided by their total, and no logarithms of these. Run `sc.pp.normalize_total("
+            f"adata, target_sum={target_sum:g})` and `sc.pp.log1p(adata)`, and say {argument}='log1p', or give raw "
+            f"counts with {argument}='counts'."
+        )
+    return None
+
+
+def fault_of_totals(logs: sparse.csr_matrix, argument: str, target_sum: float, *, measured: bool) -> str | None:
+    """Say what logarithms are of, and what to do, where that is something else than counts per `target_sum`.
+
+    Genes that were left out make totals smaller and unequal, which is as it should be. An empty cell has no total.
+    """
+    counts = logs.expm1()
+    totals = row_sums(counts)
+    if not totals.any():
+        return None
+    median = float(np.median(totals[totals > 0]))
+    anew = (
+        f"Normalise anew with `sc.pp.normalize_total(adata, target_sum={target_sum:g})`, or give raw counts with "
+        f"{argument}='counts'."
+    )
+    on_target = np.mean(np.abs(totals[totals > 0] / target_sum - 1) < 1e-3) > 0.9
+    if not on_target and look_counted(counts.data):
+        return (
+            "holds logarithms of whole numbers: of raw counts, not divided by their total. Give the raw counts, with "
+            f"{argument}='counts'."
+        )
+    off = abs(median / target_sum - 1)
+    if (is_one_total(totals) and off > 0.01) or (measured and median > 1.05 * target_sum):
+        return (
+            f"was normalised to {median:.4g} counts per cell (median) and not to {target_sum:g}: scanpy's "
+            f"normalize_total takes the median where target_sum is left out. {anew}"
+        )
+    for total, share in totals_of(totals).items():
+        if abs(total / target_sum - 1) > 0.01:
+            return (
+                f"holds cells ({share:.0%}) that were normalised to {total:.4g} counts, beside others, and not to "
+                f"{target_sum:g}. {anew}"
+            )
+    return None
+
+
+def look_counted(values: np.ndarray) -> bool:
+    """Tell whether numbers, of which logarithms were undone, are whole ones."""
+    return (
+        len(values) >= _FEW_VALUES
+        and bool(np.isfinite(values).all())
+        and np.allclose(values, np.rint(values), rtol=0, atol=0.01)
+    )
+
+
+def counts_elsewhere(adata: AnnData | None, layer: str | None, argument: str) -> str:
+    """Name another matrix of the data that holds whole numbers, as the end of a message, or nothing."""
+    if adata is None:
+        return ""
+    say = f"{argument}='counts'"
+    for name in adata.layers:
+        if name != layer and _holds_counts(adata.layers[name]):
+            return f" layers[{name!r}] holds whole numbers: layer={name!r} with {say}."
+    if layer is not None and _holds_counts(adata.X):
+        return f" X holds whole numbers: leave layer= out, with {say}."
+    if adata.raw is not None and _holds_counts(adata.raw.X):
+        return f" adata.raw holds whole numbers: `adata = adata.raw.to_adata()`, with {say}."
+    return ""
+
+
+def _holds_counts(matrix: object) -> bool:
+    if not (sparse.issparse(matrix) or isinstance(matrix, np.ndarray)):
+        return False
+    some = matrix[:_LOOKED_AT]
+    values = some.data if sparse.issparse(some) else np.asarray(some).ravel()
+    return bool(len(values) and values.max() > 0 and values.min() >= 0) and are_whole(values.astype(np.float64))
