@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -16,9 +15,9 @@ from scipy import sparse
 from virtualcell._errors import unknown_name
 from virtualcell.data._design import Scale, check_scale
 from virtualcell.data._scales import (
+    DataOf,
     are_nearly_whole,
     are_whole,
-    counts_elsewhere,
     fault_of_fractions,
     fault_of_totals,
     is_one_total,
@@ -96,7 +95,7 @@ class Expression:
         name = "X" if layer is None else f"layers[{layer!r}]"
         self._where = f"{name} of {side}" if side else name
         self._matrix = StoredMatrix(adata, layer, self._where)
-        self._adata, self._layer = weakref.ref(adata), layer  # for messages
+        self._data, self._layer = DataOf(adata), layer  # for messages
         self._cells = adata.obs_names
         self._index: np.ndarray | None = None  # rows of the matrix that are covered; None for all
         self._columns: np.ndarray | None = None
@@ -274,7 +273,7 @@ class Expression:
         return is_whole, is_exact, float(high), row_sums(block if is_exact or not is_whole else rounded(block))
 
     def _counts_elsewhere(self) -> str:
-        return counts_elsewhere(self._adata(), self._layer, self._argument)
+        return self._data.counts_elsewhere(self._layer, self._argument)
 
     def _check_fractions(self) -> None:
         """Raise where fractions are known to be neither counts nor the logarithms that are meant."""

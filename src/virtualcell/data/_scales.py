@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import numpy as np
 from anndata import AnnData
 from scipy import sparse
@@ -144,10 +146,22 @@ def look_counted(values: np.ndarray) -> bool:
     )
 
 
-def counts_elsewhere(adata: AnnData | None, layer: str | None, argument: str) -> str:
-    """Name another matrix of the data that holds whole numbers, as the end of a message, or nothing."""
-    if adata is None:
-        return ""
+class DataOf:
+    """The data that a matrix is of, for messages, for as long as others keep it; not sent to other processes."""
+
+    def __init__(self, adata: AnnData | None) -> None:
+        self._adata = None if adata is None else weakref.ref(adata)
+
+    def __reduce__(self) -> tuple:
+        return DataOf, (None,)
+
+    def counts_elsewhere(self, layer: str | None, argument: str) -> str:
+        """Name another matrix of the data that holds whole numbers, as the end of a message, or nothing."""
+        adata = None if self._adata is None else self._adata()
+        return "" if adata is None else _counts_elsewhere(adata, layer, argument)
+
+
+def _counts_elsewhere(adata: AnnData, layer: str | None, argument: str) -> str:
     say = f"{argument}='counts'"
     for name in adata.layers:
         if name != layer and _holds_counts(adata.layers[name]):
