@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Real
 
 import numpy as np
 import pandas as pd
-import torch
 from anndata import AnnData
 
-Vectors = pd.DataFrame | Mapping[str, np.ndarray | torch.Tensor]  # names x dims, or the vector of each name
+Vectors = pd.DataFrame | Mapping[str, Sequence[float]]  # names x dims, or the vector of each name
 
 
 def is_vectors(given: object) -> bool:
     """Tell a dictionary of vectors from one of something else."""
-    return (
-        isinstance(given, Mapping)
-        and len(given) > 0
-        and all(isinstance(v, np.ndarray | torch.Tensor) and v.ndim == 1 for v in given.values())
-    )
+    return isinstance(given, Mapping) and len(given) > 0 and all(getattr(v, "ndim", None) == 1 for v in given.values())
 
 
 def as_table(given: Vectors, argument: str) -> pd.DataFrame:
@@ -75,7 +70,7 @@ def as_table(given: Vectors, argument: str) -> pd.DataFrame:
 
 def _of_vectors(given: Mapping, argument: str) -> pd.DataFrame:
     vectors = {
-        name: v.detach().cpu().double().numpy() if isinstance(v, torch.Tensor) else np.asarray(v)
+        name: v.detach().cpu().double().numpy() if hasattr(v, "detach") else np.asarray(v)  # tensors, without torch
         for name, v in given.items()
     }
     if not vectors:
