@@ -30,9 +30,8 @@ def refused(screen, design, trains_nothing):
         assert set(screen.obsm) == set(before.obsm)
         assert list(screen.obs) == list(before.obs)
         assert set(screen.uns) == set(before.uns)
-        assert (
-            set(screen.uns["virtualcell"]) == set(before.uns["virtualcell"]) and "st" not in screen.uns["virtualcell"]
-        )
+        assert set(screen.uns["virtualcell"]) == set(before.uns["virtualcell"])
+        assert "st" not in screen.uns["virtualcell"]
 
     return refused
 

@@ -20,7 +20,8 @@ def read_design(
     Nothing but `obs` is read. `prefix` begins the name of the argument in messages. All cells are control cells where
     they are `untreated`, and the columns of perturbations and doses need not be there.
     """
-    labels, written = {}, {}
+    labels: dict[str, pd.Categorical] = {}
+    written: dict[str, Written] = {}
     for role in ("context_key", "split_key", "perturbation_key", "batch_key"):
         if (key := getattr(design, role)) is None:
             continue

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from numbers import Real
+from typing import TypeAlias
 
 import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-Vectors = pd.DataFrame | Mapping[str, Sequence[float]]  # names x dims, or the vector of each name
+Vectors: TypeAlias = pd.DataFrame | Mapping[str, Sequence[float]]  # names x dims, or the vector of each name
 
 
 def is_vectors(given: object) -> bool:
