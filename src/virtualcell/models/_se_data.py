@@ -189,9 +189,9 @@ def gene_table(gene_embeddings: Vectors | None) -> tuple[pd.Index, Tensor]:
     """Return names and vectors of a table of genes."""
     if gene_embeddings is None:
         raise ValueError("gene_embeddings must be given, for instance vc.pp.expression_gene_embeddings(adata).")
-    gene_embeddings = as_table(gene_embeddings, "gene_embeddings")
-    vectors = torch.from_numpy(gene_embeddings.to_numpy(dtype=np.float32))
-    return pd.Index([str(g) for g in gene_embeddings.index]), vectors
+    table = as_table(gene_embeddings, "gene_embeddings")
+    vectors = torch.from_numpy(table.to_numpy(dtype=np.float32, copy=True))
+    return pd.Index([str(g) for g in table.index]), vectors
 
 
 def gene_rows(model: SE, genes: Sequence[str]) -> np.ndarray:
