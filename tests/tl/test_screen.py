@@ -8,7 +8,7 @@ import pytest
 
 import virtualcell as vc
 from virtualcell.models import Additive, PerturbationMean
-from virtualcell.tl import _screen
+from virtualcell.tl import _changes
 
 CONTROL = "non-targeting"
 N = 32  # two sets of 16 control cells
@@ -85,7 +85,7 @@ def test_the_table_of_a_screen_follows_from_that_of_effects(fitted, targets):
 
 def test_neither_chunks_nor_order_matter(fitted, targets, monkeypatch):
     whole = quiet_screen(fitted, context="type_2")
-    monkeypatch.setattr(_screen, "_CHUNK", 2)
+    monkeypatch.setattr(_changes, "_AT_ONCE", 2)
     rng = np.random.default_rng(0)
     shuffled = fitted[rng.permutation(fitted.n_obs), rng.permutation(fitted.n_vars)].copy()
     shuffled.uns = fitted.uns

@@ -21,9 +21,10 @@ from virtualcell.models._shrinkage import Signed, shrink_with_signs
 from virtualcell.models._start import Start
 from virtualcell.tl._emit import beyond_error
 from virtualcell.tl._predict import checked_model, controls_of, starts_of, stored_model
-from virtualcell.tl._predict_checks import common_genes, design_of_data, names_of, warn_of_fewer_genes
+from virtualcell.tl._predict_checks import design_of_data, names_of, shared_genes
 
 LOG2 = float(np.log(2))  # changes of natural logarithms are divided by it
+_AT_ONCE = 64  # perturbations
 ALL_FEATURES = "features"  # stands for every perturbation that the model has features of
 
 
@@ -124,11 +125,9 @@ class Setting:
         screen = Screen.from_anndata(data, design, modality=modality)
         if context is None and len(there := list(screen.controls())) > 1:
             raise ValueError(f"context=None, but there are control cells of {there}. Name one of these contexts.")
-        genes = common_genes(expression.var_names, model.genes, min_gene_coverage if design.use_rep is None else None)
-        warn_of_fewer_genes(design, expression.n_vars)
+        genes, columns = shared_genes(model, design, expression.var_names, min_gene_coverage)
         controls = controls_of(screen, context).select(genes)
         start, in_genes = next(starts_of(controls, model))
-        columns = pd.Index(model.genes).get_indexer(genes)
         return cls(model, screen.select(genes), start, in_genes, columns)
 
     @property
@@ -159,12 +158,12 @@ class Setting:
             raise ValueError(f"perturbations={perturbations!r} holds nothing but the control to predict.")
         return names
 
-    def chunks(self, names: Sequence[str], *, n_cells: int, size: int, seed: int) -> Iterator[Changes]:
-        """Yield the predicted changes of `size` perturbations at a time, all from the same control cells."""
+    def chunks(self, names: Sequence[str], *, n_cells: int, seed: int) -> Iterator[Changes]:
+        """Yield the predicted changes of some perturbations at a time, all from the same control cells."""
         sets = self.model.control_sets(self.start, n_cells=n_cells, seed=seed)
         before = np.stack([self.in_genes.dense(rows).mean(axis=0, dtype=np.float64) for rows in sets])
-        for at in range(0, len(names), size):
-            some = list(names[at : at + size])
+        for at in range(0, len(names), _AT_ONCE):
+            some = list(names[at : at + _AT_ONCE])
             changes, errors, parts = [], [], []
             for name, found in zip(some, self.model.means_from(self.start, some, sets), strict=True):
                 moved = SetMeans(found.means[..., self.columns] - before[:, None], found.weights)

@@ -18,7 +18,6 @@ from virtualcell.models._shrinkage import shrink_with_signs
 from virtualcell.tl._changes import LOG2, Setting
 from virtualcell.tl._predict_checks import check_numbers
 
-_CHUNK = 64  # perturbations that are predicted at a time
 COLUMNS = ("log2_fold_change", "standard_error", "shrunken", "false_sign_rate")
 
 
@@ -99,7 +98,7 @@ def effects(
     names = setting.names(perturbations)
     shown = _shown(setting.genes, genes)
     parts = []
-    for changes in setting.chunks(names, n_cells=n_cells, size=_CHUNK, seed=seed):
+    for changes in setting.chunks(names, n_cells=n_cells, seed=seed):
         values = (changes.change, changes.error, changes.shrunken.mean, changes.shrunken.false_sign)
         parts.append([table[:, shown] for table in values])
     columns = dict(zip(COLUMNS, (np.concatenate(tables) for tables in zip(*parts, strict=True)), strict=True))

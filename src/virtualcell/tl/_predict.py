@@ -35,10 +35,9 @@ from virtualcell.tl._predict_checks import (
     check_columns,
     check_not_too_many,
     check_numbers,
-    common_genes,
     design_of_data,
     names_of,
-    warn_of_fewer_genes,
+    shared_genes,
 )
 
 logger = logging.getLogger(__name__)
@@ -183,10 +182,7 @@ def predict_perturbation(
     if perturbation is drug is None and emit == "cells":
         n_contexts = len(controls.controls())
         check_not_too_many(len(names), controls.n_cells if n_cells is None else n_cells * n_contexts)
-    coverage = min_gene_coverage if design.use_rep is None else None  # where genes are no input, they may lack
-    genes = common_genes(expression.var_names, model.genes, coverage)
-    warn_of_fewer_genes(design, expression.n_vars)
-    columns = pd.Index(model.genes).get_indexer(genes)
+    genes, columns = shared_genes(model, design, expression.var_names, min_gene_coverage)
     predicted: dict[str, list[AnnData]] = {one.name: [] for one in asked}
     make = _cells if emit == "cells" else _mean
     tables = EffectTables()

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from numbers import Integral
 
+import numpy as np
 import pandas as pd
 from anndata import AnnData
 from mudata import MuData
@@ -116,6 +117,18 @@ def warn_of_fewer_genes(design: Design, n_genes: int) -> None:
             "small and expression too large. Keep all genes, or name the true totals with library_size_key=.",
             *(n_genes, design.n_genes),
         )
+
+
+def shared_genes(
+    model: PerturbationModel, design: Design, here: pd.Index, min_coverage: float
+) -> tuple[list[str], np.ndarray]:
+    """Return the model's genes that the data has, and their places among the model's.
+
+    A model of embeddings needs none of them as input, so that any number may lack.
+    """
+    genes = common_genes(here, model.genes, min_coverage if design.use_rep is None else None)
+    warn_of_fewer_genes(design, len(here))
+    return genes, pd.Index(model.genes).get_indexer(genes)
 
 
 def common_genes(here: pd.Index, wanted: Sequence[str], min_coverage: float | None) -> list[str]:

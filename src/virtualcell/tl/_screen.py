@@ -22,7 +22,6 @@ from virtualcell.tl._predict_checks import check_numbers
 
 logger = logging.getLogger(__name__)
 
-_CHUNK = 64  # perturbations that are predicted at a time
 _COLLAPSED, _MANY = 0.8, 10  # mean correlation above which so many predictions are said to be one
 
 
@@ -140,7 +139,7 @@ def screen(
     names, goal = setting.names(perturbations), objective_of(objective, target, setting)
     tables, alike = [], _Alike()
     with Bar("Screen", len(names), unit="perturbation", shown=progress_bar) as bar:
-        for changes in setting.chunks(names, n_cells=n_cells, size=_CHUNK, seed=seed):
+        for changes in setting.chunks(names, n_cells=n_cells, seed=seed):
             tables.append(_table(changes, goal, alpha))
             alike.add(changes.change)
             bar.show(bar.done + len(changes.names))
