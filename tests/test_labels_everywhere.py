@@ -141,6 +141,24 @@ def test_one_perturbation_however_it_is_written(spelling: str) -> None:
     np.testing.assert_array_equal(scores["value"], vc.tl.evaluate(expected, plain, suite=["mae"])["value"])
 
 
+def test_data_may_be_written_in_another_way_than_what_the_model_learned_from() -> None:
+    plain = screen({name: [name] for name in ("A", "B", "A+B")})
+    labels, (control,), separator = SPELLINGS["underscore"]
+    written = screen(labels, control=[control])
+    how = {"model": fitted(plain), "context": "x", "control": control, "combination_separator": separator}
+    found = vc.tl.predict_perturbation(written, ["B_A", "A"], **how)
+    expected = vc.tl.predict_perturbation(plain, ["A+B", "A"], context="x")
+    assert (found.layers["counts"] != expected.layers["counts"]).nnz == 0
+    assert set(found.obs["pert"]) <= set(written.obs["pert"])
+    table = vc.tl.screen(written, ["B_A", "A"], **how)
+    assert set(table.index) <= set(written.obs["pert"])
+    np.testing.assert_array_equal(
+        np.sort(table["score"]), np.sort(vc.tl.screen(plain, ["A+B", "A"], context="x")["score"])
+    )
+    effects = vc.tl.effects(written, "A_B", observed=True, **how)
+    assert effects["observed_log2_fold_change"].notna().all()
+
+
 def test_split_holds_out_what_is_meant() -> None:
     adata = screen({"A": ["A+ctrl", "ctrl+A"], "B": ["B"], "A+B": ["A+B", "B+A"]}, control=["ctrl"])
     design = DESIGN | {"control": "ctrl"}
@@ -353,6 +371,21 @@ def test_perturbations_are_drugs_at_doses(at_doses: tuple[ad.AnnData, vc.models.
     again = vc.models.Additive.load(tmp_path / "model")
     assert again.perturbations == names
     assert (vc.tl.predict_perturbation(adata, drug="A", dose=1.0, model=again, context="x").X != found.X).nnz == 0
+
+
+def test_data_with_a_column_of_doses_for_a_model_that_has_them_in_names(
+    at_doses: tuple[ad.AnnData, vc.models.Additive],
+) -> None:
+    adata, expected = at_doses
+    joined = adata.copy()
+    drug, dose = joined.obs["drug"].astype(str), joined.obs["dose"].astype(str)
+    joined.obs["drug"] = np.where(drug == "DMSO", drug, drug + "_" + dose)
+    of_names = {k: v for k, v in DOSES.items() if k != "dose_key"}
+    model = vc.tl.fit_baseline(joined, "Additive", **of_names)
+    how = {"drug": "A", "dose": 2.5, "context": "x"}
+    found = vc.tl.predict_perturbation(adata, model=model, dose_key="dose", **how)
+    assert set(zip(found.obs["drug"], found.obs["dose"], strict=True)) == {("A", 2.5)}
+    assert (found.X != vc.tl.predict_perturbation(adata, model=expected, **how).X).nnz == 0
 
 
 def test_doses_between_follow_a_monotone_curve(at_doses: tuple[ad.AnnData, vc.models.Additive]) -> None:

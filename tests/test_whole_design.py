@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import matplotlib
@@ -20,6 +21,8 @@ DESIGN = {
     "control": "non-targeting",
     "context_key": "cell_type",
     "batch_key": "lane",
+    "combination_separator": "&",
+    "dose_key": "dose",
     "library_size_key": "depth",
 }
 QUICK = {
@@ -36,6 +39,7 @@ def cells() -> AnnData:
         n_contexts=3, n_perturbations=4, n_genes=80, n_cells_per_group=12, n_control_cells=24, effect_size=0.5, seed=2
     )
     adata.obs["lane"] = ["one", "two"] * (adata.n_obs // 2)
+    adata.obs["dose"] = 1.0
     adata.obs["depth"] = np.asarray(adata.X.sum(axis=1)).ravel().astype(int)
     others = adata.var_names.difference(adata.obs["target_gene"])
     return adata[:, adata.var_names.difference(others[:20])].copy()  # a panel: row sums are not depths
@@ -47,14 +51,17 @@ def fitted(cells) -> tuple[AnnData, AnnData]:
     vc.pp.split(adata, **DESIGN, holdout={"contexts": ["type_3"]})
     vc.tl.fit_state(adata, **DESIGN, split_key="split", **QUICK)
     targets = sorted(set(adata.obs["target_gene"]) - {DESIGN["control"]})
-    return adata, vc.tl.predict_perturbation(adata, targets[:2], context="type_3")
+    return adata, vc.tl.predict_perturbation(adata, [f"{target}_1.0" for target in targets[:2]], context="type_3")
 
 
 def calls(design: dict[str, str] = DESIGN) -> dict[str, Callable[[AnnData, AnnData, Path], object]]:
     """Every call that takes columns of a design, on measured and predicted cells."""
 
     def one(predicted: AnnData) -> str:
-        return sorted(set(predicted.obs["target_gene"]) - {"non-targeting"})[0]
+        return gene(predicted) + "_1.0"
+
+    def gene(predicted: AnnData) -> str:
+        return sorted(predicted.obs["target_gene"].unique())[0]
 
     return {
         "pp.split": lambda a, p, _: vc.pp.split(a, **design, holdout={"contexts": ["type_3"]}),
@@ -76,13 +83,13 @@ def calls(design: dict[str, str] = DESIGN) -> dict[str, Callable[[AnnData, AnnDa
             genes=list(p.var_names),
             contexts=["type_3"],
             n_cells=24,
-            perturbations=sorted(set(p.obs["target_gene"])),
+            perturbations=[f"{target}_1.0" for target in p.obs["target_gene"].unique()],
         ),
         "pl.split": lambda a, p, _: vc.pl.split(a, **design),
         "pl.perturbation_shift": lambda a, p, _: vc.pl.perturbation_shift(p, a, perturbation=one(p), **design),
         "pl.de_agreement": lambda a, p, _: vc.pl.de_agreement(p, a, perturbation=one(p), **design),
         "pl.de_volcano": lambda a, p, _: vc.pl.de_volcano(a, perturbation=one(p), **design),
-        "pl.target_expression": lambda a, p, _: vc.pl.target_expression(a, perturbation=one(p), **design),
+        "pl.target_expression": lambda a, p, _: vc.pl.target_expression(a, perturbation=one(p), gene=gene(p), **design),
     }
 
 
@@ -105,13 +112,13 @@ def test_what_takes_a_column_of_a_design_takes_all() -> None:
 
 
 @pytest.mark.parametrize("name", calls())
-def test_whole_design_is_taken_and_noted(fitted, name: str, tmp_path: Path) -> None:
+def test_whole_design_is_taken_and_noted_by_calls_that_write(fitted, name: str, tmp_path: Path) -> None:
     adata, predicted = fitted[0].copy(), fitted[1].copy()
-    if name != "tl.predict_perturbation":
-        del adata.uns["virtualcell"]["design"]
+    del adata.uns["virtualcell"]["design"]
     calls()[name](adata, predicted, tmp_path)
-    if name not in ("tl.benchmark", "tl.prepare_submission", "tl.screen", "tl.effects"):  # note nothing in these cells
-        assert {k: adata.uns["virtualcell"]["design"].get(k) for k in DESIGN} == DESIGN
+    noted = adata.uns["virtualcell"].get("design", {})
+    writes = name[:2] == "pp" or name in ("tl.fit_state", "tl.evaluate")
+    assert {k: v for k, v in noted.items() if k in DESIGN} == (DESIGN if writes else {})
 
 
 @pytest.mark.parametrize(
@@ -121,11 +128,9 @@ def test_a_wrong_control_is_not_noted(fitted, name: str, tmp_path: Path) -> None
     adata, predicted = fitted[0].copy(), fitted[1].copy()
     del adata.uns["virtualcell"]["design"]
     call = calls({**DESIGN, "control": "non_targeting"})[name]
-    if name == "pl.split":  # which draws cells without controls too
+    draws_without_controls = name == "pl.split"
+    with nullcontext() if draws_without_controls else pytest.raises(KeyError, match="'non_targeting'"):
         call(adata, predicted, tmp_path)
-    else:
-        with pytest.raises(KeyError, match="'non_targeting'"):
-            call(adata, predicted, tmp_path)
     assert "control" not in adata.uns["virtualcell"].get("design", {})
 
 

@@ -113,9 +113,13 @@ _DESIGN: list[_Option] = [
     ("--control", {"metavar": "LABEL", "nargs": "+", "help": "label of control cells in that column, or several"}),
     ("--context-key", {**_COLUMN, "help": "column with the context: cell type, cell line"}),
 ]
+_DOSE: list[_Option] = [("--dose-key", {**_COLUMN, "help": "column with the dose of the drug"})]
 _LABELS: list[_Option] = [
     ("--combination-separator", {"metavar": "TEXT", "help": "between the parts of combinations, +; '' for never"}),
-    ("--dose-key", {**_COLUMN, "help": "column with the dose of the drug that is the perturbation"}),
+    *_DOSE,
+]
+_UNTREATED: list[_Option] = [
+    ("--untreated", {"action": "store_true", "help": "all cells are control cells, whatever obs says"})
 ]
 _BATCH: list[_Option] = [("--batch-key", {**_COLUMN, "help": "column with the experimental batch"})]
 _MATRIX: list[_Option] = [
@@ -174,7 +178,7 @@ def _describe_predict(one: argparse.ArgumentParser) -> None:
     one.add_argument("--n-samples", type=int, metavar="N", help="draws of control cells for standard errors")
     one.add_argument("--emit", choices=("cells", "mean"), help="single cells, or one mean profile each")
     one.add_argument("--fallback", choices=("best",), help="best: the best baseline where ST was found worse")
-    _add(one, *_MATRIX, *_LIBRARY, *_DESIGN, *_BATCH)
+    _add(one, *_MATRIX, *_LIBRARY, *_DESIGN, *_BATCH, *_LABELS, *_UNTREATED)
     one.add_argument("--min-gene-coverage", type=float, metavar="SHARE", help="share of the model's genes needed")
     _add(one, *_SEED, *_MODALITY)
     _add_output(one, (".h5ad",), "predicted cells")
@@ -193,7 +197,7 @@ def _describe_screen(one: argparse.ArgumentParser) -> None:
     one.add_argument("--down", nargs="+", metavar="GENE", help="and genes that are to fall")
     one.add_argument("--n-cells", type=int, metavar="N", help="control cells to start from")
     one.add_argument("--alpha", type=float, help="local false sign rate below which a gene counts as moved")
-    _add(one, *_MATRIX, *_LIBRARY, *_DESIGN, *_BATCH)
+    _add(one, *_MATRIX, *_LIBRARY, *_DESIGN, *_BATCH, *_LABELS, *_UNTREATED)
     one.add_argument("--min-gene-coverage", type=float, metavar="SHARE", help="share of the model's genes needed")
     _add(one, *_SEED, *_MODALITY)
     _add_output(one, _files.TABLES, "a row per perturbation, the best first; ten are printed")
@@ -239,7 +243,7 @@ def _describe_gene_embeddings(one: argparse.ArgumentParser) -> None:
 
 def _describe_datasets(one: argparse.ArgumentParser) -> None:
     one.add_argument("name", nargs="?", help="data set; without a name they are listed")
-    _add(one, *_DESIGN, *_BATCH)
+    _add(one, *_DESIGN, *_BATCH, *_DOSE)
     one.add_argument("--layer", help="layer with raw counts, for a file that has them elsewhere")
     one.add_argument("--folder", type=Path, help="where to keep the download; the user's cache folder by default")
     one.add_argument(

@@ -83,10 +83,24 @@ def test_every_data_set_comes_in_one_form(served, tmp_path, name):
     assert (adata.obs["perturbation"] == design["control"]).sum() >= N // 3 - 2
     assert list(adata.obs["context"].cat.categories) == (["x", "y"] if noted.context_key else [noted.context])
     assert list(adata.obs["batch"].cat.categories) == (["0", "1"] if noted.batch_key else ["unknown"])
+    assert design.get("dose_key") == ("dose" if noted.dose_key else None)
     if noted.dose_key:
         assert set(adata.obs["dose"].dropna()) == {0.5}
+        assert set(screen.perturbation_names) == {"A_0.5", "A_0.5+B_0.5"}
     np.testing.assert_array_equal(adata.obs["ncounts"], source.obs["ncounts"][left_out:])
     adata.write_h5ad(tmp_path / "again.h5ad")
+
+
+def test_doses_that_some_perturbed_cells_lack_are_no_part_of_the_design(served, tmp_path, caplog):
+    source = stand_in("mcfarland_2020")
+    source.obs["dose_value"] = ["nan" if i % 4 else "0.5" for i in range(N)]
+    write(source, "mcfarland_2020", served.folder)
+    adata = vc.datasets.load("mcfarland_2020", folder=tmp_path / "cache")
+    assert "perturbed cells have no dose" in caplog.text
+    assert set(adata.uns["design"]) == {"perturbation_key", "control", "context_key", "batch_key"}
+    of_drugs = adata[(adata.obs["dose"] > 0) | (adata.obs["perturbation"] == "control")]
+    screen = Screen.from_anndata(of_drugs, Design(**adata.uns["design"], dose_key="dose"))
+    assert set(screen.perturbation_names) == {"A_0.5", "A_0.5+B_0.5"}
 
 
 def test_what_is_not_known_is_not_guessed_and_the_remedy_works(served, tmp_path):

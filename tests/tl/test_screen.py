@@ -94,6 +94,28 @@ def test_neither_chunks_nor_order_matter(fitted, targets, monkeypatch):
     assert found.attrs["mean_correlation"] == pytest.approx(whole.attrs["mean_correlation"], abs=1e-6)
 
 
+def test_all_control_cells_can_be_started_from(fitted, targets):
+    everywhere = quiet_screen(fitted, targets, context="type_3", n_cells=None)
+    n = int(((fitted.obs["target_gene"] == CONTROL) & (fitted.obs["cell_type"] == "type_3")).sum())
+    pd.testing.assert_frame_equal(everywhere, quiet_screen(fitted, targets, context="type_3", n_cells=n))
+
+
+def test_untreated_cells_need_no_column_of_perturbations(fitted, targets, model):
+    controls = fitted[fitted.obs["target_gene"] == CONTROL].copy()
+    atlas = controls.copy()
+    atlas.obs = atlas.obs.drop(columns="target_gene")
+    how = {"context": "type_3", "model": model}
+    pd.testing.assert_frame_equal(
+        quiet_screen(atlas, targets, untreated=True, **how), quiet_screen(controls, targets, **how)
+    )
+    listed = [vc.tl.effects(a, targets, untreated=a is atlas, **how) for a in (atlas, controls)]
+    pd.testing.assert_frame_equal(*listed)
+    with pytest.raises(KeyError, match=r"perturbation_key='target_gene' is unknown.*untreated=True"):
+        quiet_screen(atlas, targets, **how)
+    with pytest.raises(ValueError, match="observed=True needs perturbed cells"):
+        vc.tl.effects(atlas, targets, untreated=True, observed=True, **how)
+
+
 def test_the_data_stays_as_it_is(fitted):
     before = fitted.copy()
     quiet_screen(fitted, context="type_1")

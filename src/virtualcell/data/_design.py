@@ -128,8 +128,8 @@ class Design:
         return {k: v for k, v in found.items() if v is not None and k not in _NOT_NOTED}
 
     def restated(self, **stated: object) -> Design:
-        """Return the design with what is stated in place of what it had; `None` states nothing."""
-        stated = {k: v for k, v in stated.items() if v is not None}
+        """Return the design with what is stated in place of what it had."""
+        stated = only_stated(stated)
         check_library_sizes(stated.get("scale", self.scale), stated.get("library_size_key"))
         if "control" in stated:
             stated = {"other_controls": ()} | stated
@@ -150,7 +150,7 @@ class Design:
 
         Another scale than the one that was noted is that of another matrix: `X`, where no layer is stated with it.
         """
-        stated = {k: v for k, v in stated.items() if v is not None}
+        stated = only_stated(stated)
         noted = noted_design(data, modality)
         changed = {"control"} & set(stated)
         if stated.get("scale") not in (None, noted.get("scale", stated.get("scale"))):
@@ -165,6 +165,14 @@ class Design:
                 f"has noted a design in uns[{_keys.UNS!r}] of this data to take it from."
             )
         return cls(**found)
+
+
+def only_stated(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments that state something: `None` does so of a separator alone, that there is none."""
+    found = {k: v for k, v in given.items() if v is not None}
+    if given.get("combination_separator", AS_NOTED) is None:
+        found["combination_separator"] = ""  # as h5ad has it
+    return {k: v for k, v in found.items() if (k, v) != ("combination_separator", AS_NOTED)}
 
 
 def noted_design(data: AnnData | MuData, modality: str = "rna") -> dict:
@@ -194,7 +202,7 @@ def note_design(
     adata = expression_modality(data, modality)
     if adata.is_view:
         return
-    found = {k: v for k, v in stated.items() if v is not None}
+    found = only_stated(stated)
     if "control" in found:  # as h5ad has it
         first, *others = control_labels(found["control"])
         others += map(text, found.pop("other_controls", ()))

@@ -16,6 +16,7 @@ from virtualcell.datasets._fetch import retrieve_unpinned
 from virtualcell.datasets._tidy import (
     BATCH,
     CONTEXT,
+    DOSE,
     PERTURBATION,
     check_control,
     counts_of,
@@ -188,6 +189,7 @@ def load(
     control: str | Sequence[str] | None = None,
     context_key: str | None = None,
     batch_key: str | None = None,
+    dose_key: str | None = None,
     layer: str | None = None,
     folder: str | Path | None = None,
 ) -> AnnData:
@@ -220,9 +222,18 @@ def load(
     ----------
     name
         Name of the data set.
-    perturbation_key, control, context_key, batch_key
-        Columns of the file's `obs`, and the label of the control, or several, in place of those noted here for the data
-        set. For "adamson_2016_upr_perturb_seq" the control must be named, for the two of Replogle the perturbation too.
+    perturbation_key
+        Column of the file's `obs` with the perturbation, in place of the one noted here for the data set. For the two
+        of Replogle it must be named.
+    control
+        Label of the control, or several, in place of the one noted. For "adamson_2016_upr_perturb_seq" and the two of
+        Replogle it must be named.
+    context_key
+        Column of the file's `obs` with the context, in place of the one noted.
+    batch_key
+        Column of the file's `obs` with the batch, in place of the one noted.
+    dose_key
+        Column of the file's `obs` with the dose of a drug, in place of the one noted.
     layer
         Layer with raw counts, or "X", in place of the one noted for the data set.
     folder
@@ -233,7 +244,8 @@ def load(
     Cells x genes, `X` raw counts (float32 CSR), of "papalexi_2021" the RNA alone. `obs`: `perturbation`, `context`,
     `batch` ("unknown" where the file has none) and, of drugs, `dose`, before all columns of the file; cells without a
     perturbation are left out. `uns["design"]` holds the arguments that name these columns:
-    `vc.tl.fit_state(adata, **adata.uns["design"])`.
+    `vc.tl.fit_state(adata, **adata.uns["design"])`. It has no `dose_key` where some perturbed cells have no dose, as
+    those of "mcfarland_2020" that no drug was given to: state it with the cells of drugs alone.
 
     Raises
     ------
@@ -263,7 +275,7 @@ def load(
     perturbation_key, control = perturbation_key or noted.perturbation_key, control or noted.control
     controls = [control] if isinstance(control, str) else None if control is None else list(control)
     context_key, batch_key = context_key or noted.context_key, batch_key or noted.batch_key
-    layer = layer or noted.layer
+    layer, dose_key = layer or noted.layer, dose_key or noted.dose_key
 
     perturbation = labels_of(adata, name, "perturbation_key", perturbation_key)
     check_control(perturbation, name, perturbation_key, controls)
@@ -274,8 +286,8 @@ def load(
         BATCH: "unknown" if batch_key is None else labels_of(adata, name, "batch_key", batch_key).fillna("unknown"),
     }
     obs = pd.DataFrame(columns, index=adata.obs_names).astype("category")
-    if noted.dose_key in adata.obs:
-        obs["dose"] = pd.to_numeric(adata.obs[noted.dose_key], errors="coerce")
+    if dose_key is not None:
+        obs[DOSE] = pd.to_numeric(labels_of(adata, name, "dose_key", dose_key), errors="coerce")
     obs = obs.join(adata.obs.drop(columns=obs.columns, errors="ignore"))
     counts = counts_of(adata, name, None if layer == "X" else layer)
     labelled = (perturbation.notna() & ~perturbation.isin(noted.left_out) & obs[CONTEXT].notna()).to_numpy()
@@ -286,6 +298,12 @@ def load(
         tidy.obs[key] = tidy.obs[key].cat.remove_unused_categories()
     tidy.var_names_make_unique()
     tidy.uns["design"] = design_of(controls[0] if len(controls) == 1 else controls)
+    if dose_key is not None:
+        without = int((~(tidy.obs[DOSE] > 0) & ~tidy.obs[PERTURBATION].isin(controls)).sum())
+        if without:
+            logger.warning("%s: %d perturbed cells have no dose; uns['design'] has no dose_key.", name, without)
+        else:
+            tidy.uns["design"]["dose_key"] = DOSE
     return tidy
 
 

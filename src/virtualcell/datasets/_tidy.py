@@ -14,7 +14,7 @@ from virtualcell._keys import MISSING
 
 logger = logging.getLogger(__name__)
 
-PERTURBATION, CONTEXT, BATCH = "perturbation", "context", "batch"
+PERTURBATION, CONTEXT, BATCH, DOSE = "perturbation", "context", "batch", "dose"
 _LOOKED_AT = 1_000_000  # values that are looked at to tell counts from other things
 
 

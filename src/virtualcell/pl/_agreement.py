@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from typing import Unpack
 
 import numpy as np
 from anndata import AnnData
 from matplotlib.axes import Axes
 from mudata import MuData
 
-from virtualcell.data._design import Scale
+from virtualcell.data._design_arguments import DesignArguments, takes_design
 from virtualcell.data._screen import Screen
 from virtualcell.metrics._de import log2_fold_change
 from virtualcell.metrics._profiles import largest
@@ -20,7 +20,6 @@ from virtualcell.pl._common import (
     in_context,
     mean_profile,
     names_of,
-    note_columns,
     observed_design,
     predicted_screen,
     title,
@@ -43,6 +42,7 @@ from virtualcell.pl._style import (
 logger = logging.getLogger(__name__)
 
 
+@takes_design('they are then as earlier calls noted them in `uns["virtualcell"]`')
 def de_agreement(
     predicted: AnnData,
     observed: AnnData | MuData,
@@ -52,14 +52,8 @@ def de_agreement(
     n_top: int = 50,
     n_labels: int = 10,
     modality: str = "rna",
-    perturbation_key: str | None = None,
-    control: str | Sequence[str] | None = None,
-    context_key: str | None = None,
-    batch_key: str | None = None,
-    layer: str | None = None,
-    scale: Scale | None = None,
-    library_size_key: str | None = None,
     ax: Axes | None = None,
+    **stated: Unpack[DesignArguments],
 ) -> Axes:
     """Draw the predicted against the observed log fold change of every gene.
 
@@ -86,11 +80,10 @@ def de_agreement(
         Number of genes to label: those with the largest absolute change in either.
     modality
         Modality of a MuData that holds gene expression.
-    perturbation_key, control, context_key, batch_key, layer, scale, library_size_key
-        As in :func:`virtualcell.tl.fit_state`; as earlier calls noted them in `uns["virtualcell"]` of `observed` unless
-        stated; columns and control are noted for later calls if stated. The batch plays no part.
     ax
         Axes to draw in; a new figure by default.
+    **stated
+        The design, where it is not noted in the data. The batch plays no part.
 
     Returns
     -------
@@ -108,8 +101,6 @@ def de_agreement(
     --------
     >>> ax = vc.pl.de_agreement(predicted, fitted, perturbation=name, context="type_3")
     """
-    stated = {"perturbation_key": perturbation_key, "control": control, "context_key": context_key}
-    stated |= {"batch_key": batch_key, "layer": layer, "scale": scale, "library_size_key": library_size_key}
     design = observed_design(observed, modality, stated, predicted=predicted)
     perturbation, context = names_of(design, perturbation, context)
     if not 1 <= n_top <= predicted.n_vars:
@@ -137,7 +128,6 @@ def de_agreement(
     top = largest(np.abs(points).max(axis=1), n_labels)
     labels = [f"{gene} ({name})" if len(names) > 1 else gene for name in names for gene in predicted.var_names]
     place_labels(ax, points[top], [labels[i] for i in top], avoid=points)
-    note_columns(observed, modality, stated)
     return ax
 
 

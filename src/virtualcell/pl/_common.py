@@ -10,7 +10,7 @@ from mudata import MuData
 
 from virtualcell import _keys
 from virtualcell._errors import unknown_name
-from virtualcell.data._design import Design, note_design, noted_design, require_columns
+from virtualcell.data._design import Design, noted_design, only_stated, require_columns
 from virtualcell.data._labels import text
 from virtualcell.data._screen import Screen
 
@@ -23,16 +23,11 @@ def observed_design(
     Where none has noted the columns of the data, those of a prediction that is shown beside it are taken.
     """
     if predicted is not None and "perturbation_key" not in noted_design(data, modality):
-        labels = ("perturbation_key", "control", "context_key")
+        labels = ("perturbation_key", "control", "context_key", "combination_separator", "dose_key")
         of_predicted = {k: v for k, v in noted_design(predicted).items() if k in labels}
-        stated = of_predicted | {k: v for k, v in stated.items() if v is not None}
+        stated = of_predicted | only_stated(stated)
     require_columns(data, modality, **{k: v for k, v in stated.items() if k.endswith("_key")})
     return Design.from_data(data, modality=modality, **stated).plain()
-
-
-def note_columns(data: AnnData | MuData, modality: str, stated: Mapping[str, object]) -> None:
-    """Note the columns and the control that were stated, when the picture is drawn; another layer may be drawn next."""
-    note_design(data, {k: v for k, v in stated.items() if k not in ("layer", "scale")}, modality)
 
 
 def the_only(perturbation: str | None, known: Sequence[str], *, argument: str) -> str:

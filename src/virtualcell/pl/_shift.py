@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Unpack
 
 import matplotlib.patheffects as effects
 import numpy as np
@@ -13,7 +14,7 @@ from scipy import sparse
 from sklearn.decomposition import PCA
 
 from virtualcell._settings import seed_of
-from virtualcell.data._design import Scale
+from virtualcell.data._design_arguments import DesignArguments, takes_design
 from virtualcell.data._screen import Screen
 from virtualcell.pl._common import (
     chosen,
@@ -21,7 +22,6 @@ from virtualcell.pl._common import (
     in_context,
     mean_profile,
     names_of,
-    note_columns,
     observed_design,
     predicted_screen,
     title,
@@ -43,6 +43,7 @@ from virtualcell.pl._style import (
 _HEAD = 0.4  # length of an arrow's head, in units of its scale
 
 
+@takes_design('they are then as earlier calls noted them in `uns["virtualcell"]`')
 def perturbation_shift(
     predicted: AnnData,
     observed: AnnData | MuData,
@@ -52,15 +53,9 @@ def perturbation_shift(
     components: tuple[int, int] = (1, 2),
     n_labels: int = 20,
     modality: str = "rna",
-    perturbation_key: str | None = None,
-    control: str | Sequence[str] | None = None,
-    context_key: str | None = None,
-    batch_key: str | None = None,
-    layer: str | None = None,
-    scale: Scale | None = None,
-    library_size_key: str | None = None,
     seed: int | None = None,
     ax: Axes | None = None,
+    **stated: Unpack[DesignArguments],
 ) -> Axes:
     """Draw control, perturbed and predicted cells in the plane of two principal components.
 
@@ -87,14 +82,13 @@ def perturbation_shift(
         Number of perturbations to name where there are several: those that were predicted to move furthest.
     modality
         Modality of a MuData that holds gene expression.
-    perturbation_key, control, context_key, batch_key, layer, scale, library_size_key
-        As in :func:`virtualcell.tl.fit_state`; as earlier calls noted them in `uns["virtualcell"]` unless stated;
-        columns and control are noted for later calls if stated. The batch plays no part.
     seed
         Starts the decomposition and orders the points, so that no group covers the others; by default
         `vc.settings.seed`.
     ax
         Axes to draw in; a new figure by default.
+    **stated
+        The design, where it is not noted in the data. The batch plays no part.
 
     Returns
     -------
@@ -112,8 +106,6 @@ def perturbation_shift(
     --------
     >>> ax = vc.pl.perturbation_shift(predicted, fitted, perturbation=name, context="type_3")
     """
-    stated = {"perturbation_key": perturbation_key, "control": control, "context_key": context_key}
-    stated |= {"batch_key": batch_key, "layer": layer, "scale": scale, "library_size_key": library_size_key}
     design = observed_design(observed, modality, stated, predicted=predicted)
     perturbation, context = names_of(design, perturbation, context)
     guess = predicted_screen(predicted, design)
@@ -154,7 +146,6 @@ def perturbation_shift(
         shifts.draw(starts[where], ends[where, name], "predicted", 1.6)
     shifts.note(legend_columns=3)
     _name(ax, names, starts, ends, shifts.points, n_labels)
-    note_columns(observed, modality, stated)
     return ax
 
 

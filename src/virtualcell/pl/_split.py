@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from typing import Unpack
 
 import numpy as np
 import pandas as pd
@@ -15,26 +15,26 @@ from mudata import MuData
 
 from virtualcell import _keys
 from virtualcell._errors import unknown_name
+from virtualcell.data._design import only_stated
+from virtualcell.data._design_arguments import LabelArguments, takes_design
 from virtualcell.data._labels import expression_modality, read_labels
 from virtualcell.data._screen import Screen
-from virtualcell.pl._common import note_columns, observed_design, title
+from virtualcell.pl._common import observed_design, title
 from virtualcell.pl._style import ORANGE, VERMILLION, axes_or_new, ink_of, label_size, legend_beside, write_title
 
 _COLOURS = dict(zip(_keys.SPLITS, ("#A9D5F0", ORANGE, VERMILLION), strict=True))
 _LINE = 1.1  # room that a line of text needs, in units of its size
 
 
+@takes_design('they are then as the split, or else another call, noted them in `uns["virtualcell"]`', LabelArguments)
 def split(
     adata: AnnData | MuData,
     *,
     split_key: str = _keys.SPLIT,
     modality: str = "rna",
-    perturbation_key: str | None = None,
-    control: str | Sequence[str] | None = None,
-    context_key: str | None = None,
-    batch_key: str | None = None,
     library_size_key: str | None = None,
     ax: Axes | None = None,
+    **stated: Unpack[LabelArguments],
 ) -> Axes:
     """Draw perturbations x contexts, coloured by the part of the split, with the number of cells in each tile.
 
@@ -49,13 +49,12 @@ def split(
         Column of `obs` with the part of each cell: train, val or test.
     modality
         Modality of a MuData that holds gene expression.
-    perturbation_key, control, context_key
-        As in :func:`virtualcell.pp.split`; as earlier calls noted them in `uns["virtualcell"]` unless
-        stated.
-    batch_key, library_size_key
-        Play no part here; noted for later calls, so that a whole design can be passed.
+    library_size_key
+        Column of `obs` with the library size, which plays no part here: a whole design can be passed.
     ax
         Axes to draw in; a new figure, as high as the list is long, by default.
+    **stated
+        The design, where it is not noted in the data. The batch plays no part.
 
     Returns
     -------
@@ -72,14 +71,12 @@ def split(
     >>> vc.pp.split(adata, **design, holdout={"contexts": ["type_3"]})
     >>> ax = vc.pl.split(adata, **design)
     """
-    stated = {"perturbation_key": perturbation_key, "control": control, "context_key": context_key}
     manifest = (
         expression_modality(adata, modality).uns.get(_keys.UNS, {}).get(_keys.SPLIT_MANIFEST, {}).get(split_key, {})
     )
-    stated |= {"batch_key": batch_key, "library_size_key": library_size_key}
     of_split = ("perturbation_key", "control", "context_key", "combination_separator", "dose_key")
     known = {k: v for k in of_split if (v := manifest.get(k)) is not None}
-    design = observed_design(adata, modality, known | {k: v for k, v in stated.items() if v is not None})
+    design = observed_design(adata, modality, known | only_stated({**stated, "library_size_key": library_size_key}))
     screen = Screen.from_anndata(adata, design, modality=modality)
     part = read_labels(adata, split_key, argument="split_key", modality=modality)
     for name in set(part) - set(_COLOURS):
@@ -117,7 +114,6 @@ def split(
     legend_beside(ax, handles)
     write_title(ax, title(screen.perturbation_names, columns))
     _write_names(ax, rows, y, x, total)
-    note_columns(adata, modality, stated if of_control else stated | {"control": None})
     return ax
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, Unpack
 
 import numpy as np
 from anndata import AnnData
@@ -13,13 +12,13 @@ from matplotlib.ticker import PercentFormatter
 from mudata import MuData
 
 from virtualcell._errors import unknown_name
-from virtualcell.data._design import Scale, noted_design
+from virtualcell.data._design import noted_design
+from virtualcell.data._design_arguments import DesignArguments, takes_design
 from virtualcell.data._screen import Screen
 from virtualcell.pl._common import (
     chosen,
     contexts_of,
     names_of,
-    note_columns,
     observed_design,
     the_only,
     title,
@@ -28,6 +27,7 @@ from virtualcell.pl._common import (
 from virtualcell.pl._style import CONTROL, OBSERVED, axes_or_new, despine, ink_of, legend_below, write_title
 
 
+@takes_design('they are then as earlier calls noted them in `uns["virtualcell"]`')
 def target_expression(
     adata: AnnData | MuData,
     *,
@@ -36,14 +36,8 @@ def target_expression(
     context: str | None = None,
     values: Literal["log1p", "counts"] = "log1p",
     modality: str = "rna",
-    perturbation_key: str | None = None,
-    control: str | Sequence[str] | None = None,
-    context_key: str | None = None,
-    batch_key: str | None = None,
-    layer: str | None = None,
-    scale: Scale | None = None,
-    library_size_key: str | None = None,
     ax: Axes | None = None,
+    **stated: Unpack[DesignArguments],
 ) -> Axes:
     """Draw how the target gene is expressed in control and in perturbed cells.
 
@@ -64,11 +58,10 @@ def target_expression(
         `"log1p"` for log1p CP10k, `"counts"` for the raw counts.
     modality
         Modality of a MuData that holds gene expression.
-    perturbation_key, control, context_key, batch_key, layer, scale, library_size_key
-        As in :func:`virtualcell.tl.fit_state`; as earlier calls noted them in `uns["virtualcell"]` unless stated;
-        columns and control are noted for later calls if stated. The batch plays no part.
     ax
         Axes to draw in; a new figure by default.
+    **stated
+        The design, where it is not noted in the data. The batch plays no part.
 
     Returns
     -------
@@ -86,8 +79,6 @@ def target_expression(
     --------
     >>> ax = vc.pl.target_expression(fitted, perturbation=name)
     """
-    stated = {"perturbation_key": perturbation_key, "control": control, "context_key": context_key}
-    stated |= {"batch_key": batch_key, "layer": layer, "scale": scale, "library_size_key": library_size_key}
     design = observed_design(adata, modality, stated)
     perturbation, context = names_of(design, perturbation, context)
     if values not in ("log1p", "counts"):
@@ -132,7 +123,6 @@ def target_expression(
     write_title(ax, f"{title(perturbation, contexts)}: {subject} {residual}")
     despine(ax)
     legend_below(ax, columns=1)
-    note_columns(adata, modality, stated)
     return ax
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Unpack
 
 import numpy as np
 import pandas as pd
@@ -13,7 +13,8 @@ from scipy import stats
 
 from virtualcell import _keys
 from virtualcell._errors import unknown_name
-from virtualcell.data._design import Design, Scale
+from virtualcell.data._design import Design
+from virtualcell.data._design_arguments import DesignArguments, takes_design
 from virtualcell.data._screen import Screen
 from virtualcell.metrics import differential_expression
 from virtualcell.metrics._profiles import largest
@@ -22,7 +23,6 @@ from virtualcell.pl._common import (
     contexts_of,
     is_prediction,
     names_of,
-    note_columns,
     observed_design,
     the_only,
     title,
@@ -42,6 +42,7 @@ from virtualcell.pl._style import (
 )
 
 
+@takes_design('they are then as earlier calls noted them in `uns["virtualcell"]`')
 def de_volcano(
     adata: AnnData | MuData,
     *,
@@ -50,14 +51,8 @@ def de_volcano(
     n_labels: int = 10,
     fdr: float = 0.05,
     modality: str = "rna",
-    perturbation_key: str | None = None,
-    control: str | Sequence[str] | None = None,
-    context_key: str | None = None,
-    batch_key: str | None = None,
-    layer: str | None = None,
-    scale: Scale | None = None,
-    library_size_key: str | None = None,
     ax: Axes | None = None,
+    **stated: Unpack[DesignArguments],
 ) -> Axes:
     """Draw the log fold change of every gene against how sure it is.
 
@@ -87,11 +82,10 @@ def de_volcano(
         False discovery rate below which a gene is coloured.
     modality
         Modality of a MuData that holds gene expression.
-    perturbation_key, control, context_key, batch_key, layer, scale, library_size_key
-        As in :func:`virtualcell.tl.fit_state`; as earlier calls noted them in `uns["virtualcell"]` unless stated;
-        columns and control are noted for later calls if stated. The batch plays no part.
     ax
         Axes to draw in; a new figure by default.
+    **stated
+        The design, where it is not noted in the data. The batch plays no part.
 
     Returns
     -------
@@ -109,8 +103,6 @@ def de_volcano(
     --------
     >>> ax = vc.pl.de_volcano(fitted, perturbation=name, context="type_3")
     """
-    stated = {"perturbation_key": perturbation_key, "control": control, "context_key": context_key}
-    stated |= {"batch_key": batch_key, "layer": layer, "scale": scale, "library_size_key": library_size_key}
     design = observed_design(adata, modality, stated)
     perturbation, context = names_of(design, perturbation, context)
     table, source, where, name = (_predicted if is_prediction(adata) else _measured)(
@@ -153,8 +145,6 @@ def de_volcano(
     named = order[significant[order]][:n_labels]
     points = np.column_stack([change, height])
     place_labels(ax, points[named], list(table["gene"].iloc[named]), avoid=points)
-    if not is_prediction(adata):  # which has no control cells to know the label by
-        note_columns(adata, modality, stated)
     return ax
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from typing import Unpack
 
 import numpy as np
 import pandas as pd
@@ -13,7 +14,8 @@ from scipy import sparse
 from scipy.linalg import lu
 
 from virtualcell._settings import seed_of
-from virtualcell.data._design import Design, Scale, note_design, require_columns
+from virtualcell.data._design import Design, Scale, note_design, only_stated, require_columns
+from virtualcell.data._design_arguments import LabelArguments, takes_design
 from virtualcell.data._expression import Expression
 from virtualcell.data._read_expression import read_expression
 from virtualcell.data._screen import Screen
@@ -25,6 +27,7 @@ _OVERSAMPLING = 32
 _CELLS_AT_A_TIME = 8192
 
 
+@takes_design("they play no part here, and are noted for later calls", LabelArguments)
 def expression_gene_embeddings(
     adata: AnnData | MuData,
     *,
@@ -32,12 +35,9 @@ def expression_gene_embeddings(
     layer: str | None = None,
     scale: Scale = "counts",
     library_size_key: str | None = None,
-    perturbation_key: str | None = None,
-    control: str | Sequence[str] | None = None,
-    context_key: str | None = None,
-    batch_key: str | None = None,
     modality: str = "rna",
     seed: int | None = None,
+    **stated: Unpack[LabelArguments],
 ) -> pd.DataFrame:
     r"""Give each gene a vector from its co-expression with all others, without anything but the data.
 
@@ -53,15 +53,18 @@ def expression_gene_embeddings(
         Cells; of a MuData, the modality named by `modality`.
     n_comps
         Dimensions of a vector; as many as the data allow, if fewer.
-    layer, scale, library_size_key
-        Matrix to read, `"counts"` (normalised to log1p of counts per 10,000) or `"log1p"`, and the column of `obs`
-        with the library size where it is not the row sum.
-    perturbation_key, control, context_key, batch_key
-        Play no part here; noted for later calls, so that a whole design can be passed.
+    layer
+        Layer with the expression; `X` where it is in none.
+    scale
+        Whether it is "counts" (raw), which are normalised to log1p of counts per 10,000, or "log1p".
+    library_size_key
+        Column of `obs` with the library size, where it is not the row sum.
     modality
         Modality with gene expression, of a MuData.
     seed
         Seed of the start of the subspace iteration; by default `vc.settings.seed`.
+    **stated
+        Labels of the design.
 
     Returns
     -------
@@ -81,14 +84,13 @@ def expression_gene_embeddings(
     >>> table.shape  # genes x dimensions
     (60, 8)
     """
-    keys = {"perturbation_key": perturbation_key, "context_key": context_key, "batch_key": batch_key}
-    keys["library_size_key"] = library_size_key
-    require_columns(adata, modality, **keys)
-    if perturbation_key is not None and control is not None:
-        Screen.from_anndata(adata, Design(perturbation_key, control), modality=modality).require_control()
+    found = only_stated({**stated, "library_size_key": library_size_key})
+    require_columns(adata, modality, **{k: v for k, v in found.items() if k.endswith("_key")})
+    if {"perturbation_key", "control"} <= set(found):
+        Screen.from_anndata(adata, Design(**only_stated(stated)), modality=modality).require_control()
     expression = read_expression(adata, modality=modality, layer=layer, scale=scale, library_size_key=library_size_key)
     vectors = coexpression_vectors(expression, n_comps=n_comps, seed=seed_of(seed))
-    note_design(adata, keys | {"control": control}, modality)
+    note_design(adata, found, modality)
     return vectors
 
 

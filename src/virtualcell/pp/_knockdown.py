@@ -33,6 +33,7 @@ def knockdown_efficiency(
     context_key: str | None = None,
     batch_key: str | None = None,
     combination_separator: str | None = "+",
+    dose_key: str | None = None,
     layer: str | None = None,
     scale: Scale = "counts",
     library_size_key: str | None = None,
@@ -64,17 +65,22 @@ def knockdown_efficiency(
     ----------
     adata
         Cells. In a MuData, the modality is read and written.
-    perturbation_key, context_key
-        Columns of `obs`. Labels of perturbations are names of their targets. Without `context_key` all cells are one
-        context, "(all)".
+    perturbation_key
+        Column of `obs` with the perturbation of each cell, whose labels are names of targets.
     control
         Label of the control cells, or several.
+    context_key
+        Column of `obs` with the context. Without it all cells are of one, "(all)".
     batch_key
-        Plays no part here; noted for later calls, so that a whole design can be passed.
+        Column of `obs` with the experimental batch, which plays no part here and is noted for later calls.
     combination_separator
-        As in :func:`virtualcell.tl.fit_state`.
-    layer, scale
-        Where the expression is, and whether it is raw "counts" or "log1p" of counts per 10,000.
+        What stands between the parts of a combination, such as "+"; `None` where every label is one perturbation.
+    dose_key
+        Column of `obs` with the dose of a drug, which plays no part here and is noted for later calls.
+    layer
+        Layer with the expression; `X` where it is in none.
+    scale
+        Whether the expression is "counts" (raw) or "log1p" (of counts per 10,000).
     library_size_key
         Column of `obs` with the total counts of a cell; needed where `adata` holds only a panel of genes, whose row
         sums say little. Row sums by default.
@@ -82,8 +88,10 @@ def knockdown_efficiency(
         Column of `var` with the gene names that the labels use; `var_names` by default.
     direction
         What the screen was meant to do to its targets: "down" (knockdown, knockout) or "up" (activation).
-    threshold, cell_threshold
-        Residual at which a perturbation and a cell have responded: 0.30 and 0.50 for "down", 2 and 1.5 for "up".
+    threshold
+        Residual at which a perturbation has responded; by default 0.30 for "down" and 2 for "up".
+    cell_threshold
+        Residual at which a cell has responded; by default 0.50 for "down" and 1.5 for "up".
     min_cells
         Least number of responding cells.
     modality
@@ -120,7 +128,8 @@ def knockdown_efficiency(
     threshold = _THRESHOLDS[direction][0] if threshold is None else threshold
     cell_threshold = _THRESHOLDS[direction][1] if cell_threshold is None else cell_threshold
     expression = expression_modality(adata, modality)
-    require_columns(adata, modality, batch_key=batch_key)
+    beside = {"batch_key": batch_key, "dose_key": dose_key}
+    require_columns(adata, modality, **beside)
     design = Design(
         perturbation_key, control, context_key, layer=layer, scale=scale, library_size_key=library_size_key,
         combination_separator=combination_separator, gene_key=gene_key,
@@ -150,7 +159,7 @@ def knockdown_efficiency(
     expression.obs[_keys.KNOCKDOWN] = residual
     expression.obs[_keys.RESPONDED] = keep
     expression.uns[_keys.UNS] = {**expression.uns.get(_keys.UNS, {}), _keys.KNOCKDOWN: table.copy()}
-    note_design(adata, design.to_uns() | {"batch_key": batch_key}, modality)
+    note_design(adata, design.to_uns() | beside, modality)
     logger.info(
         "%d of %d targets are measured; %d of %d (context, target) pairs that can be judged responded; %d of %d "
         "perturbed cells are kept.",

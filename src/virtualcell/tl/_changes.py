@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -21,7 +21,7 @@ from virtualcell.models._shrinkage import Signed, shrink_with_signs
 from virtualcell.models._start import Start
 from virtualcell.tl._emit import beyond_error
 from virtualcell.tl._predict import checked_model, controls_of, starts_of, stored_model
-from virtualcell.tl._predict_checks import design_of_data, names_of, shared_genes
+from virtualcell.tl._predict_checks import check_columns, design_of_data, names_of, shared_genes
 
 LOG2 = float(np.log(2))  # changes of natural logarithms are divided by it
 _AT_ONCE = 64  # perturbations
@@ -107,10 +107,11 @@ class Setting:
         data: AnnData | MuData,
         context: str | None,
         model: PerturbationModel | None,
+        stated: Mapping[str, object],
         *,
+        untreated: bool,
         min_gene_coverage: float,
         modality: str,
-        **stated: object,
     ) -> Setting:
         """Find the model, the control cells and the genes, as `predict_perturbation` does.
 
@@ -122,7 +123,8 @@ class Setting:
         expression = expression_modality(data, modality)
         model = checked_model(stored_model(expression) if model is None else model).on_genes(expression.var_names)
         design = design_of_data(model, data, stated, modality=modality)
-        screen = Screen.from_anndata(data, design, modality=modality)
+        check_columns(data, design, modality=modality, untreated=untreated)
+        screen = Screen.from_anndata(data, design, modality=modality, untreated=untreated)
         if context is None and len(there := list(screen.controls())) > 1:
             raise ValueError(f"context=None, but there are control cells of {there}. Name one of these contexts.")
         genes, columns = shared_genes(model, design, expression.var_names, min_gene_coverage)
@@ -140,7 +142,7 @@ class Setting:
         """The genes."""
         return self.screen.genes
 
-    def names(self, perturbations: str | Sequence[str] | None) -> list[str]:
+    def names(self, perturbations: str | Sequence[str] | None, stated: Mapping[str, object]) -> list[str]:
         """Names of the perturbations to predict, each of which the model must know or have features of."""
         if isinstance(perturbations, str) and perturbations == ALL_FEATURES:
             names = list(self.model.featured_names)
@@ -150,7 +152,7 @@ class Setting:
                     "`vc.tl.fit_state(adata, ..., perturbation_features=table)`, or leave perturbations out."
                 )
         else:
-            names = list(names_of(self.model, perturbations))
+            names = list(names_of(self.model, perturbations, stated))
         names = [name for name in names if name != self.model.control]
         for name in names:
             self.model.check_perturbation(name)
@@ -158,8 +160,9 @@ class Setting:
             raise ValueError(f"perturbations={perturbations!r} holds nothing but the control to predict.")
         return names
 
-    def chunks(self, names: Sequence[str], *, n_cells: int, seed: int) -> Iterator[Changes]:
+    def chunks(self, names: Sequence[str], *, n_cells: int | None, seed: int) -> Iterator[Changes]:
         """Yield the predicted changes of some perturbations at a time, all from the same control cells."""
+        n_cells = len(self.start.names) if n_cells is None else n_cells
         sets = self.model.control_sets(self.start, n_cells=n_cells, seed=seed)
         before = np.stack([self.in_genes.dense(rows).mean(axis=0, dtype=np.float64) for rows in sets])
         for at in range(0, len(names), _AT_ONCE):

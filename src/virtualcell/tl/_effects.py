@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Unpack
 
 import numpy as np
 import pandas as pd
@@ -12,7 +13,7 @@ from mudata import MuData
 from virtualcell._errors import unknown_name
 from virtualcell._settings import seed_of
 from virtualcell._threads import own_threads
-from virtualcell.data._design import Scale
+from virtualcell.data._design_arguments import DesignArguments, takes_design
 from virtualcell.models._base import PerturbationModel
 from virtualcell.models._shrinkage import shrink_with_signs
 from virtualcell.tl._changes import LOG2, Setting
@@ -21,6 +22,7 @@ from virtualcell.tl._predict_checks import check_numbers
 COLUMNS = ("log2_fold_change", "standard_error", "shrunken", "false_sign_rate")
 
 
+@takes_design("they are then as the model was fitted")
 @own_threads()
 def effects(
     adata: AnnData | MuData,
@@ -30,30 +32,42 @@ def effects(
     genes: Sequence[str] | None = None,
     observed: bool = False,
     model: PerturbationModel | None = None,
-    n_cells: int = 256,
-    layer: str | None = None,
-    scale: Scale | None = None,
-    library_size_key: str | None = None,
-    perturbation_key: str | None = None,
-    control: str | Sequence[str] | None = None,
-    context_key: str | None = None,
-    batch_key: str | None = None,
+    n_cells: int | None = 256,
+    untreated: bool = False,
     min_gene_coverage: float = 1.0,
     seed: int | None = None,
     modality: str = "rna",
+    **stated: Unpack[DesignArguments],
 ) -> pd.DataFrame:
     """List the predicted change of every gene for perturbations of one context, with errors.
 
     Parameters
     ----------
-    adata, perturbations, context, model, n_cells
-        As in :func:`virtualcell.tl.screen`.
+    adata
+        Data with control cells, as in :func:`virtualcell.tl.predict_perturbation`. It is not changed.
+    perturbations
+        Names of perturbations; by default all that the model learned from, and with "features" all that it has
+        features of, measured or not.
+    context
+        Context whose control cells are perturbed; it must be stated where there are several.
     genes
         Genes to list, all by default. The table has a row for each of them and each perturbation.
     observed
         Whether to put beside each prediction what the cells of the data say, whatever part of a split they are in.
-    layer, scale, library_size_key, perturbation_key, control, context_key, batch_key, min_gene_coverage, seed, modality
-        As in :func:`virtualcell.tl.predict_perturbation`.
+    model
+        A fitted model; by default the ST in `uns["virtualcell"]`.
+    n_cells
+        Number of control cells that a network starts from, the same for all perturbations; `None` for all there are.
+    untreated
+        Whether all cells of `adata` are control cells, as those of an atlas without perturbations are.
+    min_gene_coverage
+        Share of the model's genes that `adata` must have, by name; below 1.0 the missing ones enter as 0.
+    seed
+        Seed of the draw of control cells; by default `vc.settings.seed`.
+    modality
+        Expression modality of a MuData.
+    **stated
+        The design of `adata`, where it is another than that of the data that the model was fitted on.
 
     Returns
     -------
@@ -81,7 +95,7 @@ def effects(
     KeyError
         For an unknown perturbation, context, gene or column.
     ValueError
-        If no context is stated where there are several.
+        If no context is stated where there are several, or `observed` changes are asked for of untreated cells.
 
     Examples
     --------
@@ -91,11 +105,12 @@ def effects(
     """
     seed = seed_of(seed)
     check_numbers(context, n_cells, None, seed)
-    stated: dict[str, object]
-    stated = {"layer": layer, "scale": scale, "library_size_key": library_size_key, "context_key": context_key}
-    stated |= {"perturbation_key": perturbation_key, "control": control, "batch_key": batch_key}
-    setting = Setting.of(adata, context, model, min_gene_coverage=min_gene_coverage, modality=modality, **stated)
-    names = setting.names(perturbations)
+    if observed and untreated:
+        raise ValueError("observed=True needs perturbed cells, of which there are none where untreated=True.")
+    setting = Setting.of(
+        adata, context, model, stated, untreated=untreated, min_gene_coverage=min_gene_coverage, modality=modality
+    )
+    names = setting.names(perturbations, stated)
     shown = _shown(setting.genes, genes)
     parts = []
     for changes in setting.chunks(names, n_cells=n_cells, seed=seed):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
-from typing import Literal
+from typing import Literal, Unpack
 
 import numpy as np
 import pandas as pd
@@ -18,7 +18,6 @@ from virtualcell._progress import Bar
 from virtualcell._settings import seed_of
 from virtualcell._threads import count_threads
 from virtualcell.data._design import (
-    AS_NOTED,
     Design,
     Scale,
     check_library_sizes,
@@ -27,6 +26,7 @@ from virtualcell.data._design import (
     noted_design,
     require_columns,
 )
+from virtualcell.data._design_arguments import DesignArguments, takes_design
 from virtualcell.data._labels import expression_modality
 from virtualcell.tl._ceiling import CEILING, CORRECTED_CEILING, ceilings
 from virtualcell.tl._evaluate_checks import (
@@ -42,22 +42,14 @@ from virtualcell.tl._evaluate_checks import (
 from virtualcell.tl._scores import Cells, Comparison, score_rows
 
 
+@takes_design('they are then as earlier calls noted them in `observed.uns["virtualcell"]`, where this one notes them')
 def evaluate(
     predicted: AnnData | MuData,
     observed: AnnData | MuData,
     *,
-    perturbation_key: str | None = None,
-    control: str | Sequence[str] | None = None,
-    context_key: str | None = None,
-    batch_key: str | None = None,
-    combination_separator: str | None = AS_NOTED,
-    dose_key: str | None = None,
     gene_key: str | None = None,
     suite: Suite | Sequence[str] = "standard",
-    scale: Scale | None = None,
     predicted_scale: Scale = "log1p",
-    layer: str | None = None,
-    library_size_key: str | None = None,
     genes: Sequence[str] | None = None,
     predicted_control: bool = False,
     ceiling: bool = False,
@@ -65,6 +57,7 @@ def evaluate(
     n_jobs: int = 1,
     seed: int | None = None,
     modality: str = "rna",
+    **stated: Unpack[DesignArguments],
 ) -> pd.DataFrame:
     """Score predicted cells against the real ones, as the field's referees do.
 
@@ -78,15 +71,6 @@ def evaluate(
         Predicted cells, as :func:`virtualcell.tl.predict_perturbation` returns them. Only what is predicted is scored.
     observed
         Real cells, perturbed and control.
-    perturbation_key, context_key
-        Columns of `obs` on both sides with the perturbation and the context; without `context_key`, all cells are of
-        one context.
-    control
-        Label that control cells have, or several.
-    batch_key
-        Plays no part in scores; noted for later calls, so that a whole design can be passed.
-    combination_separator, dose_key
-        As in :func:`virtualcell.tl.fit_state`: what it noted, or else "+" and no doses.
     gene_key
         Column of `observed.var` with the names of genes that perturbations go by, where these are not `var_names`; as
         noted where left out. The gene that a perturbation is named after is left out of its discrimination.
@@ -94,16 +78,8 @@ def evaluate(
         "standard", the metrics that the page "Evaluation" recommends, Pearson delta and MAE first; "full", all of them;
         "vcc2025", the three metrics of the Virtual Cell Challenge 2025 and discrimination by cosine; "vcc2026", those
         of 2026 by its official scorer (`pip install "virtualcell[eval]"`), on raw counts; or names of metrics.
-    scale
-        Scale of `observed`: "counts" or "log1p" (of counts per 10,000); it is never guessed, and checked. It, the
-        columns, `control`, `layer` and `library_size_key` are by default as earlier calls noted them in `observed.uns`,
-        and are noted there for later ones, such as plots. Another scale than was noted is that of `X`, unless a layer
-        is stated with it.
     predicted_scale
         Scale of `predicted`, whose expression is in its `X`.
-    layer, library_size_key
-        Layer with the expression of `observed`, and column with the totals of counts; by default these are `X`, and
-        sums over all its genes.
     genes
         Names of the genes to score. Without it, both sides must have the same genes, in any order.
     predicted_control
@@ -124,6 +100,17 @@ def evaluate(
         components) of a perturbation to measure distances between; by default `vc.settings.seed`.
     modality
         Modality of a MuData that holds gene expression.
+    context_key
+        Column of `obs` on both sides with the context; without it, all cells are of one.
+    batch_key
+        Column of `obs` with the experimental batch, which plays no part in scores.
+    layer
+        Layer with the expression of `observed`; `X` where it is in none.
+    scale
+        Whether the expression of `observed` is "counts" (raw) or "log1p" (of counts per 10,000), which is never
+        guessed, and checked. Another scale than was noted is that of `X`, unless a layer is stated with it.
+    **stated
+        The design of `observed`. Its columns are read on both sides.
 
     Returns
     -------
@@ -147,14 +134,10 @@ def evaluate(
     ['mae', 'pearson_delta']
     """
     seed = seed_of(seed)
-    stated = {"perturbation_key": perturbation_key, "control": control, "context_key": context_key}
-    stated |= {"scale": scale, "layer": layer, "library_size_key": library_size_key, "dose_key": dose_key}
-    stated["gene_key"] = gene_key
-    if combination_separator != AS_NOTED:
-        stated["combination_separator"] = combination_separator or ""  # None states nothing
-    design = _design(observed, modality, stated)
+    design = _design(observed, modality, {**stated, "gene_key": gene_key})
     check_scale(predicted_scale, "predicted_scale")
-    require_columns(observed, modality, batch_key=batch_key)
+    batch = {"batch_key": stated.get("batch_key")}
+    require_columns(observed, modality, **batch)
     names = metric_names(suite)
     check_baseline(baseline, suite)
     official = isinstance(suite, str) and suite == "vcc2026"
@@ -195,18 +178,18 @@ def evaluate(
         **counted,
         "versions": {"virtualcell": __version__, scorer: version(scorer)},
     }
-    note_design(observed, design.to_uns() | {"batch_key": batch_key}, modality)
+    note_design(observed, design.to_uns() | batch, modality)
     return scores
 
 
 def _design(observed: AnnData | MuData, modality: str, stated: dict) -> Design:
     """Return the design of the real cells, of which the scale is never guessed."""
-    if stated["scale"] is None and "scale" not in noted_design(observed, modality):
+    if stated.get("scale") is None and "scale" not in noted_design(observed, modality):
         raise ValueError(
             "scale must be given, 'counts' or 'log1p' for log(1 + counts per 10,000); it is never guessed."
         )
     design = Design.from_data(observed, modality=modality, **stated)
-    check_library_sizes(design.scale, stated["library_size_key"])
+    check_library_sizes(design.scale, stated.get("library_size_key"))
     return replace(design.plain(), gene_key=design.gene_key, target_sum=1e4)
 
 

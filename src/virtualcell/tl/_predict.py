@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Literal, Unpack
 
 import anndata as ad
 import numpy as np
@@ -20,7 +20,8 @@ from virtualcell import _keys
 from virtualcell._errors import UnknownNameError
 from virtualcell._settings import say, seed_of
 from virtualcell._threads import own_threads
-from virtualcell.data._design import Design, Scale
+from virtualcell.data._design import Design
+from virtualcell.data._design_arguments import DesignArguments, takes_design
 from virtualcell.data._labels import expression_modality
 from virtualcell.data._screen import Screen
 from virtualcell.io._save import unpack
@@ -43,6 +44,7 @@ from virtualcell.tl._predict_checks import (
 logger = logging.getLogger(__name__)
 
 
+@takes_design("they are then as the model was fitted")
 @own_threads()
 def predict_perturbation(
     adata: AnnData | MuData,
@@ -56,17 +58,11 @@ def predict_perturbation(
     n_samples: int | None = None,
     emit: Emit = "cells",
     fallback: Literal["best"] | None = None,
-    layer: str | None = None,
-    scale: Scale | None = None,
-    library_size_key: str | None = None,
-    perturbation_key: str | None = None,
-    control: str | Sequence[str] | None = None,
-    context_key: str | None = None,
-    batch_key: str | None = None,
     untreated: bool = False,
     min_gene_coverage: float = 1.0,
     seed: int | None = None,
     modality: str = "rna",
+    **stated: Unpack[DesignArguments],
 ) -> AnnData:
     """Predict the cells that a perturbation would make of the control cells.
 
@@ -82,11 +78,13 @@ def predict_perturbation(
         model's genes and the same columns of `obs`. It is not changed.
     perturbation
         Name of a perturbation, a combination `A+B`, or several names; by default all that the model learned from.
-    drug, dose
-        In place of the name, where the model was fitted with `dose_key`, or names hold both, as "drug_1.0" and
-        "[('Dabrafenib', 0.5, 'uM')]" do. A dose between measured ones is interpolated: the change of each gene's mean
-        follows a monotone curve of the logarithm of the dose between any two of them (PCHIP), which begins with the
-        control. Outside of the measured range nothing is predicted.
+    drug
+        Drug to predict at a `dose`, in place of the name, where the model was fitted with `dose_key`, or names hold
+        both, as "drug_1.0" and "[('Dabrafenib', 0.5, 'uM')]" do.
+    dose
+        Dose of `drug`, which may be left out where one was measured. Between measured doses the change of each gene's
+        mean follows a monotone curve of the logarithm of the dose (PCHIP), which begins with the control. Outside of
+        the measured range nothing is predicted.
     context
         Take the control cells of this context, which may be one where the perturbation was never measured; all contexts
         where it is `None`.
@@ -103,11 +101,6 @@ def predict_perturbation(
     fallback
         "best" uses the best baseline where the verdict of `fit_state` was that ST is worse;
         `uns["virtualcell"]["predicted_by"]` of the result tells which model it was.
-    layer, scale, library_size_key
-        Where and how expression is stored in `adata`; as at fitting where left out. Models of
-        :meth:`virtualcell.models.ST.from_arc` expect log(1 + counts per 10,000) unless `scale="counts"` is stated.
-    perturbation_key, control, context_key, batch_key
-        Columns of `obs` and label of the control cells, where they have other names than in the model's own data.
     untreated
         Whether all cells of `adata` are control cells, as those of an atlas without perturbations are. The column of
         perturbations is then not read, and need not be there.
@@ -119,6 +112,11 @@ def predict_perturbation(
         not matter.
     modality
         Expression modality of a MuData.
+    scale
+        Whether the expression is "counts" (raw) or "log1p" (of counts per 10,000). Models of
+        :meth:`virtualcell.models.ST.from_arc` expect the latter unless "counts" is stated.
+    **stated
+        The design of `adata`, where it is another than that of the data that the model was fitted on.
 
     Returns
     -------
@@ -161,12 +159,9 @@ def predict_perturbation(
     check_emit(emit)
     seed = seed_of(seed)
     check_numbers(context, n_cells, n_samples, seed)
-    stated: dict[str, object]
-    stated = {"layer": layer, "scale": scale, "library_size_key": library_size_key, "context_key": context_key}
-    stated |= {"perturbation_key": perturbation_key, "control": control, "batch_key": batch_key}
     expression = expression_modality(adata, modality)
     model = checked_model(stored_model(expression) if model is None else model)
-    written = names_of(model, of_drug(model, perturbation, drug, dose))
+    written = names_of(model, of_drug(model, perturbation, drug, dose), stated)
     asked = [Asked.of(model, name, drug=drug is not None) for name in written]
     names = [name for one in asked for name in one.names]
     for name in names:

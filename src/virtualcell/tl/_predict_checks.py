@@ -6,6 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from numbers import Integral
+from types import MappingProxyType
 
 import numpy as np
 import pandas as pd
@@ -45,14 +46,14 @@ def design_of_data(
     """Return the design of the data: that of the model, and what was stated otherwise."""
     adata = expression_modality(data, modality)
     for key in ("context_key", "batch_key"):
-        if stated[key] is not None and getattr(model.design, key) is None:
+        if stated.get(key) is not None and getattr(model.design, key) is None:
             raise ValueError(f"{key}={stated[key]!r} was given, but the model was set up without {key}.")
     rep = model.design.use_rep
     if rep is not None and rep not in adata.obsm and rep not in data.obsm:
         remedy = "Run `vc.tl.embed(adata, model.se)` first." if rep == _keys.X_STATE else "Compute it first."
         raise UnknownNameError(f"the model works on obsm[{rep!r}], which this data does not have. {remedy}")
     layer = model.design.layer
-    if stated["layer"] is None and layer is not None and layer not in adata.layers:
+    if stated.get("layer") is None and layer is not None and layer not in adata.layers:
         raise unknown_name(
             "layer",
             layer,
@@ -71,10 +72,11 @@ def check_columns(data: AnnData | MuData, design: Design, *, modality: str, untr
         "perturbation_key": "If all cells are control cells, say untreated=True; otherwise name a column of obs.",
         "context_key": "Name a column of obs, or put the cell type there, `adata.obs[{key!r}] = 'name'`.",
         "batch_key": "Name a column of obs, or put a batch that the model knows there, `adata.obs[{key!r}] = 'name'`.",
+        "dose_key": "If all cells are control cells, say untreated=True; otherwise name a column of obs.",
     }
     for argument, remedy in remedies.items():
         key = getattr(design, argument)
-        if key is None or (untreated and argument == "perturbation_key"):
+        if key is None or (untreated and argument in ("perturbation_key", "dose_key")):
             continue
         try:
             obs_column(data, key, argument=argument, modality=modality)
@@ -83,8 +85,13 @@ def check_columns(data: AnnData | MuData, design: Design, *, modality: str, untr
             raise UnknownNameError(f"{said}{remedy.format(key=key)}") from error
 
 
-def names_of(model: PerturbationModel, perturbation: object) -> dict[str, str]:
-    """Return the names to predict, each once, and how they were asked for; `None` asks for all that are known."""
+def names_of(
+    model: PerturbationModel, perturbation: object, stated: Mapping[str, object] = MappingProxyType({})
+) -> dict[str, str]:
+    """Return the names to predict, each once, and how they were asked for; `None` asks for all that are known.
+
+    They are written as in the data, of whose design another separator of combinations may be `stated`, or doses.
+    """
     if perturbation is None:
         return {name: name for name in model.known_names if name != model.control}
     asked = list(perturbation) if is_several(perturbation) else [perturbation]
@@ -94,8 +101,10 @@ def names_of(model: PerturbationModel, perturbation: object) -> dict[str, str]:
         raise TypeError(f"perturbation={perturbation!r} must be a name, or a list of names.")
     names: dict[str, str] = {}
     known = set(model.names)
-    for label in asked:
-        names.setdefault(model.name_of(label, known), text(label))
+    of_labels = {k: v for k, v in stated.items() if k in ("combination_separator", "dose_key")}
+    design = model.design.restated(**of_labels)
+    for label in map(text, asked):
+        names.setdefault(label if label in known else design.name_of(label), label)
     return names
 
 

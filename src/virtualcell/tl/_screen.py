@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, Unpack
 
 import numpy as np
 import pandas as pd
@@ -14,7 +14,7 @@ from mudata import MuData
 from virtualcell._progress import Bar
 from virtualcell._settings import seed_of
 from virtualcell._threads import own_threads
-from virtualcell.data._design import Scale
+from virtualcell.data._design_arguments import DesignArguments, takes_design
 from virtualcell.models._base import PerturbationModel
 from virtualcell.tl._changes import Changes, Setting
 from virtualcell.tl._objective import EffectSize, Objective, Target, effect_size, objective_of
@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 _COLLAPSED, _MANY = 0.8, 10  # mean correlation above which so many predictions are said to be one
 
 
+@takes_design("they are then as the model was fitted")
 @own_threads()
 def screen(
     adata: AnnData | MuData,
@@ -34,19 +35,14 @@ def screen(
     objective: Literal["effect", "toward"] | Callable[[pd.DataFrame], object] = "effect",
     target: Target | None = None,
     model: PerturbationModel | None = None,
-    n_cells: int = 256,
+    n_cells: int | None = 256,
     alpha: float = 0.05,
-    layer: str | None = None,
-    scale: Scale | None = None,
-    library_size_key: str | None = None,
-    perturbation_key: str | None = None,
-    control: str | Sequence[str] | None = None,
-    context_key: str | None = None,
-    batch_key: str | None = None,
+    untreated: bool = False,
     min_gene_coverage: float = 1.0,
     seed: int | None = None,
     modality: str = "rna",
     progress_bar: bool | None = None,
+    **stated: Unpack[DesignArguments],
 ) -> pd.DataFrame:
     """Predict many perturbations of the control cells of one context, and rank them.
 
@@ -74,15 +70,21 @@ def screen(
     model
         A fitted model; by default the ST in `uns["virtualcell"]`.
     n_cells
-        Number of control cells that a network starts from, the same for all perturbations.
+        Number of control cells that a network starts from, the same for all perturbations; `None` for all there are.
     alpha
         Local false sign rate below which a gene counts as moved.
-    layer, scale, library_size_key, perturbation_key, control, context_key, batch_key, min_gene_coverage, modality
-        As in :func:`virtualcell.tl.predict_perturbation`.
+    untreated
+        Whether all cells of `adata` are control cells, as those of an atlas without perturbations are.
+    min_gene_coverage
+        Share of the model's genes that `adata` must have, by name; below 1.0 the missing ones enter as 0.
     seed
         Seed of the draw of control cells; by default `vc.settings.seed`.
+    modality
+        Expression modality of a MuData.
     progress_bar
         Whether to show a bar; by default as `vc.settings.progress` says.
+    **stated
+        The design of `adata`, where it is another than that of the data that the model was fitted on.
 
     Returns
     -------
@@ -132,11 +134,10 @@ def screen(
     check_numbers(context, n_cells, None, seed)
     if not 0 < alpha < 1:
         raise ValueError(f"alpha={alpha!r} must be above 0 and below 1; 0.05 is usual.")
-    stated: dict[str, object]
-    stated = {"layer": layer, "scale": scale, "library_size_key": library_size_key, "context_key": context_key}
-    stated |= {"perturbation_key": perturbation_key, "control": control, "batch_key": batch_key}
-    setting = Setting.of(adata, context, model, min_gene_coverage=min_gene_coverage, modality=modality, **stated)
-    names, goal = setting.names(perturbations), objective_of(objective, target, setting)
+    setting = Setting.of(
+        adata, context, model, stated, untreated=untreated, min_gene_coverage=min_gene_coverage, modality=modality
+    )
+    names, goal = setting.names(perturbations, stated), objective_of(objective, target, setting)
     tables, alike = [], _Alike()
     with Bar("Screen", len(names), unit="perturbation", shown=progress_bar) as bar:
         for changes in setting.chunks(names, n_cells=n_cells, seed=seed):

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
-from typing import Literal
+from typing import Literal, Unpack
 
 import numpy as np
 import pandas as pd
@@ -20,6 +20,7 @@ from virtualcell._errors import unknown_name
 from virtualcell._settings import seed_of
 from virtualcell.data._counts import Sampling, averaged, depth_matched_counts
 from virtualcell.data._design import Design, Scale, note_design, require_columns
+from virtualcell.data._design_arguments import DesignArguments, takes_design
 from virtualcell.data._emit import with_totals
 from virtualcell.data._expression import columns_of
 from virtualcell.data._labels import expression_modality, obs_column
@@ -42,6 +43,7 @@ from virtualcell.tl._submission_checks import (
 logger = logging.getLogger(__name__)
 
 
+@takes_design("they are then as `predict_perturbation` noted them in `predicted`")
 def prepare_submission(
     predicted: AnnData | MuData,
     path: str | os.PathLike,
@@ -57,16 +59,10 @@ def prepare_submission(
     depths: str | Sequence[int] | None = None,
     sampling: Sampling | None = None,
     missing_genes: Literal["error", "control"] = "error",
-    perturbation_key: str | None = None,
-    control: str | Sequence[str] | None = None,
-    context_key: str | None = None,
-    batch_key: str | None = None,
-    library_size_key: str | None = None,
-    layer: str | None = None,
-    scale: Scale | None = None,
     overwrite: bool = False,
     seed: int | None = None,
     modality: str = "rna",
+    **stated: Unpack[DesignArguments],
 ) -> AnnData:
     r"""Check predicted cells by the rules of the Virtual Cell Challenge and write the file that it takes.
 
@@ -111,9 +107,10 @@ def prepare_submission(
     controls
         Real control cells, and no others. They go into the file of 2025. For 2026 those that `predicted` started from
         give the depths, summed over `genes`, and the counts of genes that were not predicted.
-    controls_layer, controls_scale
-        Layer with the expression of `controls`, and its scale; by default as `fit_state` noted there, or else raw
-        counts in `X`.
+    controls_layer
+        Layer with the expression of `controls`; by default as `fit_state` noted there, or else `X`.
+    controls_scale
+        Scale of `controls`, "counts" or "log1p"; by default as `fit_state` noted there, or else "counts".
     depths
         Total of each cell for 2026, or the column of `obs` that holds it, in place of `controls`. With it, counts
         are drawn.
@@ -123,19 +120,25 @@ def prepare_submission(
     missing_genes
         What to do where the model predicts only some of `genes`: "control" takes the others from the control cell that
         the prediction started from, which says that nothing happened to them.
-    perturbation_key, control, context_key, layer, scale
-        Columns of `obs`, label of the control cells, and where and how expression is stored in `predicted`; as noted by
-        `predict_perturbation` where left out. The file has the challenge's own names whatever they are. In 2025 a
-        `context_key` given here becomes the column `celltype`.
-    batch_key, library_size_key
-        Columns of `controls`. The library size divides its counts, where row sums are not those of all genes; the batch
-        plays no part and is noted for later calls, so that a whole design can be passed.
     overwrite
         Whether a file that is there is replaced.
     seed
         Seed of the draw of counts; by default `vc.settings.seed`. The order of genes does not matter to it.
     modality
         Modality of a MuData that holds gene expression.
+    context_key
+        Column of `obs` with the context. In 2025 one that is given here becomes the column `celltype` of the file,
+        which has the challenge's own names whatever those of `predicted` are.
+    batch_key
+        Column of `controls` with the experimental batch, which plays no part.
+    layer
+        Layer of `predicted` with the expression; `X` where it is in none.
+    scale
+        Whether the expression of `predicted` is "counts" (raw) or "log1p" (of counts per 10,000).
+    library_size_key
+        Column of `controls` with the library size that divides its counts, where row sums are not those of all genes.
+    **stated
+        The design.
 
     Returns
     -------
@@ -161,26 +164,28 @@ def prepare_submission(
     path = check_path(path, overwrite)
     check_arguments(year, perturbations, contexts, depths, sampling, missing_genes)
     genes, contexts = gene_list(genes, year), None if contexts is None else list(contexts)
-    stated = {"perturbation_key": perturbation_key, "control": control, "context_key": context_key}
-    design = Design.from_data(predicted, modality=modality, layer=layer, scale=scale, **stated)
+    batch, context_key = {"batch_key": stated.get("batch_key")}, stated.get("context_key")
+    of_labels = {k: v for k, v in stated.items() if k not in ("batch_key", "library_size_key")}
+    design = Design.from_data(predicted, modality=modality, **of_labels)
     if year == 2026 and design.context_key is None:
         raise ValueError("context_key must be given: in 2026 every cell names the context it was predicted for.")
     column = CONTEXT if year == 2026 else CELL_TYPE if context_key is not None else None
     own = expression_modality(predicted, modality)
-    redrawn = any(stated is not None for stated in (sampling, depths, layer, scale))
+    redrawn = any(given is not None for given in (sampling, depths, stated.get("layer"), stated.get("scale")))
     emitted = year == 2026 and not redrawn and _keys.COUNTS_LAYER in own.layers and design.scale == "log1p"
     if emitted:
         design = replace(design, layer=_keys.COUNTS_LAYER, scale="counts", library_size_key=None)
     cells = _read("predicted", predicted, design, column, modality)
     predicted = expression_modality(predicted, modality)
     if controls is not None:
-        stated = {"perturbation_key": design.perturbation_key, "control": design.controls, "context_key": context_key}
-        stated |= {"layer": controls_layer, "scale": controls_scale, "library_size_key": library_size_key}
-        require_columns(controls, modality, batch_key=batch_key)
-        given, of_controls = controls, Design.from_data(controls, modality=modality, **stated)
+        of_labels |= {"perturbation_key": design.perturbation_key, "control": design.controls}
+        of_labels |= {"layer": controls_layer, "scale": controls_scale}
+        require_columns(controls, modality, **batch)
+        of_labels["library_size_key"] = stated.get("library_size_key")
+        given, of_controls = controls, Design.from_data(controls, modality=modality, **of_labels)
         controls = _read("controls", controls, of_controls, column if year == 2025 else None, modality)
         check_genes("controls", controls.genes, genes)
-        note_design(given, {"batch_key": batch_key}, modality)
+        note_design(given, batch, modality)
     obs = file_labels(cells, "predicted", column)
     control_obs = None if controls is None else file_labels(controls, "controls", column)
     check_labels(obs, control_obs, design, year, perturbations, contexts, n_cells)
