@@ -319,18 +319,6 @@ def test_views_and_their_copies_are_one(plain: ad.AnnData, st: vc.models.ST) -> 
     assert (found[0].X != found[1].X).nnz == 0
 
 
-def test_backed_files_are_refused_with_the_remedy(
-    plain: ad.AnnData, calls: dict[str, Callable], additive: vc.models.Additive, tmp_path: object
-) -> None:
-    plain.write_h5ad(tmp_path / "screen.h5ad")
-    data = ad.read_h5ad(tmp_path / "screen.h5ad", backed="r")
-    for call in (*calls.values(), lambda d, _: vc.pp.cell_sentences(d, gene_table(plain), length=8)):
-        with pytest.raises(ValueError, match=r"backed by its file.*adata\.to_memory\(\)"):
-            call(data, "counts")
-    assert calls["predict"](data.to_memory(), "counts").n_obs == 24
-    data.file.close()
-
-
 def test_masked_values_are_missing(plain: ad.AnnData, calls: dict[str, Callable]) -> None:
     data = plain.copy()
     data.X = np.ma.masked_array(plain.X.toarray(), mask=np.eye(*plain.shape, dtype=bool))

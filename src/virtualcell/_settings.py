@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import NoReturn
 
@@ -51,7 +51,9 @@ class Settings:
     seed
         Seed of everything random, a whole number of at least 0.
     cache_dir
-        Folder in which downloaded data sets are kept, by default the user's cache folder.
+        Folder in which downloaded data sets and copies of lazy matrices are kept, by default the user's cache folder.
+    max_memory
+        Memory for the cells that are read at a time from a matrix which is not in memory itself, in GB; by default 1.
     n_threads
         Number of threads of torch in the calls of virtualcell; `None` for as many as torch was told to take, by
         `torch.set_num_threads` or `OMP_NUM_THREADS`, by default one per core.
@@ -67,11 +69,12 @@ class Settings:
     progress: bool
     seed: int
     cache_dir: Path
+    max_memory: float
     n_threads: int | None
 
     def __init__(self) -> None:
         self.verbosity, self.progress, self.seed, self.n_threads = Verbosity.warning, True, 0, None
-        self.cache_dir = pooch.os_cache("virtualcell")
+        self.cache_dir, self.max_memory = pooch.os_cache("virtualcell"), 1.0
 
     def __setattr__(self, name: str, value: object) -> None:
         if name not in _CHECKS:
@@ -127,6 +130,12 @@ def _folder(value: object) -> Path:
     return Path(value).expanduser()
 
 
+def _gigabytes(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < float("inf"):
+        raise ValueError(f"max_memory={value!r} must be a number of gigabytes above 0.")
+    return float(value)
+
+
 def _whole(name: str, least: int, remedy: str) -> Callable[[object], int]:
     def check(value: object) -> int:
         if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
@@ -142,6 +151,7 @@ _CHECKS: dict[str, Callable[[object], object]] = {
     "progress": _progress,
     "seed": _whole("seed", 0, ""),
     "cache_dir": _folder,
+    "max_memory": _gigabytes,
     "n_threads": lambda value: None if value is None else _n_threads(value),
 }
 

@@ -2,9 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import product
-from pathlib import Path
 
-import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
@@ -14,7 +12,8 @@ from scipy import sparse
 from virtualcell._errors import UnknownNameError
 from virtualcell.data import _stored
 from virtualcell.data._expression import Expression
-from virtualcell.data._stored import StoredMatrix, row_numbers, row_sums
+from virtualcell.data._lazy import stored_matrix
+from virtualcell.data._stored import row_numbers, row_sums
 
 
 def make_cells(n: int = 60, n_genes: int = 30) -> AnnData:
@@ -106,7 +105,7 @@ def test_a_large_dense_matrix_is_turned_some_cells_at_a_time(monkeypatch: pytest
     adata = make_cells()
     dense = AnnData(adata.X.toarray(), obs=adata.obs, var=adata.var)
     np.testing.assert_array_equal(bits(read(dense)), bits(read(adata)))
-    assert StoredMatrix(dense, None, "X").rows(np.zeros(0, int)).shape == (0, 30)
+    assert stored_matrix(dense, None, "X").rows(np.zeros(0, int)).shape == (0, 30)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +113,7 @@ def test_a_large_dense_matrix_is_turned_some_cells_at_a_time(monkeypatch: pytest
 )
 def test_rows_in_one_piece(part: slice) -> None:
     adata = make_cells()
-    found = StoredMatrix(adata, None, "X").rows(part)
+    found = stored_matrix(adata, None, "X").rows(part)
     np.testing.assert_array_equal(found.toarray(), adata.X.toarray()[part])
     assert found.has_canonical_format
 
@@ -122,7 +121,7 @@ def test_rows_in_one_piece(part: slice) -> None:
 def test_what_is_stored_by_columns_is_turned_when_it_is_read() -> None:
     adata = make_cells()
     adata.X = adata.X.tocsc()
-    matrix = StoredMatrix(adata, None, "X")
+    matrix = stored_matrix(adata, None, "X")
     assert matrix._stored is adata.X
     first = matrix.rows(None)
     assert np.shares_memory(first.data, matrix.rows(None).data)  # once
@@ -153,14 +152,6 @@ def test_row_numbers() -> None:
 def test_what_is_not_there() -> None:
     adata = make_cells()
     with pytest.raises(UnknownNameError, match=r"layer='Raw' is unknown. .*Leave it out to use X"):
-        StoredMatrix(adata, "Raw", "layers['Raw']")
+        stored_matrix(adata, "Raw", "layers['Raw']")
     with pytest.raises(ValueError, match="X of observed is empty"):
-        StoredMatrix(AnnData(obs=adata.obs, var=adata.var), None, "X of observed")
-
-
-def test_backed_and_lazy_data_are_refused(tmp_path: Path) -> None:
-    make_cells().write_h5ad(tmp_path / "a.h5ad")
-    backed = ad.read_h5ad(tmp_path / "a.h5ad", backed="r")
-    with pytest.raises(ValueError, match=r"is backed.*to_memory"):
-        Expression(backed)
-    backed.file.close()
+        stored_matrix(AnnData(obs=adata.obs, var=adata.var), None, "X of observed")

@@ -15,6 +15,7 @@ from mudata import MuData
 from virtualcell import _keys
 from virtualcell.data._doses import at_dose, drug_and_dose
 from virtualcell.data._labels import JOIN, canonical, expression_modality, is_several, obs_column, parts, text
+from virtualcell.data._results import ours
 from virtualcell.data._tables import Vectors, as_table
 
 Scale = Literal["counts", "log1p"]
@@ -177,7 +178,7 @@ def only_stated(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def noted_design(data: AnnData | MuData, modality: str = "rna") -> dict:
     """Return what earlier calls noted in `uns["virtualcell"]`, empty where there were none."""
-    return expression_modality(data, modality).uns.get(_keys.UNS, {}).get("design", {})
+    return ours(expression_modality(data, modality)).get("design", {})
 
 
 def require_columns(data: AnnData | MuData, modality: str = "rna", **keys: str | None) -> None:
@@ -209,7 +210,7 @@ def note_design(
         found |= {"control": first, **({"other_controls": np.array(others, dtype=str)} if others else {})}
     replaced = {k for key, with_it in _GO_TOGETHER.items() if key in found for k in with_it}
     before = {} if whole else {k: v for k, v in noted_design(adata).items() if k not in replaced}
-    adata.uns[_keys.UNS] = {**adata.uns.get(_keys.UNS, {}), "design": {**before, **found}}
+    adata.uns[_keys.UNS] = {**ours(adata), "design": {**before, **found}}
 
 
 def control_labels(control: Any) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -14,6 +15,7 @@ from scipy import sparse
 
 from virtualcell._errors import unknown_name
 from virtualcell.data._design import Scale, check_scale
+from virtualcell.data._lazy import stored_matrix
 from virtualcell.data._scales import (
     DataOf,
     are_nearly_whole,
@@ -23,7 +25,7 @@ from virtualcell.data._scales import (
     is_one_total,
     rounded,
 )
-from virtualcell.data._stored import BLOCK, StoredMatrix, row_numbers, row_sums
+from virtualcell.data._stored import BLOCK, row_numbers, row_sums
 from virtualcell.data._threads import in_threads
 
 Unit = Literal["log1p", "log_counts", "counts"]
@@ -94,7 +96,7 @@ class Expression:
         check_scale(scale, scale_argument)
         name = "X" if layer is None else f"layers[{layer!r}]"
         self._where = f"{name} of {side}" if side else name
-        self._matrix = StoredMatrix(adata, layer, self._where)
+        self._matrix = stored_matrix(adata, layer, self._where)
         self._data, self._layer = DataOf(adata), layer  # for messages
         self._cells = adata.obs_names
         self._index: np.ndarray | None = None  # rows of the matrix that are covered; None for all
@@ -110,6 +112,11 @@ class Expression:
     def n_cells(self) -> int:
         """How many cells there are."""
         return len(self._cells)
+
+    @property
+    def cells(self) -> pd.Index:
+        """Names of the cells."""
+        return self._cells
 
     @property
     def library_size(self) -> np.ndarray | None:
@@ -187,18 +194,47 @@ class Expression:
         """Mean number of stored entries of a cell, of all columns."""
         return self._matrix.entries_per_cell
 
-    def blocks(self, n: int = BLOCK) -> Iterator[tuple[np.ndarray, sparse.csr_matrix]]:
+    @property
+    def in_memory(self) -> bool:
+        """Whether the matrix is in memory, and not read from elsewhere."""
+        return self._matrix.in_memory
+
+    def at_hand(self, *, make: bool = True) -> Expression:
+        """Return the same cells from where they are quick to read in any order: from memory, or from a copy on disk.
+
+        A matrix that is not in memory is copied, as a whole and in one pass, to the cache folder, where later calls
+        find it. Where no copy is to be made, one that is there is taken.
+        """
+        if not self._matrix.is_lazy:
+            return self
+        out = copy.copy(self)
+        out._matrix = self._matrix.copied(make=make)
+        return out
+
+    def slices(self, n: int | None = None) -> list[slice]:
+        """Cut the cells, in their order, into blocks of `n`, by default as the matrix is best read."""
+        edges = np.append(np.arange(0, self.n_cells, n or BLOCK), self.n_cells)
+        if n is None and self._matrix.is_lazy:
+            if self._index is None:
+                edges = self._matrix.edges
+            elif (np.diff(self._index) > 0).all():  # in the order of the file
+                edges = np.unique([0, *np.searchsorted(self._index, self._matrix.edges), self.n_cells])
+        return [slice(int(a), int(b)) for a, b in itertools.pairwise(edges)]
+
+    def blocks(self, n: int | None = None) -> Iterator[tuple[np.ndarray, sparse.csr_matrix]]:
         """Yield row numbers and cells, `n` at a time, in the order of the file: one pass over the matrix."""
-        for start in range(0, self.n_cells, n):
-            rows = slice(start, min(start + n, self.n_cells))
+        for rows in self.slices(n):
             yield np.arange(rows.start, rows.stop), self.rows(rows)
 
     def moments(self, groups: Sequence[np.ndarray]) -> Moments:
         """Return mean and variance of groups of rows, each read once and some at a time.
 
         Sums are taken in double precision and in the order of the rows given, so that with rows in the order of cell
-        names the order of the file does not matter. Nor does it matter which other groups are asked for.
+        names the order of the file does not matter. Nor does it matter which other groups are asked for. Of a lazy
+        matrix a copy is made first.
         """
+        if self._matrix.is_lazy:
+            return self.at_hand().moments(groups)
         n = np.array([len(g) for g in groups], dtype=np.int64)
         shape = (len(groups), len(self.genes))
         mean, variance = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
@@ -238,8 +274,9 @@ class Expression:
             return
         whole, exact, most, sums = True, True, 0.0, np.zeros(self.n_cells)
         self._raw(slice(0, 0))  # what is stored by columns is turned around once, not in every thread
-        blocks = [slice(start, min(start + BLOCK, self.n_cells)) for start in range(0, self.n_cells, BLOCK)]
-        for rows, (is_whole, is_exact, highest, of_rows) in zip(blocks, in_threads(self._look_at, blocks), strict=True):
+        blocks = self.slices()
+        looks = map(self._look_at, blocks) if self._matrix.is_lazy else in_threads(self._look_at, blocks)
+        for rows, (is_whole, is_exact, highest, of_rows) in zip(blocks, looks, strict=True):
             whole, exact, most = whole and is_whole, exact and is_exact, max(most, highest)
             sums[rows] = of_rows
         if not whole:

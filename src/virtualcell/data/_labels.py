@@ -48,13 +48,23 @@ def obs_column(data: AnnData | MuData, key: str, *, argument: str, modality: str
     """Return a column of the modality's obs, or else of the MuData's obs, aligned to the modality's cells."""
     adata = expression_modality(data, modality)
     if key in adata.obs:
-        return adata.obs[key]
+        return column_of(adata.obs, key)
     if isinstance(data, MuData):
         for name in (key, f"{modality}:{key}"):
             if name in data.obs:
                 return data.obs[name].reindex(adata.obs_names)
     valid = [*adata.obs.columns, *(data.obs.columns if isinstance(data, MuData) else ())]
     raise unknown_name(argument, key, valid, "Name a column of obs.")
+
+
+def column_of(table: object, key: str) -> pd.Series:
+    """Return a column of `obs` or `var`, read where the table is lazy."""
+    return table[key] if isinstance(table, pd.DataFrame) else table[[key]].to_memory()[key]
+
+
+def var_of(adata: AnnData) -> pd.DataFrame:
+    """Return `var`, read where it is lazy."""
+    return adata.var if isinstance(adata.var, pd.DataFrame) else adata.var.to_memory()
 
 
 # -- names ------------------------------------------------------------------------------------------------------------

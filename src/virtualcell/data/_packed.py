@@ -6,6 +6,7 @@ import json
 import os
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal, Self
 
 import numpy as np
@@ -13,7 +14,9 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
+from virtualcell.data._copied import scratch
 from virtualcell.data._expression import Expression
+from virtualcell.data._stored import ranges
 
 _INDEX = "packed.json"
 
@@ -37,6 +40,7 @@ class PackedRows:
     def __init__(self, indptr: Tensor, genes: Tensor, values: Tensor, n_genes: int) -> None:
         self.indptr, self.genes, self.values, self.n_genes = indptr, genes, values, n_genes
         self._scipy: sparse.csr_matrix | None = None
+        self._home: TemporaryDirectory | None = None  # kept for as long as the store
 
     def __reduce__(self) -> tuple:
         return type(self), (self.indptr, self.genes, self.values, self.n_genes)  # once, not twice
@@ -72,13 +76,19 @@ class PackedRows:
         dtype
             Precision of the values; float16 keeps 3 to 4 digits, up to 65,504.
         folder
-            Write the store there and map it from disk, in place of holding it in memory.
+            Write the store there and map it from disk, in place of holding it in memory. Of a matrix that is not in
+            memory the store is not either, but in the cache folder, for as long as it is used.
 
         Raises
         ------
         ValueError
             For values that float16 cannot hold.
         """
+        if folder is None and not expression.in_memory:
+            home = scratch()
+            packed = cls.pack(expression, dtype=dtype, folder=home.name)
+            packed._home = home
+            return packed
         n_genes = len(expression.genes)
         gene_type = np.int32 if folder is None and dtype == "float32" else _gene_type(n_genes)
         sizes, out = [np.zeros(1, np.int64)], _Writer(folder, {"genes": gene_type, "values": np.dtype(dtype)})
@@ -155,13 +165,11 @@ class PackedRows:
 
     def _gathered(self, flat: np.ndarray) -> sparse.csr_matrix:
         """Return rows that are put together from one stretch of the store each."""
-        start, stop = self.indptr.numpy()[flat], self.indptr.numpy()[flat + 1]
-        stretches = [slice(a, b) for a, b in zip(start.tolist(), stop.tolist(), strict=True)]
-        arrays = []
-        for stored, dtype in ((self.values.numpy(), np.float32), (self.genes.numpy(), np.int32)):
-            parts = [np.empty(0, stored.dtype), *(stored[s] for s in stretches)]
-            arrays.append(np.concatenate(parts).astype(dtype, copy=False))
-        ends = np.cumsum(np.concatenate([[0], stop - start]))
+        indptr = self.indptr.numpy()
+        start = indptr[flat]
+        length = indptr[flat + 1] - start
+        entries, ends = ranges(start, length), np.cumsum(np.concatenate([[0], length]))
+        arrays = self.values.numpy()[entries].astype(np.float32), self.genes.numpy()[entries].astype(np.int32)
         return sparse.csr_matrix((*arrays, ends), shape=(len(flat), self.n_genes))
 
     def scattered(self, flat: Tensor, *, n_entries: int | None = None) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-from anndata import AnnData
+from anndata import AnnData, abc
 from mudata import MuData
 from scipy import sparse
 
@@ -12,7 +12,7 @@ from virtualcell._errors import unknown_name
 from virtualcell._keys import X_STATE
 from virtualcell.data._design import Scale
 from virtualcell.data._expression import Expression
-from virtualcell.data._labels import expression_modality, obs_column, without_version
+from virtualcell.data._labels import column_of, expression_modality, obs_column, without_version
 
 
 def read_expression(
@@ -69,6 +69,10 @@ def read_embedding(data: AnnData | MuData, key: str, *, modality: str = "rna") -
     else:
         remedy = "Run `vc.tl.embed(adata, model)` first." if key == X_STATE else "Compute it first."
         raise unknown_name("use_rep", key, adata.obsm, remedy)
+    if hasattr(values, "compute"):  # a dask array, as `read_lazy` has them
+        values = values.compute()
+    elif isinstance(values, abc.CSRDataset | abc.CSCDataset):
+        values = values.to_memory()
     if isinstance(values, pd.DataFrame):
         text = [c for c in values if pd.to_numeric(values[c], errors="coerce").isna().ne(values[c].isna()).any()]
         if text:
@@ -89,4 +93,4 @@ def read_target_names(adata: AnnData, gene_key: str | None) -> pd.Series:
         return pd.Series([without_version(str(gene)) for gene in adata.var_names], index=adata.var_names)
     if gene_key not in adata.var:
         raise unknown_name("gene_key", gene_key, adata.var.columns, "Leave it out to match genes by var_names.")
-    return adata.var[gene_key].astype(str).map(without_version)
+    return column_of(adata.var, gene_key).astype(str).map(without_version)

@@ -8,6 +8,7 @@ import numpy as np
 from anndata import AnnData
 from scipy import sparse
 
+from virtualcell.data._lazy import is_lazy, stored_matrix
 from virtualcell.data._stored import row_sums
 
 _FEW_CELLS = 10  # equal totals of fewer cells than this may be chance
@@ -164,18 +165,18 @@ class DataOf:
 def _counts_elsewhere(adata: AnnData, layer: str | None, argument: str) -> str:
     say = f"{argument}='counts'"
     for name in adata.layers:
-        if name != layer and _holds_counts(adata.layers[name]):
+        if name != layer and _holds_counts(adata, name):
             return f" layers[{name!r}] holds whole numbers: layer={name!r} with {say}."
-    if layer is not None and _holds_counts(adata.X):
+    if layer is not None and _holds_counts(adata, None):
         return f" X holds whole numbers: leave layer= out, with {say}."
-    if adata.raw is not None and _holds_counts(adata.raw.X):
+    if adata.raw is not None and not is_lazy(adata) and _holds_counts(AnnData(adata.raw.X), None):
         return f" adata.raw holds whole numbers: `adata = adata.raw.to_adata()`, with {say}."
     return ""
 
 
-def _holds_counts(matrix: object) -> bool:
-    if not (sparse.issparse(matrix) or isinstance(matrix, np.ndarray)):
+def _holds_counts(adata: AnnData, layer: str | None) -> bool:
+    try:
+        values = stored_matrix(adata, layer, "").rows(slice(0, _LOOKED_AT)).data
+    except (TypeError, ValueError):  # empty, or of a kind that is not read: no matrix to name
         return False
-    some = matrix[:_LOOKED_AT]
-    values = some.data if sparse.issparse(some) else np.asarray(some).ravel()
     return bool(len(values) and values.max() > 0 and values.min() >= 0) and are_whole(values.astype(np.float64))

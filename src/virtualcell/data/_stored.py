@@ -2,66 +2,86 @@
 
 from __future__ import annotations
 
-import numpy as np
-from anndata import AnnData
-from scipy import sparse
+from abc import ABC, abstractmethod
 
-from virtualcell._errors import unknown_name
+import numpy as np
+from scipy import sparse
 
 BLOCK = 1024  # cells read at a time, few enough that copies of them are small beside any matrix
 
 
-class StoredMatrix:
-    """`X` or a layer, in memory; what is stored by columns is turned around when it is first read.
+class StoredMatrix(ABC):
+    """A matrix of cells x genes, whatever holds it; :func:`virtualcell.data._lazy.stored_matrix` finds the right kind.
 
-    Parameters
+    Attributes
     ----------
-    adata
-        Cells x genes.
-    layer
-        Name of the layer, or `None` for `X`.
-    where
-        What to call the matrix in messages.
+    shape
+        Number of cells and genes.
+    is_lazy
+        Whether values are read from elsewhere when they are asked for, so that reading is slow but for one pass.
+    in_memory
+        Whether it is all in the memory of the process.
+    is_sparse
+        Whether zeros are left out where the matrix is stored.
     """
 
-    def __init__(self, adata: AnnData, layer: str | None, where: str) -> None:
-        if adata.isbacked:
-            raise ValueError("the AnnData is backed by its file, which is not supported. Load it: `adata.to_memory()`.")
-        if layer is not None and layer not in adata.layers:
-            raise unknown_name("layer", layer, adata.layers, "Leave it out to use X.")
-        self._stored = adata.X if layer is None else adata.layers[layer]
-        if self._stored is None:
-            raise ValueError(f"{where} is empty.")
-        if not (sparse.issparse(self._stored) or isinstance(self._stored, np.ndarray)):
-            name = type(self._stored).__name__
-            raise TypeError(
-                f"{where} is a {name}; give a numpy array or a scipy sparse matrix. Load it: `adata.to_memory()`."
-            )
-        if np.ma.is_masked(self._stored):
-            raise ValueError(
-                f"{where} is an array with masked values, which are missing. Fill them, or drop the cells."
-            )
+    shape: tuple[int, int]
+    is_lazy = False
+    in_memory = True
+    is_sparse = True
+
+    @abstractmethod
+    def rows(self, index: np.ndarray | slice | None) -> sparse.csr_matrix:
+        """Return rows, float32, without entries that are stored twice; a slice or all of them may share memory."""
+
+    @property
+    @abstractmethod
+    def entries_per_cell(self) -> float:
+        """Mean number of stored entries of a row; of a lazy matrix, an estimate."""
+
+    @property
+    def edges(self) -> np.ndarray:
+        """First rows of the blocks that a pass over the matrix reads, and the number of rows: (n_blocks + 1,)."""
+        return np.append(np.arange(0, self.shape[0], BLOCK), self.shape[0])
+
+    def copied(self, *, make: bool = True) -> StoredMatrix:
+        """Return the same matrix where rows are quick to read in any order.
+
+        A lazy one is copied to the cache folder for that or, unless one is to be made, read from where it is.
+        """
+        return self
+
+
+class InMemory(StoredMatrix):
+    """A numpy array or a scipy matrix; what is stored by columns is turned around when it is first read."""
+
+    def __init__(self, stored: np.ndarray | sparse.spmatrix) -> None:
+        self._stored, self.shape, self.is_sparse = stored, stored.shape, sparse.issparse(stored)
 
     @property
     def entries_per_cell(self) -> float:
         """Mean number of stored entries of a row."""
-        n_rows = self._stored.shape[0]
-        n = self._stored.nnz if sparse.issparse(self._stored) else self._stored.size
-        return n / max(n_rows, 1)
+        n = self._stored.nnz if self.is_sparse else self._stored.size
+        return n / max(self.shape[0], 1)
 
     def rows(self, index: np.ndarray | slice | None) -> sparse.csr_matrix:
         """Return rows, without entries that are stored twice; a slice or all of them may share memory."""
-        if not sparse.issparse(self._stored):
-            return _compressed(np.asarray(self._stored if index is None else self._stored[index]))
+        if not self.is_sparse:
+            return compressed(np.asarray(self._stored if index is None else self._stored[index]))
         self._stored = block = sparse.csr_matrix(self._stored)  # shares memory with what is CSR already
         if isinstance(index, slice):
             block = _section(block, *index.indices(block.shape[0]))
         elif index is not None:
             block = block[index]
-        if not block.has_canonical_format:
-            block = block.astype(np.float64)  # in memory of its own, and where small integers do not overflow
-            block.sum_duplicates()  # before any logarithm
-        return block.astype(np.float32, copy=False)
+        return canonical_rows(block)
+
+
+def canonical_rows(block: sparse.csr_matrix) -> sparse.csr_matrix:
+    """Return rows as float32, without entries that are stored twice; in memory of their own where there are any."""
+    if not block.has_canonical_format:
+        block = block.astype(np.float64)  # in memory of its own, and where small integers do not overflow
+        block.sum_duplicates()  # before any logarithm
+    return block.astype(np.float32, copy=False)
 
 
 def _section(matrix: sparse.csr_matrix, start: int, stop: int, step: int) -> sparse.csr_matrix:
@@ -73,7 +93,7 @@ def _section(matrix: sparse.csr_matrix, start: int, stop: int, step: int) -> spa
     return sparse.csr_matrix(arrays, shape=(stop - start, matrix.shape[1]))
 
 
-def _compressed(dense: np.ndarray) -> sparse.csr_matrix:
+def compressed(dense: np.ndarray) -> sparse.csr_matrix:
     """Turn rows into CSR, some at a time: scipy holds five times as much on the way."""
     parts = [dense[i : i + BLOCK].astype(np.float32, copy=False) for i in range(0, max(len(dense), 1), BLOCK)]
     return sparse.vstack([sparse.csr_matrix(part) for part in parts], format="csr")
@@ -91,3 +111,9 @@ def row_numbers(rows: np.ndarray, n_rows: int) -> np.ndarray:
     """Return the numbers of some of `n_rows` rows, given as such or as a mask."""
     rows = np.asarray(rows)
     return np.arange(n_rows)[rows if rows.size else rows.astype(np.intp)]
+
+
+def ranges(start: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """Return the numbers start, start + 1, ... of every stretch of some length, one stretch after another."""
+    before = np.cumsum(length) - length
+    return np.repeat(start - before, length) + np.arange(int(length.sum()))

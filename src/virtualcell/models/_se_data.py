@@ -22,7 +22,6 @@ from virtualcell.data._expression import Expression
 from virtualcell.data._labels import expression_modality, read_labels
 from virtualcell.data._screen import Screen, scvi_registry
 from virtualcell.data._sentence_batches import SentenceBatches, Sentences
-from virtualcell.data._stored import BLOCK
 from virtualcell.data._tables import Vectors, as_table
 from virtualcell.data._threads import in_threads
 from virtualcell.models._se_options import SETrainOptions
@@ -47,7 +46,8 @@ class Source(NamedTuple):
         """Return the matrix, log(1 + count)."""
         if not isinstance(self.data, Screen):
             adata = expression_modality(self.data, self.modality)
-            return Expression(adata, layer=self.layer, scale=self.scale, unit="log_counts")
+            expression = Expression(adata, layer=self.layer, scale=self.scale, unit="log_counts")
+            return expression.at_hand(make=False)
         if self.data.expression.unit != "log_counts":
             raise ValueError(
                 f"the screen reads {self.data.expression.unit!r}, and SE looks at counts that are not divided by their "
@@ -87,6 +87,10 @@ class Cells(NamedTuple):
     sentences: Sentences
     vectors: Tensor
     names: pd.Index
+
+    def in_order(self) -> np.ndarray:
+        """Rows in the order of names or, of a matrix that is not in memory, in that of the file."""
+        return self.by_name() if self.sentences.expression.in_memory else np.arange(len(self.names))
 
     def by_name(self) -> np.ndarray:
         """Rows in the order of the cells' names: the order of a file then changes nothing."""
@@ -169,9 +173,7 @@ def check_not_empty(cells: Cells) -> None:
     """Raise for cells of which there would be no sentence."""
     expression = cells.sentences.expression
     is_gene = (expression.gene_of_column >= 0).astype(np.float32)
-    starts = range(0, expression.n_cells, BLOCK)
-    blocks = [slice(start, min(start + BLOCK, expression.n_cells)) for start in starts]
-    sums = in_threads(lambda rows: expression.stored(rows) @ is_gene, blocks)
+    sums = in_threads(lambda rows: expression.stored(rows) @ is_gene, expression.slices())
     empty = np.concatenate([np.zeros(0, bool), *(of_rows <= 0 for of_rows in sums)])
     if empty.any():
         refuse_empty(cells.names[empty])

@@ -103,7 +103,7 @@ def sentence_batches(
 
     The sentences of Arc's models, which are filled up with unexpressed genes, are made on the CPU in any case.
     """
-    rows, sentences = cells.by_name(), cells.sentences
+    rows, sentences = cells.in_order(), cells.sentences
     if device.type in SENTENCES_ON and not sentences.fill and sentences.cls_gene is None:
         most_bytes = _free_memory(device) // 3
         made = DeviceSentences(

@@ -17,9 +17,10 @@ from virtualcell._keys import ALL
 from virtualcell.data._design import Design, Scale, check_library_sizes, check_scale
 from virtualcell.data._expression import columns_of
 from virtualcell.data._labels import expression_modality, obs_column
+from virtualcell.data._lazy import stored_matrix
 from virtualcell.data._read_design import read_design
 from virtualcell.data._screen import Screen
-from virtualcell.data._stored import StoredMatrix, row_sums
+from virtualcell.data._stored import row_sums
 from virtualcell.models._effects import Effects, group_means
 
 KINDS = ("cells", "pseudobulk", "effects")
@@ -206,7 +207,9 @@ class TransferSource:
             return column.to_numpy(dtype=np.float64)
         adata = expression_modality(self.adata, self.modality)
         name = "X" if self.layer is None else f"layers[{self.layer!r}]"
-        return row_sums(StoredMatrix(adata, self.layer, name).rows(slice(0, adata.n_obs)))
+        matrix = stored_matrix(adata, self.layer, name)
+        edges = zip(matrix.edges[:-1], matrix.edges[1:], strict=True)
+        return np.concatenate([np.zeros(0), *(row_sums(matrix.rows(slice(int(a), int(b)))) for a, b in edges)])
 
     def _of_effects(self, genes: list[str]) -> SourceEffects:
         """Effects as they are published."""

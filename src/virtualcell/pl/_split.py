@@ -18,6 +18,7 @@ from virtualcell._errors import unknown_name
 from virtualcell.data._design import only_stated
 from virtualcell.data._design_arguments import LabelArguments, takes_design
 from virtualcell.data._labels import expression_modality, read_labels
+from virtualcell.data._results import ours
 from virtualcell.data._screen import Screen
 from virtualcell.pl._common import observed_design, title
 from virtualcell.pl._style import ORANGE, VERMILLION, axes_or_new, ink_of, label_size, legend_beside, write_title
@@ -71,9 +72,7 @@ def split(
     >>> vc.pp.split(adata, **design, holdout={"contexts": ["type_3"]})
     >>> ax = vc.pl.split(adata, **design)
     """
-    manifest = (
-        expression_modality(adata, modality).uns.get(_keys.UNS, {}).get(_keys.SPLIT_MANIFEST, {}).get(split_key, {})
-    )
+    manifest = ours(expression_modality(adata, modality)).get(_keys.SPLIT_MANIFEST, {}).get(split_key, {})
     of_split = ("perturbation_key", "control", "context_key", "combination_separator", "dose_key")
     known = {k: v for k in of_split if (v := manifest.get(k)) is not None}
     design = observed_design(adata, modality, known | only_stated({**stated, "library_size_key": library_size_key}))

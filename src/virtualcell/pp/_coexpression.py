@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Unpack
 
 import numpy as np
@@ -13,7 +14,7 @@ from mudata import MuData
 from scipy import sparse
 from scipy.linalg import lu
 
-from virtualcell._settings import seed_of
+from virtualcell._settings import seed_of, settings
 from virtualcell.data._design import Design, Scale, note_design, only_stated, require_columns
 from virtualcell.data._design_arguments import LabelArguments, takes_design
 from virtualcell.data._expression import Expression
@@ -25,6 +26,9 @@ logger = logging.getLogger(__name__)
 _ITERATIONS = 8
 _OVERSAMPLING = 32
 _CELLS_AT_A_TIME = 8192
+_MOST_CELLS = 1 << 16  # with which correlations are known to 0.004
+
+Blocks = Callable[[], Iterator[sparse.csr_matrix]]  # of a pass over the cells
 
 
 @takes_design("they play no part here, and are noted for later calls", LabelArguments)
@@ -45,7 +49,8 @@ def expression_gene_embeddings(
     sparse), and its truncated singular value decomposition :math:`Z \approx U S V^\top` taken. The vectors are the
     rows of :math:`V S / \sqrt{n}` for n cells, so the inner product of two genes approximates their correlation over
     cells, and a vector is shorter the less of the gene the components explain. Genes are taken in the order of their
-    names and the largest entry of each component is positive: the order of cells and genes does not matter.
+    names and the largest entry of each component is positive: the order of cells and genes does not matter. Of more
+    than 65,536 cells as many are drawn, by their names.
 
     Parameters
     ----------
@@ -62,7 +67,7 @@ def expression_gene_embeddings(
     modality
         Modality with gene expression, of a MuData.
     seed
-        Seed of the start of the subspace iteration; by default `vc.settings.seed`.
+        Seed of the start of the subspace iteration, and of the draw of cells; by default `vc.settings.seed`.
     **stated
         Labels of the design.
 
@@ -98,20 +103,19 @@ def coexpression_vectors(expression: Expression, *, n_comps: int | None = None, 
     """As :func:`expression_gene_embeddings`, of cells that are read already; by default 256, or what they allow."""
     if n_comps is not None and n_comps < 1:
         raise ValueError(f"n_comps={n_comps} must be at least 1.")
-    genes, n_cells = sorted(expression.genes), expression.n_cells
-    matrix = expression.select(genes).rows()
-    if not matrix.has_sorted_indices:  # sums go by entries: the order of genes in a file must not change them
-        matrix = matrix.sorted_indices()
-    mean, sd = _moments(matrix)
+    genes = sorted(expression.genes)
+    cells = _some_cells(expression, seed).select(genes)
+    n_cells, blocks = cells.n_cells, _blocks(cells)
+    mean, sd = _moments(blocks, n_cells, len(genes))
     varies = sd > 0
+    kept = pd.Index(genes)[varies]
     if varies.sum() < 2 or n_cells < 3:
         raise ValueError(f"{n_cells} cells with {int(varies.sum())} genes that vary are too few for co-expression.")
     if not varies.all():
         logger.info("%d of %d genes do not vary among these cells: no row for them.", (~varies).sum(), len(genes))
-        matrix = matrix[:, varies]
-    vectors, explained = _principal_axes(matrix, mean[varies], sd[varies], n_comps, seed)
+        blocks = _blocks(cells.select(list(kept)))
+    vectors, explained = _principal_axes(blocks, n_cells, mean[varies], sd[varies], n_comps, seed)
 
-    kept = pd.Index(genes)[varies]
     frame = pd.DataFrame(vectors.astype(np.float32), index=kept.rename("gene"))
     frame.columns = [f"expression_{i}" for i in range(frame.shape[1])]
     frame = frame.loc[expression.genes[expression.genes.isin(kept)].rename("gene")]
@@ -124,32 +128,59 @@ def coexpression_vectors(expression: Expression, *, n_comps: int | None = None, 
     return frame
 
 
-def _moments(matrix: sparse.csr_matrix) -> tuple[np.ndarray, np.ndarray]:
+def _some_cells(expression: Expression, seed: int) -> Expression:
+    """Draw cells by their names where there are more than are needed, after a look at all of them."""
+    expression.rows(np.arange(0))  # the first reading checks all cells
+    if expression.n_cells <= _MOST_CELLS:
+        return expression
+    by_name = np.argsort(expression.cells.to_numpy(dtype=str), kind="stable")
+    drawn = np.random.default_rng(seed).choice(expression.n_cells, _MOST_CELLS, replace=False)
+    return expression.take(np.sort(by_name[drawn]))
+
+
+def _blocks(expression: Expression) -> Blocks:
+    """Return what goes through the cells, some at a time in double precision, as often as it is called.
+
+    Cells that are not in memory are read into it, or each time where `vc.settings.max_memory` does not allow that.
+    """
+    if not expression.in_memory and expression.n_cells * expression.entries_per_cell * 8 > settings.max_memory * 2**30:
+        read = expression.at_hand().rows
+    else:
+        matrix = expression.rows()
+        read = partial(_part, matrix if matrix.has_sorted_indices else matrix.sorted_indices())
+
+    def blocks() -> Iterator[sparse.csr_matrix]:
+        for rows in expression.slices(_CELLS_AT_A_TIME):
+            part = read(rows)
+            # sums go by entries: the order of genes in a file must not change them
+            yield (part if part.has_sorted_indices else part.sorted_indices()).astype(np.float64)
+
+    return blocks
+
+
+def _part(matrix: sparse.csr_matrix, rows: slice) -> sparse.csr_matrix:
+    return matrix[rows]
+
+
+def _moments(blocks: Blocks, n: int, n_genes: int) -> tuple[np.ndarray, np.ndarray]:
     """Return mean and standard deviation of each column (n_genes,); 0 where it is constant up to rounding."""
-    n = matrix.shape[0]
-    mean, square = np.zeros(matrix.shape[1]), np.zeros(matrix.shape[1])
-    for part in _blocks(matrix):
+    mean, square = np.zeros(n_genes), np.zeros(n_genes)
+    for part in blocks():
         mean += np.asarray(part.sum(axis=0)).ravel() / n
         square += np.asarray(part.multiply(part).sum(axis=0)).ravel() / n
     variance = square - mean**2
     return mean, np.sqrt(np.where(variance > 1e-10 * square, variance, 0))
 
 
-def _blocks(matrix: sparse.csr_matrix) -> Iterator[sparse.csr_matrix]:
-    """Yield the rows in double precision, some at a time: all at once would take half as much memory again."""
-    for start in range(0, matrix.shape[0], _CELLS_AT_A_TIME):
-        yield matrix[start : start + _CELLS_AT_A_TIME].astype(np.float64)
-
-
 def _principal_axes(
-    matrix: sparse.csr_matrix, mean: np.ndarray, sd: np.ndarray, n_comps: int | None, seed: int
+    blocks: Blocks, n_cells: int, mean: np.ndarray, sd: np.ndarray, n_comps: int | None, seed: int
 ) -> tuple[np.ndarray, float]:
     """Return V S / sqrt(n) of the standardised matrix (n_genes, n_comps), and the share of variance it explains.
 
     Subspace iteration on the correlation matrix (genes x genes), which is never formed (Halko et al. 2011, algorithm
     4.4). It starts from the genes' side, so that it takes the same path whatever the order of the cells.
     """
-    n_cells, n_genes = matrix.shape
+    n_genes = len(mean)
     limit = min(n_cells, n_genes) - 1
     if n_comps is None:
         n_comps = min(256, limit)
@@ -159,7 +190,7 @@ def _principal_axes(
 
     def correlate(axes: np.ndarray) -> np.ndarray:
         total, scaled = np.zeros_like(axes), axes / sd[:, None]
-        for part in _blocks(matrix):
+        for part in blocks():
             total += part.T @ (part @ scaled - mean @ scaled)
         return total / (n_cells * sd[:, None])
 

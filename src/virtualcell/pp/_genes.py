@@ -14,6 +14,7 @@ from anndata import AnnData
 from scipy import sparse
 
 from virtualcell._errors import unknown_name
+from virtualcell.data._labels import column_of, var_of
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +116,7 @@ def _names(adata: AnnData, gene_key: str | None) -> pd.Index:
     """Return the names of the genes as strings, missing ones as None."""
     if gene_key is not None and gene_key not in adata.var:
         raise unknown_name("gene_key", gene_key, adata.var.columns, "Leave it out to match genes by var_names.")
-    column = adata.var_names if gene_key is None else adata.var[gene_key]
+    column = adata.var_names if gene_key is None else column_of(adata.var, gene_key)
     return pd.Index([None if pd.isna(name) else str(name) for name in column], dtype=object)
 
 
@@ -156,7 +157,7 @@ def _no_match(adata: AnnData, names: pd.Index, table: pd.Index, gene_key: str | 
     known = _fold(table)
     share = {
         key: float(_fold(_names(adata, key).dropna().astype(str)).isin(known).sum()) / len(names)
-        for key in (None, *adata.var.select_dtypes(["object", "string", "category"]).columns)
+        for key in (None, *var_of(adata).select_dtypes(["object", "string", "category"]).columns)
         if key != gene_key
     }
     best = max(share, key=share.get, default=None)

@@ -15,6 +15,7 @@ from scipy import sparse, stats
 from virtualcell import _keys
 from virtualcell.data._design import Design, Scale, note_design, require_columns
 from virtualcell.data._labels import expression_modality, parts
+from virtualcell.data._results import ours, require_results
 from virtualcell.data._screen import Screen
 
 logger = logging.getLogger(__name__)
@@ -130,6 +131,7 @@ def knockdown_efficiency(
     expression = expression_modality(adata, modality)
     beside = {"batch_key": batch_key, "dose_key": dose_key}
     require_columns(adata, modality, **beside)
+    require_results(expression)
     design = Design(
         perturbation_key, control, context_key, layer=layer, scale=scale, library_size_key=library_size_key,
         combination_separator=combination_separator, gene_key=gene_key,
@@ -158,7 +160,7 @@ def knockdown_efficiency(
     table["perturbation"] = screen.spelled(table["perturbation"])
     expression.obs[_keys.KNOCKDOWN] = residual
     expression.obs[_keys.RESPONDED] = keep
-    expression.uns[_keys.UNS] = {**expression.uns.get(_keys.UNS, {}), _keys.KNOCKDOWN: table.copy()}
+    expression.uns[_keys.UNS] = {**ours(expression), _keys.KNOCKDOWN: table.copy()}
     note_design(adata, design.to_uns() | beside, modality)
     logger.info(
         "%d of %d targets are measured; %d of %d (context, target) pairs that can be judged responded; %d of %d "

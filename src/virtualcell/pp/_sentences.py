@@ -13,6 +13,7 @@ from virtualcell import _keys
 from virtualcell.data._design import Scale
 from virtualcell.data._expression import Expression
 from virtualcell.data._labels import expression_modality
+from virtualcell.data._results import require_results
 from virtualcell.data._sentences import sentences
 from virtualcell.data._tables import Vectors, as_table
 from virtualcell.pp._genes import match_genes
@@ -82,6 +83,7 @@ def cell_sentences(
         raise ValueError(f"length={length} must be at least 1.")
     gene_embeddings = as_table(gene_embeddings, "gene_embeddings")
     rna = expression_modality(adata, modality)
+    require_results(rna)
     expression = Expression(rna, layer=layer, scale=scale, unit="log_counts")
     tokens = match_genes(rna, gene_embeddings.index, gene_key=gene_key, aliases=aliases)
     sentence = np.empty((rna.n_obs, length), np.int32)

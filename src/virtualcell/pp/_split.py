@@ -23,6 +23,7 @@ from virtualcell.data._design import Design, note_design, require_columns
 from virtualcell.data._doses import drug_and_dose
 from virtualcell.data._labels import expression_modality, is_several, parts, read_labels, text
 from virtualcell.data._read_design import read_design
+from virtualcell.data._results import ours, require_results
 
 logger = logging.getLogger(__name__)
 
@@ -227,7 +228,7 @@ def save_split(
     >>> vc.pp.save_split(adata, "split.json")
     """
     expression = expression_modality(adata, modality)
-    manifests = expression.uns.get(_keys.UNS, {}).get(_keys.SPLIT_MANIFEST, {})
+    manifests = ours(expression).get(_keys.SPLIT_MANIFEST, {})
     if split_key not in manifests:
         raise unknown_name("split_key", split_key, manifests, "Run `vc.pp.split` first.")
     assigned = read_labels(adata, split_key, argument="split_key", modality=modality)
@@ -346,11 +347,12 @@ def _write(
 ) -> None:
     """Write the split and its manifest, with the table of groups, to the modality; note columns `beside` the labels."""
     expression = expression_modality(adata, modality)
+    require_results(expression)
     groups = cells.assign(split=assigned).groupby(["context", "perturbation", "split"]).size()
     expression.obs[key] = pd.Categorical(assigned, categories=SPLITS)
-    ours = expression.uns.get(_keys.UNS, {})
-    manifests = {**ours.get(_keys.SPLIT_MANIFEST, {}), key: manifest | {"groups": groups.reset_index(name="n_cells")}}
-    expression.uns[_keys.UNS] = {**ours, _keys.SPLIT_MANIFEST: manifests}
+    before = ours(expression)
+    manifests = {**before.get(_keys.SPLIT_MANIFEST, {}), key: manifest | {"groups": groups.reset_index(name="n_cells")}}
+    expression.uns[_keys.UNS] = {**before, _keys.SPLIT_MANIFEST: manifests}
     noted = ("perturbation_key", "control", "context_key", "combination_separator", "dose_key")
     note_design(adata, {k: manifest.get(k) for k in noted} | dict(beside), modality)
 

@@ -20,7 +20,7 @@ from virtualcell._progress import Bar
 from virtualcell._threads import count_threads, own_threads
 from virtualcell.data._design import Design, Scale, check_library_sizes
 from virtualcell.data._expression import MOST_EXPRESSION
-from virtualcell.data._labels import expression_modality
+from virtualcell.data._labels import expression_modality, var_of
 from virtualcell.data._screen import Screen
 from virtualcell.models import ST
 from virtualcell.models._base import PerturbationModel
@@ -199,7 +199,9 @@ def benchmark(
     frames, n_genes, verdicts = [], {}, []
     for name, screen in _splits(adata, design, split_key, splits, modality):
         if not n_genes:
-            warn_without_targets(screen, screen.perturbation_names, metrics, expression_modality(adata, modality).var)
+            warn_without_targets(
+                screen, screen.perturbation_names, metrics, var_of(expression_modality(adata, modality))
+            )
         case = _Case.of(name, screen, settings)
         n_genes[name] = len(case.screen.genes)
         frames += case.scores(specs)

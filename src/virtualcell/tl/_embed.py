@@ -8,6 +8,7 @@ from mudata import MuData
 from virtualcell import _keys
 from virtualcell.data._design import Scale
 from virtualcell.data._labels import expression_modality
+from virtualcell.data._results import require_results
 from virtualcell.models import SE
 from virtualcell.models._se_inference import Precision
 
@@ -57,6 +58,7 @@ def embed(
     >>> adata.obsm["X_state"].shape[0] == adata.n_obs
     True
     """
+    require_results(expression_modality(adata, modality))
     expression_modality(adata, modality).obsm[key_added] = model.get_latent_representation(
         adata,
         layer=layer,

@@ -27,7 +27,7 @@ from virtualcell.data._design import (
     require_columns,
 )
 from virtualcell.data._design_arguments import DesignArguments, takes_design
-from virtualcell.data._labels import expression_modality
+from virtualcell.data._labels import expression_modality, var_of
 from virtualcell.tl._ceiling import CEILING, CORRECTED_CEILING, ceilings
 from virtualcell.tl._evaluate_checks import (
     COLUMNS,
@@ -158,7 +158,7 @@ def evaluate(
         parts = score(task, generic=isinstance(baseline, str))
     else:
         asked = {p for perturbations in task.contexts.values() for p in perturbations}
-        warn_without_targets(task.screens["observed"], asked, names, expression_modality(observed, modality).var)
+        warn_without_targets(task.screens["observed"], asked, names, var_of(expression_modality(observed, modality)))
         parts = [_defined_alike(pd.concat(_score(task, names), ignore_index=True))]
     for part in parts:
         part["perturbation"] = task.screens["observed"].spelled(part["perturbation"])

@@ -19,6 +19,7 @@ from virtualcell._settings import say
 from virtualcell._threads import own_threads
 from virtualcell.data._design import Design, Scale, check_library_sizes
 from virtualcell.data._labels import expression_modality
+from virtualcell.data._results import ours, takes_results
 from virtualcell.data._screen import Screen
 from virtualcell.io._save import pack
 from virtualcell.models import SE, ST, Transfer
@@ -241,7 +242,9 @@ def fit_state(
         vectors = fitted_se.get_latent_representation(adata, **where, progress_bar=options.progress_bar)
         if waits:
             st = fitted_st(_in_embedding(on_genes, design, vectors[adata.obs_names.get_indexer(screen.names)]))
-        adata.obsm[_keys.X_STATE], st.se = vectors, fitted_se
+        st.se = fitted_se
+        if takes_results(adata):
+            adata.obsm[_keys.X_STATE] = vectors
     return st
 
 
@@ -385,9 +388,15 @@ def _in_embedding(screen: Screen, design: Design, vectors: np.ndarray) -> Screen
 
 
 def _write(adata: AnnData, st: ST, design: Design) -> None:
-    """Write the design, the verdict and the model to `uns`."""
+    """Write the design, the verdict and the model to `uns`, where it takes any."""
+    if not takes_results(adata):
+        logger.warning(
+            "adata is a view of data that is not in memory, to which nothing can be written: keep the model that is "
+            "returned, and give it to later calls as model=. Embed the whole data, or a copy, with `vc.tl.embed`."
+        )
+        return
     found = {"design": design.to_uns(), "st": pack(st, without=["se"])}
     if st.validation is not None:
         found |= {"validation": st.validation, "verdict": st.verdict}
-    before = {k: v for k, v in adata.uns.get(_keys.UNS, {}).items() if k not in ("st", "validation", "verdict")}
+    before = {k: v for k, v in ours(adata).items() if k not in ("st", "validation", "verdict")}
     adata.uns[_keys.UNS] = {**before, **found}

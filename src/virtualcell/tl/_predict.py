@@ -22,7 +22,9 @@ from virtualcell._settings import say, seed_of
 from virtualcell._threads import own_threads
 from virtualcell.data._design import Design
 from virtualcell.data._design_arguments import DesignArguments, takes_design
-from virtualcell.data._labels import expression_modality
+from virtualcell.data._labels import expression_modality, var_of
+from virtualcell.data._lazy import stored_matrix
+from virtualcell.data._results import ours
 from virtualcell.data._screen import Screen
 from virtualcell.io._save import unpack
 from virtualcell.models import ST
@@ -193,7 +195,7 @@ def predict_perturbation(
             if n_samples is not None:  # the mean absolute value of a normal variable is sqrt(2 / pi) of its deviation
                 one.obs[_keys.EXPECTED_ERROR] = np.sqrt(2 / np.pi) * error.mean()
             predicted[question.name].append(one)
-    out = _joined(predicted, genes, expression.var, is_sparse=_is_sparse(expression, design))
+    out = _joined(predicted, genes, var_of(expression), is_sparse=_is_sparse(expression, design))
     out.obs = controls.as_written(out.obs, written)
     on_this_scale = dataclasses.replace(
         design, layer=None, scale="log1p", library_size_key=None, use_rep=None, n_genes=None
@@ -217,7 +219,7 @@ _LOADED: dict[int, tuple[weakref.ref, ST]] = {}
 
 def stored_model(adata: AnnData) -> ST:
     """Return the model in `uns`, read once however many predictions are made with it."""
-    stored = adata.uns.get(_keys.UNS, {}).get("st")
+    stored = ours(adata).get("st")
     if stored is None:
         raise ValueError(
             f"uns[{_keys.UNS!r}] holds no fitted model: run `vc.tl.fit_state(adata, ...)` first, or pass model= "
@@ -289,7 +291,7 @@ def starts_of(controls: Screen, model: PerturbationModel) -> Iterator[tuple[Star
 
 
 def _is_sparse(adata: AnnData, design: Design) -> bool:
-    return sparse.issparse(adata.X if design.layer is None else adata.layers[design.layer])
+    return stored_matrix(adata, design.layer, "").is_sparse
 
 
 def _error(

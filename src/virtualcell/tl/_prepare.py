@@ -12,6 +12,7 @@ from anndata import AnnData
 from mudata import MuData
 
 from virtualcell._threads import torch_threads_kept
+from virtualcell.data._dask import as_dask
 from virtualcell.data._labels import expression_modality, looks_combined, obs_column, parts
 from virtualcell.data._screen import Screen
 
@@ -92,7 +93,7 @@ def prepared(screen: Screen, *, min_cells: int, has_features: bool, val_fraction
     screen = screen if is_seen.all() else screen.take(is_seen)
     if screen.design.split_key is None:
         screen = screen.hold_out(val_fraction, seed)
-    return screen
+    return screen.at_hand()  # what follows reads rows many times, in any order
 
 
 _TOTALS = ("total_counts", "n_counts", "ncounts", "ncount_rna", "n_umi", "n_umis", "total_umis", "library_size")
@@ -136,7 +137,9 @@ def choose_genes(screen: Screen, n_top_genes: int | None, *, targets: list[str])
         raise ValueError(f"n_top_genes={n_top_genes!r}: at least one gene is needed. Say None for all genes.")
     if n_top_genes is None or n_top_genes >= len(names):
         return sorted(names)
-    cells = AnnData(screen.expression.rows(screen.in_order(screen.is_train)), var=pd.DataFrame(index=names))
+    screen.expression.rows(np.arange(0))  # the first reading checks all cells
+    train = screen.expression.take(screen.in_order(screen.is_train))
+    cells = AnnData(train.rows() if train.in_memory else as_dask(train), var=pd.DataFrame(index=names))
     with torch_threads_kept():
         table = sc.pp.highly_variable_genes(cells, n_top_genes=n_top_genes, flavor="seurat", inplace=False)
     return sorted(set(names[table["highly_variable"].to_numpy()]) | set(targets))

@@ -1,0 +1,350 @@
+"""Data that is not in memory, through every call that reads expression: the results of the same data in memory."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import anndata as ad
+import h5py
+import mudata as md
+import numpy as np
+import pandas as pd
+import pytest
+import zarr
+from anndata.io import sparse_dataset
+from scipy import sparse
+
+import virtualcell as vc
+from virtualcell.data import _copied
+from virtualcell.data._expression import Expression
+
+da = pytest.importorskip("dask.array")
+
+DESIGN = {"perturbation_key": "target_gene", "control": "non-targeting", "context_key": "cell_type"}
+FIT = {"n_top_genes": 30, "size": "small", "training": {"max_steps": 3, "accelerator": "cpu", "progress_bar": False}}
+
+
+@pytest.fixture(autouse=True)
+def _settings(tmp_path: Path) -> Iterator[None]:
+    # so little memory that every matrix is read in several blocks
+    with vc.settings.override(cache_dir=tmp_path / "cache", max_memory=1e-4, progress=False):
+        yield
+
+
+@pytest.fixture(scope="module")
+def cells() -> ad.AnnData:
+    adata = vc.datasets.synthetic(n_contexts=2, n_perturbations=4, n_genes=60, n_cells_per_group=25, n_control_cells=50)
+    adata.X = sparse.csr_matrix(adata.X)
+    adata.var["symbol"] = adata.var_names.to_numpy()
+    return adata
+
+
+def with_x(adata: ad.AnnData, x: object) -> ad.AnnData:
+    return ad.AnnData(x, obs=adata.obs.copy(), var=adata.var.copy())
+
+
+def written(adata: ad.AnnData, folder: Path, kind: Callable, suffix: str = "h5ad") -> Path:
+    copy = with_x(adata, kind(adata.X))
+    path = folder / f"cells.{suffix}"
+    copy.write_h5ad(path) if suffix == "h5ad" else copy.write_zarr(path)
+    return path
+
+
+def dense(matrix: sparse.csr_matrix) -> np.ndarray:
+    return matrix.toarray()
+
+
+def backed(adata: ad.AnnData, folder: Path) -> ad.AnnData:
+    return ad.read_h5ad(written(adata, folder, sparse.csr_matrix), backed="r")
+
+
+def backed_by_columns(adata: ad.AnnData, folder: Path) -> ad.AnnData:
+    return ad.read_h5ad(written(adata, folder, sparse.csc_matrix), backed="r")
+
+
+def backed_dense(adata: ad.AnnData, folder: Path) -> ad.AnnData:
+    return ad.read_h5ad(written(adata, folder, dense), backed="r")
+
+
+def lazy_h5ad(adata: ad.AnnData, folder: Path) -> ad.AnnData:
+    return ad.experimental.read_lazy(written(adata, folder, sparse.csr_matrix))
+
+
+def lazy_by_columns(adata: ad.AnnData, folder: Path) -> ad.AnnData:
+    return ad.experimental.read_lazy(written(adata, folder, sparse.csc_matrix))
+
+
+def lazy_zarr(adata: ad.AnnData, folder: Path) -> ad.AnnData:
+    return ad.experimental.read_lazy(written(adata, folder, sparse.csr_matrix, "zarr"))
+
+
+def lazy_dense_zarr(adata: ad.AnnData, folder: Path) -> ad.AnnData:
+    return ad.experimental.read_lazy(written(adata, folder, dense, "zarr"))
+
+
+def sparse_of_h5ad(adata: ad.AnnData, folder: Path) -> ad.AnnData:
+    return with_x(adata, sparse_dataset(h5py.File(written(adata, folder, sparse.csr_matrix))["X"]))
+
+
+def sparse_of_zarr(adata: ad.AnnData, folder: Path) -> ad.AnnData:
+    return with_x(adata, sparse_dataset(zarr.open_group(written(adata, folder, sparse.csc_matrix, "zarr"))["X"]))
+
+
+def array_of_h5(adata: ad.AnnData, folder: Path) -> ad.AnnData:
+    return with_x(adata, h5py.File(written(adata, folder, dense))["X"])
+
+
+def array_of_zarr(adata: ad.AnnData, folder: Path) -> ad.AnnData:
+    return with_x(adata, zarr.open_group(written(adata, folder, dense, "zarr"))["X"])
+
+
+def dask_dense(adata: ad.AnnData, folder: Path) -> ad.AnnData:
+    return with_x(adata, da.from_array(adata.X.toarray(), chunks=(40, 25)))
+
+
+def dask_sparse(adata: ad.AnnData, folder: Path) -> ad.AnnData:
+    blocks = da.from_array(adata.X.toarray(), chunks=(40, -1)).map_blocks(sparse.csr_matrix)
+    return with_x(adata, blocks)
+
+
+def in_mudata(adata: ad.AnnData, folder: Path) -> md.MuData:
+    return md.MuData({"rna": with_x(adata, dask_sparse(adata, folder).X)})
+
+
+def backed_mudata(adata: ad.AnnData, folder: Path) -> md.MuData:
+    md.MuData({"rna": adata}).write(folder / "cells.h5mu")
+    return md.read_h5mu(folder / "cells.h5mu", backed="r")
+
+
+WHOLE = [
+    backed, backed_by_columns, backed_dense, lazy_h5ad, lazy_by_columns, lazy_zarr, lazy_dense_zarr, sparse_of_h5ad,
+    sparse_of_zarr, array_of_h5, array_of_zarr, dask_dense, dask_sparse, in_mudata, backed_mudata,
+]  # fmt: skip
+
+
+def refuse_to_load(*_: object, **__: object) -> None:
+    raise AssertionError("the whole matrix was loaded")
+
+
+@pytest.fixture(scope="module")
+def fitted(cells: ad.AnnData) -> dict[str, object]:
+    """What comes of the calls below on data in memory."""
+    adata = cells.copy()
+    return {"results": results(adata), "adata": adata}
+
+
+def results(data: ad.AnnData | md.MuData) -> dict[str, np.ndarray | pd.DataFrame]:
+    """Numbers that come of every call that reads expression."""
+    adata = data["rna"] if isinstance(data, md.MuData) else data
+    vc.pp.split(data, **DESIGN, holdout={"fraction": 0.2})
+    st = vc.tl.fit_state(data, **DESIGN, split_key="split", validate="cells", se={"max_steps": 2}, **FIT)
+    names = st.perturbations[:2]
+    predicted = vc.tl.predict_perturbation(data, names, context="type_1")
+    table = vc.pp.knockdown_efficiency(data, **DESIGN)
+    found = {
+        "split": np.asarray(adata.obs["split"]).astype(str),
+        "genes": np.array(st.genes),
+        "embedding": np.asarray(adata.obsm["X_state"]),
+        "predicted": predicted.X.toarray() if sparse.issparse(predicted.X) else predicted.X,
+        "control": pd.DataFrame(predicted.obs["control_barcode"]).to_numpy(dtype=str),
+        "scores": vc.tl.evaluate(predicted, data, scale="counts", suite="standard", genes=st.genes, ceiling=True),
+        "screen": vc.tl.screen(data, context="type_1"),
+        "knockdown": table,
+        "baseline": means(data, names, vc.tl.fit_baseline(data, "Additive", **DESIGN, n_top_genes=30)),
+        "benchmark": vc.tl.benchmark(
+            data, ["Additive"], **DESIGN, split_key="split", suite=["mae", "pearson_delta"], n_top_genes=30
+        ),
+        "vectors": vc.pp.expression_gene_embeddings(data, n_comps=5),
+        "effects": vc.tl.effects(data, names[0], context="type_1"),
+    }
+    vc.tl.embed(data, st.se, key_added="again")
+    found["again"] = np.asarray(adata.obsm["again"])
+    vc.pp.cell_sentences(data, found["vectors"], length=8)
+    found["sentences"] = np.asarray(adata.obsm["cell_sentence"])
+    return found
+
+
+def means(data: ad.AnnData | md.MuData, names: list[str], model: object) -> np.ndarray:
+    predicted = vc.tl.predict_perturbation(data, names, model=model, emit="mean").X
+    return predicted.toarray() if sparse.issparse(predicted) else predicted
+
+
+def compare(found: dict, expected: dict) -> None:
+    for name, value in expected.items():
+        if isinstance(value, pd.DataFrame):
+            pd.testing.assert_frame_equal(found[name], value, rtol=1e-4, atol=1e-5, obj=name)
+        elif value.dtype.kind in "fc":
+            np.testing.assert_allclose(found[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
+        else:
+            np.testing.assert_array_equal(found[name], value, err_msg=name)
+
+
+# all others differ from these in nothing but how rows are read, which is tested for each below
+@pytest.mark.parametrize("kind", [backed, lazy_by_columns, lazy_zarr, dask_sparse, backed_mudata])
+def test_results_are_those_of_data_in_memory(
+    kind: Callable, cells: ad.AnnData, fitted: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = kind(cells, tmp_path)
+    kept = data["rna"].X if isinstance(data, md.MuData) else data.X
+    monkeypatch.setattr(ad.AnnData, "to_memory", refuse_to_load)
+    compare(results(data), fitted["results"])
+    after = data["rna"].X if isinstance(data, md.MuData) else data.X
+    assert type(after) is type(kept)
+
+
+INDICES = [
+    slice(None), slice(10, 130), slice(50, 3), slice(0, 200, 7), np.array([7, 199, 3, 3, 60]), np.zeros(0, int),
+    np.arange(100)[::-1], np.array([5]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_rows_are_those_of_the_matrix_in_memory(kind: Callable, cells: ad.AnnData, tmp_path: Path) -> None:
+    data = kind(cells, tmp_path)
+    lazy = data["rna"] if isinstance(data, md.MuData) else data
+    expected = Expression(cells, unit="counts").rows()
+    expression = Expression(lazy, unit="counts")
+    assert not expression.in_memory
+    for found in (expression, expression.at_hand(), pickle.loads(pickle.dumps(expression.at_hand()))):
+        for index in INDICES:
+            block = found.rows(index)
+            assert block.dtype == np.float32
+            np.testing.assert_array_equal(block.toarray(), expected[index].toarray())
+        whole = [block for _, block in found.blocks()]
+        np.testing.assert_array_equal(sparse.vstack(whole).toarray(), expected.toarray())
+    if kind in (backed, backed_dense, sparse_of_h5ad):  # others are read in the chunks that they have
+        assert len(expression.slices()) > 1
+    part = Expression(lazy, genes=cells.var_names[[40, 3, 7]]).take([90, 4, 150])
+    np.testing.assert_array_equal(
+        part.rows().toarray(),
+        Expression(cells, genes=cells.var_names[[40, 3, 7]]).take([90, 4, 150]).rows().toarray(),
+    )
+
+
+@pytest.mark.parametrize("kind", [backed, backed_dense, backed_by_columns, lazy_h5ad, sparse_of_h5ad, dask_dense])
+def test_views_are_read_without_what_they_leave_out(
+    kind: Callable, cells: ad.AnnData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = kind(cells, tmp_path)
+    is_one = (cells.obs["cell_type"] == "type_1").to_numpy()
+    monkeypatch.setattr(ad.AnnData, "to_memory", refuse_to_load)
+    for rows, genes in ((is_one, slice(None)), (slice(3, 90), [9, 2, 30]), (np.array([60, 5, 17]), slice(4, 20))):
+        view, here = data[rows, genes], cells[rows, genes].copy()
+        for expression in (Expression(view), Expression(view).at_hand()):
+            np.testing.assert_array_equal(expression.rows().toarray(), Expression(here).rows().toarray())
+        assert view.is_view
+    part = data[is_one]
+    here = cells[is_one].copy()
+    options = {**DESIGN, "se": False, "validate": False, "n_top_genes": 20, "size": "small"}
+    options |= {"training": FIT["training"]}
+    st, known = vc.tl.fit_state(part, **options), vc.tl.fit_state(here, **options)
+    asked = {"model": st, "perturbation_key": "target_gene"}
+    found = vc.tl.predict_perturbation(part, st.perturbations[0], **asked)
+    expected = vc.tl.predict_perturbation(here, st.perturbations[0], **{**asked, "model": known})
+    np.testing.assert_array_equal(found.layers["counts"].toarray(), expected.layers["counts"].toarray())
+
+
+def test_results_are_not_written_to_views_of_files(
+    cells: ad.AnnData, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    view = backed(cells, tmp_path)[:150]
+    options = {**DESIGN, "se": False, "validate": False, "n_top_genes": 20, "size": "small"}
+    vc.tl.fit_state(view, **options, training=FIT["training"])
+    assert "view of data that is not in memory, to which nothing can be written" in caplog.text
+    assert view.is_view
+    table = pd.DataFrame(np.eye(60, dtype=np.float32), index=cells.var_names)
+    calls = [
+        lambda: vc.pp.split(view, **DESIGN, holdout={"fraction": 0.2}),
+        lambda: vc.pp.knockdown_efficiency(view, **DESIGN),
+        lambda: vc.pp.cell_sentences(view, table),
+        lambda: vc.tl.embed(view, vc.models.SE(cells, table)),
+    ]
+    vc.models.SE.setup_anndata(cells)
+    for call in calls:
+        with pytest.raises(ValueError, match=r"adata is a view of data that is not in memory.*adata\.to_memory\(\)"):
+            call()
+
+
+class Killed(BaseException):
+    """The process dies."""
+
+
+def test_a_copy_goes_on_after_a_kill_and_is_used_again(
+    cells: ad.AnnData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for kind in (backed, backed_by_columns):
+        folder = tmp_path / kind.__name__
+        folder.mkdir()
+        data = kind(cells, folder)
+        read: list[int] = []
+        real = _copied._write_block
+
+        def counted(home: Path, i: int, block: object, read: list[int] = read, real: Callable = real) -> None:
+            if len(read) == 2 and i not in read:
+                read.append(-1)
+                raise Killed
+            read.append(i)
+            real(home, i, block)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(_copied, "_write_block", counted)
+            with pytest.raises(Killed):
+                Expression(data).at_hand()
+            assert Expression(data).at_hand(make=False)._matrix.is_lazy  # what is not whole is not taken
+            copy = Expression(data).at_hand()
+            assert read[:3] == [0, 1, -1]
+            assert read[3] == 2  # finished blocks are not made again
+            n = len(read)
+            again = Expression(ad.read_h5ad(folder / "cells.h5ad", backed="r"))
+            np.testing.assert_array_equal(again.at_hand().rows().toarray(), copy.rows().toarray())
+            assert len(read) == n
+        np.testing.assert_array_equal(copy.rows().toarray(), Expression(cells).rows().toarray())
+        data.file.close()
+
+
+def test_a_file_that_was_written_anew_is_copied_anew(cells: ad.AnnData, tmp_path: Path) -> None:
+    other = cells.copy()
+    other.X = other.X * 2
+    for suffix in ("h5ad", "zarr"):
+        for adata in (cells, other):
+            path = written(adata, tmp_path, sparse.csr_matrix, suffix)
+            group = h5py.File(path) if suffix == "h5ad" else zarr.open_group(path)
+            lazy = with_x(adata, sparse_dataset(group["X"]))
+            found = Expression(lazy, unit="counts").at_hand().rows()
+            np.testing.assert_array_equal(found.toarray(), adata.X.toarray())
+            if suffix == "h5ad":
+                group.close()
+
+
+def test_copies_of_what_nothing_identifies_are_kept_for_the_session(cells: ad.AnnData, tmp_path: Path) -> None:
+    expression = Expression(dask_sparse(cells, tmp_path))
+    folder = expression.at_hand()._matrix.folder
+    assert folder.name.startswith("session-")
+    assert Expression(dask_sparse(cells, tmp_path)).at_hand()._matrix.folder == folder
+    _copied._OF_SESSION.clear()
+    assert not folder.exists()
+
+
+def test_values_keep_their_digits(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for most, kind in ((200, np.uint8), (60_000, np.uint16), (100_000, np.float32), (0.5, np.float32)):
+        values = rng.random((300, 20)) * most
+        values = np.rint(values) if most > 1 else values
+        adata = ad.AnnData(da.from_array(values.astype(np.float32), chunks=(30, 20)))
+        copy = Expression(adata, unit="counts", scale="counts" if most > 1 else "log1p").at_hand()
+        assert copy._matrix._block(0)[1].dtype == kind
+        np.testing.assert_array_equal(copy._matrix.rows(None).toarray(), values.astype(np.float32))
+
+
+def test_what_is_wrong_with_lazy_data_is_said(
+    cells: ad.AnnData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    halves = with_x(cells, dask_sparse(cells, tmp_path).X * 0.5)
+    halves.layers["raw"] = dask_sparse(cells, tmp_path).X
+    with pytest.raises(ValueError, match=r"X holds fractions.*layers\['raw'\] holds whole numbers"):
+        Expression(halves).rows()
+    monkeypatch.setattr(_copied.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
+    with pytest.raises(OSError, match=r"has no room in .*vc\.settings\.cache_dir = path"):
+        Expression(backed(cells, tmp_path)).at_hand()
