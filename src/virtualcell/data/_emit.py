@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from hashlib import blake2b
+from typing import Any
 
 import numpy as np
 from scipy import sparse
 
-_FEW = 32  # counts that are drawn one by one, so that a mean is met to within one count
-_AT_ONCE = 0.8  # share of the counts still missing that is drawn together
+from virtualcell.data._draws import moved, seed_of, to_totals
+
 _FEWEST_CELLS = 20  # with fewer, a variance says nothing
 _GENES_PER_LEVEL, _MOST_LEVELS = 50, 20  # of which the trend of dispersions is made
 
@@ -60,31 +61,30 @@ def emit_counts(
     -------
     Whole counts as float32 CSR, without stored zeros.
     """
-    n, scale = counts.shape[0], target_sum / library
-    dispersion = np.zeros(len(change)) if dispersion is None else dispersion
     columns = sparse.csc_matrix(counts)
     columns.sort_indices()
-    rows, values = [], []
-    for g, name in enumerate(genes):
-        here = slice(columns.indptr[g], columns.indptr[g + 1])
-        cells, x = columns.indices[here], columns.data[here]
-        if change[g] < 0 and len(x):
-            rng = _generator(seed, key, name)
-            x = _thinned(x.astype(np.int64), scale[cells], -n * change[g], rng)
-            cells, x = cells[x > 0], x[x > 0]
-        elif change[g] > 0:
-            dense = np.zeros(n, np.int64)
-            dense[cells] = x
-            dense = _raised(dense, library, scale, n * change[g], dispersion[g], _generator(seed, key, name))
-            cells = np.flatnonzero(dense)
-            x = dense[cells]
-        rows.append(cells)
-        values.append(x.astype(np.float32))
-    indptr = np.cumsum([0, *map(len, rows)])
-    out = sparse.csc_matrix((np.concatenate(values), np.concatenate(rows), indptr), shape=counts.shape).tocsr()
+    result = _in_own_thread(
+        moved,
+        columns.indptr.astype(np.int64),
+        columns.indices,
+        columns.data,
+        np.asarray(change, dtype=np.float64) * counts.shape[0],
+        np.zeros(len(change)) if dispersion is None else dispersion,
+        np.asarray(library, dtype=np.float64),
+        target_sum / library,
+        np.array([seed_of(seed, key, name) for name in genes], dtype=np.uint32),
+    )
+    indptr, cells, values = result
+    out = sparse.csc_matrix((values, cells, indptr), shape=counts.shape).tocsr()
     if is_whole_library(counts, library):
         out = with_totals(out, library, genes=genes, instead=counts, key=key, seed=seed)
     return out
+
+
+def _in_own_thread(function: Callable, *arguments: object) -> Any:
+    """Call a compiled function that seeds the generator of its thread, which is not to be the caller's."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(function, *arguments).result()
 
 
 def is_whole_library(counts: sparse.csr_matrix, library: np.ndarray) -> bool:
@@ -175,27 +175,23 @@ def with_totals(
         For a cell without counts that is to have some.
     """
     by_name = np.argsort(np.asarray(genes, dtype=str))
-    out = counts[:, by_name]
+    in_order = np.array_equal(by_name, np.arange(len(by_name)))
+    out = counts.copy() if in_order else counts[:, by_name]
     out.sort_indices()
-    sums = np.asarray(out.sum(axis=1, dtype=np.float64)).ravel().astype(np.int64)
-    rng, off, empty = _generator(seed, key, ""), sums - np.rint(totals).astype(np.int64), []
-    for i in np.flatnonzero(off):
-        x = out.data[out.indptr[i] : out.indptr[i + 1]]
-        if off[i] > 0:
-            x -= rng.multivariate_hypergeometric(x.astype(np.int64), off[i], method="marginals")
-        elif sums[i] > 0:
-            x += rng.multinomial(-off[i], x.astype(np.float64) / sums[i])
-        else:
-            empty.append(i)
-    if empty:
+    wanted = np.rint(totals).astype(np.int64)
+    sums = np.asarray(out.sum(axis=1, dtype=np.float64)).ravel()
+    _in_own_thread(to_totals, out.indptr, out.data, wanted, seed_of(seed, key))
+    empty = np.flatnonzero((sums == 0) & (wanted > 0))
+    if len(empty):
+        rng = np.random.default_rng(seed_of(seed, key, "empty"))
         out = _filled(out, empty, totals, instead if instead is None else instead[:, by_name], rng)
     out.eliminate_zeros()
-    return sparse.csr_matrix(out[:, np.argsort(by_name)], dtype=np.float32)
+    return sparse.csr_matrix(out if in_order else out[:, np.argsort(by_name)], dtype=np.float32)
 
 
 def _filled(
     counts: sparse.csr_matrix,
-    empty: list[int],
+    empty: np.ndarray,
     totals: np.ndarray,
     instead: sparse.csr_matrix | None,
     rng: np.random.Generator,
@@ -208,119 +204,3 @@ def _filled(
             raise ValueError(f"cell {i} of predicted expresses nothing, so that it has no counts to draw.")
         filled[i] = rng.multinomial(int(totals[i]), share / share.sum())
     return filled.tocsr()
-
-
-def _generator(seed: int, key: str, gene: str) -> np.random.Generator:
-    """Random numbers of one gene."""
-    words = "\0".join((str(seed), key, gene)).encode()
-    return np.random.default_rng(int.from_bytes(blake2b(words, digest_size=16).digest(), "little"))
-
-
-def _thinned(x: np.ndarray, scale: np.ndarray, need: float, rng: np.random.Generator) -> np.ndarray:
-    """Take counts away until the sum of log(1 + x * scale) has fallen by `need`; each has the same chance to go."""
-    y, log, share = x.copy(), np.log1p(x * scale), _AT_ONCE
-    if need >= log.sum():
-        return np.zeros_like(y)
-    while need > 0 and y.any():  # the last counts may fall short of what is needed by a rounding error
-        total = y.sum()
-        each = y @ (log - np.log1p(np.maximum(y - 1, 0) * scale)) / total
-        n = need / each
-        if share * n < _FEW:
-            y, need = _thin_singly(y, scale, need, rng, int(2 * n) + 8)
-            log = np.log1p(y * scale)
-            continue
-        lost = rng.binomial(y, -np.expm1(-share * n / total))
-        after = np.log1p((y - lost) * scale)
-        fall = (log - after).sum()
-        if fall > need:  # the last counts of a cell weigh more than the first
-            share /= 2
-            continue
-        y, log, need, share = y - lost, after, need - fall, _AT_ONCE
-    return y
-
-
-def _thin_singly(
-    y: np.ndarray, scale: np.ndarray, need: float, rng: np.random.Generator, n: int
-) -> tuple[np.ndarray, float]:
-    """Take up to `n` counts away one after the other, and return what is left and what the sum still has to fall."""
-    ends = np.cumsum(y)
-    drawn, first = np.unique(rng.integers(ends[-1], size=n), return_index=True)
-    drawn = drawn[np.argsort(first)]  # a count goes once
-    cell = np.searchsorted(ends, drawn, side="right")
-    left = y[cell] - _nth(cell)
-    return _as_far_as(y, cell, np.log1p(left * scale[cell]) - np.log1p((left - 1) * scale[cell]), need, -1)
-
-
-def _raised(
-    x: np.ndarray,
-    library: np.ndarray,
-    scale: np.ndarray,
-    need: float,
-    dispersion: float,
-    rng: np.random.Generator,
-) -> np.ndarray:
-    """Add counts until the sum of log(1 + x * scale) has risen by `need`, at most up to the library size."""
-    rate = library.astype(np.float64)
-    if dispersion > 0:
-        rate = rate * rng.standard_gamma(1 / dispersion, len(x))
-    y, log, share = x, np.log1p(x * scale), _AT_ONCE
-    while need > 0:
-        rate = np.where(y < library, rate, 0)
-        total = rate.sum()
-        if total <= 0:
-            return y
-        each = rate @ (np.log1p((y + 1) * scale) - log) / total
-        n = need / each
-        if share * n < _FEW:
-            y, need = _raise_singly(y, library, scale, need, rate, rng, int(2 * n) + 8)
-            log = np.log1p(y * scale)
-            continue
-        more = np.minimum(y + rng.poisson(share * n / total * rate), np.floor(library).astype(np.int64))
-        more = np.maximum(more, y)
-        after = np.log1p(more * scale)
-        rise = (after - log).sum()
-        if rise > need:
-            share /= 2
-            continue
-        y, log, need, share = more, after, need - rise, _AT_ONCE
-    return y
-
-
-def _raise_singly(
-    y: np.ndarray,
-    library: np.ndarray,
-    scale: np.ndarray,
-    need: float,
-    rate: np.ndarray,
-    rng: np.random.Generator,
-    n: int,
-) -> tuple[np.ndarray, float]:
-    """Add up to `n` counts one after the other, and return what there is then and what the sum still has to rise."""
-    ends = np.cumsum(rate)
-    cell = np.minimum(np.searchsorted(ends, rng.random(n) * ends[-1], side="right"), len(y) - 1)
-    before = y[cell] + _nth(cell)
-    fits = before < library[cell]
-    cell, before = cell[fits], before[fits]
-    return _as_far_as(y, cell, np.log1p((before + 1) * scale[cell]) - np.log1p(before * scale[cell]), need, 1)
-
-
-def _as_far_as(y: np.ndarray, cell: np.ndarray, step: np.ndarray, need: float, sign: int) -> tuple[np.ndarray, float]:
-    """Take as many steps as come nearest to what is needed; what is still needed is 0 where they reach it."""
-    reached = np.cumsum(step)
-    n = int(np.searchsorted(reached, need))
-    left = 0.0
-    if n == len(step):
-        left = need - (reached[-1] if n else 0)
-    elif reached[n] - need < need - (reached[n - 1] if n else 0):
-        n += 1
-    return y + sign * np.bincount(cell[:n], minlength=len(y)), left
-
-
-def _nth(cell: np.ndarray) -> np.ndarray:
-    """How often each entry occurred before."""
-    order = np.argsort(cell, kind="stable")
-    ordered = cell[order]
-    start = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]])) if len(cell) else []
-    nth = np.empty(len(cell), np.int64)
-    nth[order] = np.arange(len(cell)) - np.repeat(start, np.diff([*start, len(cell)]))
-    return nth

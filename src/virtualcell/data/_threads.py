@@ -1,20 +1,32 @@
-"""Blocks of cells, looked at by several threads."""
+"""One thing after another, done by several threads."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sized
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 from virtualcell._settings import settings
 
-_READERS = 8  # threads at most; numpy lets others run while it goes through a block
+_MOST = 8  # threads at most; numpy lets others run while it goes through a block
 
 
-def in_threads(function: Callable[[slice], object], items: Sequence[slice]) -> Iterator:
-    """Yield what a function makes of each item, in order, by `vc.settings.n_threads` threads, eight at most."""
-    if len(items) < 2:
+def in_threads(function: Callable, items: Iterable) -> Iterator[Any]:
+    """Yield what a function makes of each item, in order, by `vc.settings.n_threads` threads, eight at most.
+
+    Items are taken from the caller's thread, and no more of them than keep the threads busy: results wait for nobody.
+    """
+    n_threads = min(_MOST, settings.n_threads or os.cpu_count() or 1)
+    if isinstance(items, Sized) and len(items) < 2:
         yield from map(function, items)
         return
-    with ThreadPoolExecutor(min(_READERS, settings.n_threads or os.cpu_count() or 1)) as readers:
-        yield from readers.map(function, items)
+    waiting: deque[Future] = deque()
+    with ThreadPoolExecutor(n_threads) as threads:
+        for item in items:
+            waiting.append(threads.submit(function, item))
+            if len(waiting) > 2 * n_threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()

@@ -110,7 +110,9 @@ def mean_profile(screen: Screen, perturbation: str, context: str) -> np.ndarray:
 
 def is_prediction(data: AnnData | MuData) -> bool:
     """Tell what `predict_perturbation` returned from measured data."""
-    return isinstance(data, AnnData) and _keys.CONTROL_LAYER in data.layers
+    if not isinstance(data, AnnData):
+        return False
+    return _keys.CONTROL_LAYER in data.layers or _keys.CONTROL_BARCODE in data.obs  # cells on disk lack the layer
 
 
 def title(perturbations: str | Sequence[str], contexts: Sequence[str]) -> str:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Literal, Unpack
 
-import anndata as ad
 import numpy as np
 import pandas as pd
 from anndata import AnnData
-from anndata.utils import make_index_unique
 from mudata import MuData
 from scipy import sparse
 
@@ -26,14 +25,14 @@ from virtualcell.data._labels import expression_modality, var_of
 from virtualcell.data._lazy import stored_matrix
 from virtualcell.data._results import ours
 from virtualcell.data._screen import Screen
+from virtualcell.io._cell_store import checked_path, opened
 from virtualcell.io._save import unpack
 from virtualcell.models import ST
 from virtualcell.models._base import PerturbationModel
 from virtualcell.models._common import model_of, put_on
 from virtualcell.models._start import Start, starts
 from virtualcell.tl._doses import Asked, of_drug
-from virtualcell.tl._effect_tables import EffectTables
-from virtualcell.tl._emit import Effect, Emit, check_emit, emitted_cells
+from virtualcell.tl._emit import Emit, check_emit
 from virtualcell.tl._predict_checks import (
     check_columns,
     check_not_too_many,
@@ -42,6 +41,7 @@ from virtualcell.tl._predict_checks import (
     names_of,
     shared_genes,
 )
+from virtualcell.tl._predicted import Predictions
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +64,7 @@ def predict_perturbation(
     min_gene_coverage: float = 1.0,
     seed: int | None = None,
     modality: str = "rna",
+    to: str | os.PathLike | None = None,
     **stated: Unpack[DesignArguments],
 ) -> AnnData:
     """Predict the cells that a perturbation would make of the control cells.
@@ -114,6 +115,9 @@ def predict_perturbation(
         not matter.
     modality
         Expression modality of a MuData.
+    to
+        An h5ad file or a zarr store to write the prediction to, some groups at a time, where it may be larger than
+        memory. After a process has died, the same call goes on behind the last groups that were written.
     scale
         Whether the expression is "counts" (raw) or "log1p" (of counts per 10,000). Models of
         :meth:`virtualcell.models.ST.from_arc` expect the latter unless "counts" is stated.
@@ -129,7 +133,9 @@ def predict_perturbation(
     divided by (as `library_size`, or under the name of the column it came from), and `control_barcode`, the control
     cell each one started from, whose expression is `layers["control"]`. Matrices are CSR where the data is sparse. With
     `emit="mean"` there is a row per perturbation and context, and neither counts nor control cells to name;
-    `layers["control"]` is the mean of the control cells.
+    `layers["control"]` is the mean of the control cells. With `to`, the matrices stay on disk, as
+    :func:`anndata.io.sparse_dataset` has them (`ad.read_h5ad` and `ad.read_zarr` load all), and cells come without
+    `layers["control"]`, which `adata` has.
 
     Where the model can tell, `obs["extrapolation"]` says how far the control cells lie from the contexts that it
     learned from (0 is one of them, above 1 is further out than any of them lies from the others), and
@@ -161,6 +167,7 @@ def predict_perturbation(
     check_emit(emit)
     seed = seed_of(seed)
     check_numbers(context, n_cells, n_samples, seed)
+    path = None if to is None else checked_path(to)
     expression = expression_modality(adata, modality)
     model = checked_model(stored_model(expression) if model is None else model)
     written = names_of(model, of_drug(model, perturbation, drug, dose), stated)
@@ -176,34 +183,28 @@ def predict_perturbation(
     design = design_of_data(model, adata, stated, modality=modality)
     check_columns(adata, design, modality=modality, untreated=untreated)
     controls = controls_of(Screen.from_anndata(adata, design, modality=modality, untreated=untreated), context)
-    if perturbation is drug is None and emit == "cells":
+    if perturbation is drug is None and emit == "cells" and to is None:
         n_contexts = len(controls.controls())
         check_not_too_many(len(names), controls.n_cells if n_cells is None else n_cells * n_contexts)
     genes, columns = shared_genes(model, design, expression.var_names, min_gene_coverage)
-    predicted: dict[str, list[AnnData]] = {one.name: [] for one in asked}
-    make = _cells if emit == "cells" else _mean
-    tables = EffectTables()
-    for start, in_genes in starts_of(controls.select(genes), model):
-        for question in asked:
-            effect = question.effect(model, start, in_genes, columns=columns, n_cells=n_cells, seed=seed)
-            one = make(effect, in_genes, controls.design, genes, seed)
-            for column, value in question.trust(model, start).items():
-                one.obs[column] = value
-            errors = [_error(model, start, n, columns, n_samples=n_samples, seed=seed) for n in question.around]
-            error = np.max(errors, axis=0)  # at a dose between two that were measured, the larger of theirs
-            tables.add(question.name, start.context, effect.change, error)
-            if n_samples is not None:  # the mean absolute value of a normal variable is sqrt(2 / pi) of its deviation
-                one.obs[_keys.EXPECTED_ERROR] = np.sqrt(2 / np.pi) * error.mean()
-            predicted[question.name].append(one)
-    out = _joined(predicted, genes, var_of(expression), is_sparse=_is_sparse(expression, design))
+    predictions = Predictions(
+        model, asked, list(starts_of(controls.select(genes), model)), controls.design, genes, columns,
+        var_of(expression), emit, n_cells, n_samples, seed,
+    )  # fmt: skip
+    if to is None:
+        store, out = None, predictions.joined(is_sparse=_is_sparse(expression, design))
+    else:
+        store, out = predictions.to_disk(path)
     out.obs = controls.as_written(out.obs, written)
     on_this_scale = dataclasses.replace(
         design, layer=None, scale="log1p", library_size_key=None, use_rep=None, n_genes=None
     )
-    out.uns[_keys.UNS] = {"design": on_this_scale.to_uns(), "predicted_by": type(model).__name__}
-    tables.write(out, genes)
+    out.uns[_keys.UNS] |= {"design": on_this_scale.to_uns(), "predicted_by": type(model).__name__}
     out.uns["log1p"] = {}  # tells scanpy that logarithms were taken
-    return out
+    if store is None:
+        return out
+    store.finish(out)
+    return opened(path)
 
 
 def checked_model(model: object) -> PerturbationModel:
@@ -292,70 +293,3 @@ def starts_of(controls: Screen, model: PerturbationModel) -> Iterator[tuple[Star
 
 def _is_sparse(adata: AnnData, design: Design) -> bool:
     return stored_matrix(adata, design.layer, "").is_sparse
-
-
-def _error(
-    model: PerturbationModel, start: Start, perturbation: str, columns: np.ndarray, *, n_samples: int | None, seed: int
-) -> np.ndarray:
-    """Return the standard error of the predicted change of each gene, NaN where the model knows none."""
-    if n_samples is not None:
-        return model.error_from(start, perturbation, n_samples=n_samples, seed=seed)[columns]
-    if perturbation == model.control:
-        return np.zeros(len(columns))
-    known = np.asarray(model.shared_error(perturbation, start.context))
-    return known[columns] if known.ndim else np.full(len(columns), np.nan)
-
-
-def _cells(effect: Effect, start: Start, design: Design, genes: Sequence[str], seed: int) -> AnnData:
-    """Predicted cells of one perturbation and context, with their labels."""
-    cells, barcodes = emitted_cells(effect, start, genes, seed=seed), start.names[effect.rows]
-    obs = _labels(effect, start, design)
-    if design.batch_key is not None:
-        obs[design.batch_key] = start.batch_of(effect.rows)
-    obs[design.library_size_key or _keys.LIBRARY_SIZE] = cells.library
-    # a control cell occurs several times where more cells than controls were asked for
-    index = make_index_unique(pd.Index([f"{barcode}-{effect.perturbation}" for barcode in barcodes]))
-    frame = pd.DataFrame({**obs, _keys.CONTROL_BARCODE: np.asarray(barcodes)}, index=index)
-    layers = {_keys.COUNTS_LAYER: cells.counts, _keys.CONTROL_LAYER: start.cells[effect.rows]}
-    return AnnData(cells.log, obs=frame, layers=layers)
-
-
-def _mean(effect: Effect, start: Start, design: Design, genes: Sequence[str], seed: int) -> AnnData:
-    """Predicted mean profile of one perturbation and context, with its labels."""
-    before = start.dense(effect.rows).mean(axis=0, dtype=np.float64, keepdims=True)
-    after = np.maximum(before + effect.change, 0).astype(np.float32)
-    name = effect.perturbation if design.context_key is None else f"{start.context}-{effect.perturbation}"
-    frame = pd.DataFrame(_labels(effect, start, design), index=[name])
-    control = sparse.csr_matrix(before, dtype=np.float32)
-    return AnnData(sparse.csr_matrix(after), obs=frame, layers={_keys.CONTROL_LAYER: control})
-
-
-def _labels(effect: Effect, start: Start, design: Design) -> dict[str, object]:
-    labels = {design.perturbation_key: effect.perturbation, design.context_key: start.context}
-    return {key: label for key, label in labels.items() if key is not None}
-
-
-def _joined(
-    predicted: dict[str, list[AnnData]], genes: Sequence[str], var: pd.DataFrame, *, is_sparse: bool
-) -> AnnData:
-    """Put the cells together, perturbation by perturbation, with genes as in the data; labels become categories."""
-    out = ad.concat([cells for of_name in predicted.values() for cells in of_name])
-    out.var_names = list(genes)
-    out.obs_names = make_index_unique(pd.Index(out.obs_names))
-    for key in out.obs.columns.difference([_keys.CONTROL_BARCODE]):
-        if not pd.api.types.is_numeric_dtype(out.obs[key]):
-            out.obs[key] = pd.Categorical(out.obs[key])
-    out = out[:, var.index[var.index.isin(genes)]].copy()
-    out.var = var.loc[out.var_names].copy()
-    for name in (None, *out.layers):
-        matrix = out.X if name is None else out.layers[name]
-        if not sparse.issparse(matrix):
-            continue
-        matrix.sort_indices()
-        if not is_sparse and name != _keys.COUNTS_LAYER:
-            matrix = matrix.toarray()
-            if name is None:
-                out.X = matrix
-            else:
-                out.layers[name] = matrix
-    return out

@@ -1,0 +1,200 @@
+"""Cells that are written to disk portion by portion, so that they need not fit into memory nor be made in one go."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import h5py
+import numpy as np
+import pandas as pd
+import zarr
+from anndata import AnnData
+from scipy import sparse
+from zarr.codecs import BloscCodec
+
+logger = logging.getLogger(__name__)
+
+SUFFIXES = (".h5ad", ".zarr")
+
+_CHUNK = 1 << 19  # entries
+_AT_ONCE = 1 << 22  # entries that are copied at a time
+_PROGRESS = "progress.json"
+_ARRAYS = {"data": np.float32, "indices": np.int32, "indptr": np.int64}
+
+
+class CellStore:
+    """CSR matrices and a table of cells, and arrays of whatever else a portion holds, in a folder beside the result.
+
+    A portion counts as soon as it is written to the end. A process that dies leaves the portions before, and the next
+    one that is made for the same goes on behind them.
+
+    Parameters
+    ----------
+    path
+        The result, an h5ad file or a zarr store, which is put in place when it is whole.
+    made_for
+        What decides about its content, as text: portions of something else are not taken.
+    matrices
+        Where matrices of all cells are in the result: "X", "layers/counts".
+    n_genes
+        Number of their columns.
+
+    Raises
+    ------
+    ValueError
+        For another suffix, or where the folder holds portions of something else.
+    FileExistsError
+        If the result is there already.
+    """
+
+    def __init__(self, path: str | os.PathLike, *, made_for: str, matrices: Sequence[str], n_genes: int) -> None:
+        self.path, self.matrices, self.n_genes = checked_path(path), list(matrices), n_genes
+        self.folder = self.path.with_name(f"{self.path.name}.part")
+        self._progress: dict[str, Any] = {
+            "made_for": made_for,
+            "portions": 0,
+            "cells": 0,
+            "entries": dict.fromkeys(matrices, 0),
+        }
+        if (self.folder / _PROGRESS).exists():
+            self._go_on(made_for)
+            return
+        shutil.rmtree(self.folder, ignore_errors=True)  # of a process that died before it had begun
+        self._root = zarr.open_group(self.folder, mode="w", zarr_format=3)
+        for name in self.matrices:
+            group = self._root.require_group(name)
+            group.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0"})
+            for part, dtype in _ARRAYS.items():
+                codec = BloscCodec(cname="lz4", clevel=1, shuffle="bitshuffle", typesize=np.dtype(dtype).itemsize)
+                group.create_array(part, shape=(0,), dtype=dtype, chunks=(_CHUNK,), compressors=codec)
+            group["indptr"].append(np.zeros(1, np.int64))
+        self._note()
+
+    def _go_on(self, made_for: str) -> None:
+        progress = json.loads((self.folder / _PROGRESS).read_text())
+        if progress["made_for"] != made_for:
+            raise ValueError(
+                f"{self.folder} holds the begin of another result, of other cells, another model or other options. "
+                "Delete that folder, or name another file."
+            )
+        self._progress = progress
+        self._root = zarr.open_group(self.folder, mode="r+")
+        for name in self.matrices:  # without what a portion left that was not written to the end
+            group = self._root[name]
+            group["indptr"].resize((progress["cells"] + 1,))
+            for part in ("data", "indices"):
+                group[part].resize((progress["entries"][name],))
+        if progress["portions"]:
+            logger.info("%s goes on behind %d cells that are there.", self.path.name, progress["cells"])
+
+    @property
+    def n_portions(self) -> int:
+        """How many portions are there."""
+        return self._progress["portions"]
+
+    def add(
+        self, matrices: Mapping[str, sparse.csr_matrix], table: pd.DataFrame, arrays: Mapping[str, np.ndarray]
+    ) -> None:
+        """Write a portion: matrices, (n_cells, n_genes), a table of its cells, other arrays."""
+        entries = dict(self._progress["entries"])
+        for name in self.matrices:
+            matrix, group = matrices[name], self._root[name]
+            group["data"].append(matrix.data.astype(np.float32, copy=False))
+            group["indices"].append(matrix.indices.astype(np.int32, copy=False))
+            group["indptr"].append(matrix.indptr[1:].astype(np.int64) + entries[name])
+            entries[name] += matrix.nnz
+        number = self.n_portions
+        table.to_parquet(self.folder / f"{number}.parquet")
+        np.savez(self.folder / f"{number}.npz", **arrays)
+        self._progress |= {"portions": number + 1, "cells": self._progress["cells"] + len(table), "entries": entries}
+        self._note()
+
+    def _note(self) -> None:
+        part = self.folder / f"{_PROGRESS}.part"
+        part.write_text(json.dumps(self._progress))
+        part.replace(self.folder / _PROGRESS)
+
+    def table(self) -> pd.DataFrame:
+        """Return the table of all cells."""
+        return pd.concat([pd.read_parquet(self.folder / f"{i}.parquet") for i in range(self.n_portions)])
+
+    def arrays(self) -> Iterator[dict[str, np.ndarray]]:
+        """Yield the other arrays of each portion."""
+        for i in range(self.n_portions):
+            with np.load(self.folder / f"{i}.npz", allow_pickle=False) as arrays:
+                yield dict(arrays)
+
+    def finish(self, rest: AnnData) -> None:
+        """Put the result in place: the matrices, and what `rest`, which has none, holds beside them."""
+        shape = [self._progress["cells"], self.n_genes]
+        for name in self.matrices:
+            self._root[name].attrs["shape"] = shape
+        if self.path.suffix == ".h5ad":
+            part = self.path.with_name(f"{self.path.name}.part.h5ad")
+            with h5py.File(part, "w") as file:
+                for name in self.matrices:
+                    _copy(self._root[name], file.require_group(name))
+                _write_rest(file, rest)
+            part.replace(self.path)
+            shutil.rmtree(self.folder)
+            return
+        _write_rest(self._root, rest)
+        for i in range(self.n_portions):
+            (self.folder / f"{i}.parquet").unlink(missing_ok=True)
+            (self.folder / f"{i}.npz").unlink(missing_ok=True)
+        (self.folder / _PROGRESS).unlink()
+        self.folder.replace(self.path)
+
+
+def checked_path(path: str | os.PathLike) -> Path:
+    """Return where a result is to be written, or raise where it cannot be."""
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"to={str(path)!r} must end in {' or '.join(SUFFIXES)}, which say how it is written.")
+    if path.exists():
+        raise FileExistsError(f"to={str(path)!r} is there already. Delete it, or name another file.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"to={str(path)!r}: there is no folder {str(path.parent)!r}. Make it first.")
+    return path
+
+
+def opened(path: Path) -> AnnData:
+    """Open cells whose matrices stay on disk, and are read by rows as they are asked for."""
+    file: Any = h5py.File(path, "r") if path.suffix == ".h5ad" else zarr.open_group(path, mode="r")
+    held = {name: ad.io.read_elem(file[name]) for name in ("obs", "var", "obsm", "varm", "uns")}
+    out = AnnData(obs=held["obs"], var=held["var"], obsm=held["obsm"], varm=held["varm"], uns=held["uns"])
+    if "X" in file:
+        out.X = ad.io.sparse_dataset(file["X"])
+    for name in file.get("layers", ()):
+        out.layers[name] = ad.io.sparse_dataset(file["layers"][name])
+    return out
+
+
+def _write_rest(root: Any, rest: AnnData) -> None:
+    """Write what is small."""
+    with ad.settings.override(auto_shard_zarr_v3=False):
+        for name in ("obs", "var"):
+            ad.io.write_elem(root, name, getattr(rest, name))
+        for name in ("obsm", "varm", "uns"):
+            ad.io.write_elem(root, name, dict(getattr(rest, name)))
+    if "layers" in root:
+        root["layers"].attrs.update({"encoding-type": "dict", "encoding-version": "0.1.0"})
+    root.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
+
+
+def _copy(source: Any, target: Any) -> None:
+    """Copy the arrays of a CSR matrix, some of them at a time."""
+    target.attrs.update({key: value for key, value in source.attrs.items() if key != "shape"})
+    target.attrs["shape"] = np.array(source.attrs["shape"])
+    for part in _ARRAYS:
+        array = source[part]
+        copied = target.create_dataset(part, shape=array.shape, dtype=array.dtype)
+        for start in range(0, array.shape[0], _AT_ONCE):
+            copied[start : start + _AT_ONCE] = array[start : start + _AT_ONCE]
