@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import anndata as ad
 import mudata as md
 import numpy as np
 import pytest
 
 import virtualcell as vc
+from virtualcell.tl import _embed
 
 
 def test_writes_what_the_model_returns_and_nothing_else(screen, model):
@@ -52,3 +54,32 @@ def test_cells_without_known_genes(screen, model):
     ):
         vc.tl.embed(screen, model.se)
     assert not screen.obsm
+
+
+@pytest.mark.parametrize("suffix", [".h5ad", ".zarr"])
+def test_on_disk_the_vectors_are_the_same_and_a_part_goes_on(screen, model, tmp_path, monkeypatch, caplog, suffix):
+    expected, path = model.se.get_latent_representation(screen), tmp_path / f"embedded{suffix}"
+    monkeypatch.setattr(_embed, "_PORTION", 100)
+    whole = type(model.se).get_latent_representation
+    n_calls = 0
+
+    def interrupted(self, *arguments, **how):
+        nonlocal n_calls
+        n_calls += 1
+        if n_calls == 3:
+            raise KeyboardInterrupt
+        return whole(self, *arguments, **how)
+
+    monkeypatch.setattr(type(model.se), "get_latent_representation", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        vc.tl.embed(screen, model.se, to=path)
+    assert not path.exists()
+    n_calls = 10
+    with caplog.at_level("INFO", logger="virtualcell"):
+        vc.tl.embed(screen, model.se, to=path)
+    assert "goes on behind 200 cells" in caplog.text
+    assert n_calls == 10 + -(-(screen.n_obs - 200) // 100)
+    written = ad.read_h5ad(path) if suffix == ".h5ad" else ad.read_zarr(path)
+    np.testing.assert_allclose(written.obsm["X_state"], expected, atol=1e-5)
+    assert written.obs.astype(str).equals(screen.obs.astype(str))
+    assert "X_state" not in screen.obsm

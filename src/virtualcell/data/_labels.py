@@ -62,6 +62,11 @@ def column_of(table: object, key: str) -> pd.Series:
     return table[key] if isinstance(table, pd.DataFrame) else table[[key]].to_memory()[key]
 
 
+def obs_of(adata: AnnData) -> pd.DataFrame:
+    """Return `obs`, read where it is lazy."""
+    return adata.obs if isinstance(adata.obs, pd.DataFrame) else adata.obs.to_memory()
+
+
 def var_of(adata: AnnData) -> pd.DataFrame:
     """Return `var`, read where it is lazy."""
     return adata.var if isinstance(adata.var, pd.DataFrame) else adata.var.to_memory()

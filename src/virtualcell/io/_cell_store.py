@@ -1,4 +1,4 @@
-"""Cells that are written to disk portion by portion, so that they need not fit into memory nor be made in one go."""
+"""Results that are written to disk portion by portion, so that they need not fit into memory nor be made in one go."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _ARRAYS = {"data": np.float32, "indices": np.int32, "indptr": np.int64}
 
 
 class CellStore:
-    """CSR matrices and a table of cells, and arrays of whatever else a portion holds, in a folder beside the result.
+    """Matrices and a table of cells, and arrays of whatever else a portion holds, in a folder beside the result.
 
     A portion counts as soon as it is written to the end. A process that dies leaves the portions before, and the next
     one that is made for the same goes on behind them.
@@ -42,9 +42,11 @@ class CellStore:
     made_for
         What decides about its content, as text: portions of something else are not taken.
     matrices
-        Where matrices of all cells are in the result: "X", "layers/counts".
+        Where sparse matrices of all cells are in the result: "X", "layers/counts".
     n_genes
         Number of their columns.
+    dense
+        Where dense matrices of all cells are, "obsm/X_state", and the number of their columns.
 
     Raises
     ------
@@ -54,8 +56,17 @@ class CellStore:
         If the result is there already.
     """
 
-    def __init__(self, path: str | os.PathLike, *, made_for: str, matrices: Sequence[str], n_genes: int) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        *,
+        made_for: str,
+        matrices: Sequence[str] = (),
+        n_genes: int = 0,
+        dense: Mapping[str, int] | None = None,
+    ) -> None:
         self.path, self.matrices, self.n_genes = checked_path(path), list(matrices), n_genes
+        self.dense = list(dense or {})
         self.folder = self.path.with_name(f"{self.path.name}.part")
         self._progress: dict[str, Any] = {
             "made_for": made_for,
@@ -75,6 +86,11 @@ class CellStore:
                 codec = BloscCodec(cname="lz4", clevel=1, shuffle="bitshuffle", typesize=np.dtype(dtype).itemsize)
                 group.create_array(part, shape=(0,), dtype=dtype, chunks=(_CHUNK,), compressors=codec)
             group["indptr"].append(np.zeros(1, np.int64))
+        for name, width in (dense or {}).items():
+            chunks = (max(_CHUNK // max(width, 1), 1), width)
+            codec = BloscCodec(cname="lz4", clevel=1, shuffle="shuffle", typesize=4)
+            array = self._root.create_array(name, shape=(0, width), dtype=np.float32, chunks=chunks, compressors=codec)
+            array.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
         self._note()
 
     def _go_on(self, made_for: str) -> None:
@@ -91,6 +107,8 @@ class CellStore:
             group["indptr"].resize((progress["cells"] + 1,))
             for part in ("data", "indices"):
                 group[part].resize((progress["entries"][name],))
+        for name in self.dense:
+            self._root[name].resize((progress["cells"], self._root[name].shape[1]))
         if progress["portions"]:
             logger.info("%s goes on behind %d cells that are there.", self.path.name, progress["cells"])
 
@@ -99,10 +117,18 @@ class CellStore:
         """How many portions are there."""
         return self._progress["portions"]
 
+    @property
+    def n_cells(self) -> int:
+        """How many cells are there."""
+        return self._progress["cells"]
+
     def add(
-        self, matrices: Mapping[str, sparse.csr_matrix], table: pd.DataFrame, arrays: Mapping[str, np.ndarray]
+        self,
+        matrices: Mapping[str, sparse.csr_matrix | np.ndarray],
+        table: pd.DataFrame,
+        arrays: Mapping[str, np.ndarray],
     ) -> None:
-        """Write a portion: matrices, (n_cells, n_genes), a table of its cells, other arrays."""
+        """Write a portion: matrices, (n_cells, n_columns), a table of its cells, other arrays."""
         entries = dict(self._progress["entries"])
         for name in self.matrices:
             matrix, group = matrices[name], self._root[name]
@@ -110,10 +136,12 @@ class CellStore:
             group["indices"].append(matrix.indices.astype(np.int32, copy=False))
             group["indptr"].append(matrix.indptr[1:].astype(np.int64) + entries[name])
             entries[name] += matrix.nnz
+        for name in self.dense:
+            self._root[name].append(matrices[name])
         number = self.n_portions
         table.to_parquet(self.folder / f"{number}.parquet")
         np.savez(self.folder / f"{number}.npz", **arrays)
-        self._progress |= {"portions": number + 1, "cells": self._progress["cells"] + len(table), "entries": entries}
+        self._progress |= {"portions": number + 1, "cells": self.n_cells + len(table), "entries": entries}
         self._note()
 
     def _note(self) -> None:
@@ -133,16 +161,21 @@ class CellStore:
 
     def finish(self, rest: AnnData) -> None:
         """Put the result in place: the matrices, and what `rest`, which has none, holds beside them."""
-        shape = [self._progress["cells"], self.n_genes]
+        shape = [self.n_cells, self.n_genes]
         for name in self.matrices:
             self._root[name].attrs["shape"] = shape
         if self.path.suffix == ".h5ad":
-            part = self.path.with_name(f"{self.path.name}.part.h5ad")
-            with h5py.File(part, "w") as file:
+            whole = self.path.with_name(f"{self.path.name}.part.h5ad")
+            with h5py.File(whole, "w") as file:
                 for name in self.matrices:
-                    _copy(self._root[name], file.require_group(name))
+                    group, attrs = file.require_group(name), dict(self._root[name].attrs)
+                    group.attrs.update({**attrs, "shape": np.array(shape)})
+                    for part in _ARRAYS:
+                        _copy(self._root[name][part], group, part)
+                for name in self.dense:
+                    _copy(self._root[name], file, name)
                 _write_rest(file, rest)
-            part.replace(self.path)
+            whole.replace(self.path)
             shutil.rmtree(self.folder)
             return
         _write_rest(self._root, rest)
@@ -183,18 +216,18 @@ def _write_rest(root: Any, rest: AnnData) -> None:
         for name in ("obs", "var"):
             ad.io.write_elem(root, name, getattr(rest, name))
         for name in ("obsm", "varm", "uns"):
-            ad.io.write_elem(root, name, dict(getattr(rest, name)))
-    if "layers" in root:
-        root["layers"].attrs.update({"encoding-type": "dict", "encoding-version": "0.1.0"})
+            if name not in root:
+                ad.io.write_elem(root, name, dict(getattr(rest, name)))
+    for name in ("layers", "obsm"):
+        if name in root:
+            root[name].attrs.update({"encoding-type": "dict", "encoding-version": "0.1.0"})
     root.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
 
 
-def _copy(source: Any, target: Any) -> None:
-    """Copy the arrays of a CSR matrix, some of them at a time."""
-    target.attrs.update({key: value for key, value in source.attrs.items() if key != "shape"})
-    target.attrs["shape"] = np.array(source.attrs["shape"])
-    for part in _ARRAYS:
-        array = source[part]
-        copied = target.create_dataset(part, shape=array.shape, dtype=array.dtype)
-        for start in range(0, array.shape[0], _AT_ONCE):
-            copied[start : start + _AT_ONCE] = array[start : start + _AT_ONCE]
+def _copy(array: Any, group: Any, name: str) -> None:
+    """Copy an array into another file, some rows of it at a time."""
+    copied = group.create_dataset(name, shape=array.shape, dtype=array.dtype)
+    copied.attrs.update(array.attrs)
+    rows = max(_AT_ONCE // max(int(np.prod(array.shape[1:])), 1), 1)
+    for start in range(0, array.shape[0], rows):
+        copied[start : start + rows] = array[start : start + rows]

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import os
+from collections.abc import Mapping
+from hashlib import blake2b
+
+import pandas as pd
 from anndata import AnnData
 from mudata import MuData
 
 from virtualcell import _keys
+from virtualcell._progress import Bar
 from virtualcell.data._design import Scale
-from virtualcell.data._labels import expression_modality
+from virtualcell.data._labels import expression_modality, obs_of
 from virtualcell.data._results import require_results
+from virtualcell.io._cell_store import CellStore
+from virtualcell.io._save import pack
 from virtualcell.models import SE
 from virtualcell.models._se_inference import Precision
+
+_PORTION = 1 << 14  # cells that are embedded and written together
 
 
 def embed(
@@ -24,6 +35,7 @@ def embed(
     batch_size: int | None = None,
     precision: Precision = "auto",
     modality: str = "rna",
+    to: str | os.PathLike | None = None,
 ) -> None:
     """Write the cell vectors of an SE model to `obsm["X_state"]`: cell embedding and dataset embedding side by side.
 
@@ -46,9 +58,15 @@ def embed(
         and gives nearly the same vectors. "auto" takes bf16 on such a GPU, and float32 everywhere else.
     modality
         Expression modality of a MuData.
+    to
+        An h5ad file or a zarr store to write the vectors to, in place of `adata`: an AnnData with the same `obs`, the
+        vectors in `obsm`, and no genes. Cells are embedded some at a time, and after a process has died the same call
+        goes on behind those that were written.
 
     Raises
     ------
+    FileExistsError
+        If `to` is there already.
     ValueError
         If too few genes of the data are in the gene table, or a cell expresses none of them.
 
@@ -58,13 +76,29 @@ def embed(
     >>> adata.obsm["X_state"].shape[0] == adata.n_obs
     True
     """
-    require_results(expression_modality(adata, modality))
-    expression_modality(adata, modality).obsm[key_added] = model.get_latent_representation(
-        adata,
-        layer=layer,
-        scale=scale,
-        gene_key=gene_key,
-        modality=modality,
-        batch_size=batch_size,
-        precision=precision,
-    )
+    how = {"layer": layer, "scale": scale, "gene_key": gene_key, "batch_size": batch_size, "precision": precision}
+    expression = expression_modality(adata, modality)
+    if to is not None:
+        _embed_to_disk(expression, model, to, key_added=key_added, how=how)
+        return
+    require_results(expression)
+    expression.obsm[key_added] = model.get_latent_representation(adata, modality=modality, **how)
+
+
+def _embed_to_disk(
+    adata: AnnData, model: SE, to: str | os.PathLike, *, key_added: str, how: Mapping[str, object]
+) -> None:
+    """Embed some cells at a time, and write their vectors; cells that are there already are not embedded again."""
+    made_for = blake2b(json.dumps([key_added, {**how, "batch_size": None}, adata.shape], default=str).encode())
+    for text in ("\0".join(map(str, adata.obs_names)), "\0".join(map(str, adata.var_names))):
+        made_for.update(text.encode())
+    made_for.update(pack(model).tobytes())
+    name, width = f"obsm/{key_added}", model.config.n_output + model.config.n_dataset
+    store = CellStore(to, made_for=made_for.hexdigest(), dense={name: width})
+    with Bar("SE: embedding the cells", adata.n_obs, unit="cell", done=store.n_cells) as bar:
+        for start in range(store.n_cells, adata.n_obs, _PORTION):
+            part = adata[start : start + _PORTION]
+            vectors = model.get_latent_representation(part, progress_bar=False, **how)
+            store.add({name: vectors}, pd.DataFrame(index=part.obs_names), {})
+            bar.show(start + len(vectors))
+    store.finish(AnnData(obs=obs_of(adata)))
