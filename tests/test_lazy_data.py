@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -348,3 +349,78 @@ def test_what_is_wrong_with_lazy_data_is_said(
     monkeypatch.setattr(_copied.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
     with pytest.raises(OSError, match=r"has no room in .*vc\.settings\.cache_dir = path"):
         Expression(backed(cells, tmp_path)).at_hand()
+
+
+def five_files(adata: ad.AnnData, folder: Path) -> list[Path]:
+    """The cells in five files of several kinds, each with its genes in another order."""
+    rng, paths = np.random.default_rng(0), []
+    kinds = [(sparse.csr_matrix, "h5ad"), (sparse.csc_matrix, "h5ad"), (dense, "h5ad"), (sparse.csr_matrix, "zarr")]
+    for i, rows in enumerate(np.array_split(np.arange(adata.n_obs), 5)):
+        part = adata[rows, rng.permutation(adata.n_vars) if i else slice(None)].copy()
+        (folder / f"plate{i}").mkdir()
+        kind, suffix = kinds[i % 4]
+        paths.append(written(part, folder / f"plate{i}", kind, suffix))
+        paths[-1] = paths[-1].rename(folder / f"plate{i}.{suffix}")
+    return paths
+
+
+def test_files_with_genes_in_other_orders_are_one_data_set(cells: ad.AnnData, fitted: dict, tmp_path: Path) -> None:
+    paths = five_files(cells, tmp_path)
+    data = vc.pp.read_lazy(paths, label="plate")
+    np.testing.assert_array_equal(data.var_names, cells.var_names)
+    np.testing.assert_array_equal(data.obs_names, cells.obs_names)
+    pd.testing.assert_frame_equal(data.obs[cells.obs.columns], cells.obs)
+    assert data.obs["plate"].value_counts().to_dict() == {f"plate{i}": 60 for i in range(5)}
+    expected = Expression(cells).rows().toarray()
+    np.testing.assert_array_equal(Expression(data).rows().toarray(), expected)
+    compare(results(data), fitted["results"])
+    # the copy is found again, and no more when a file has changed
+    folder = Expression(data).at_hand()._matrix.folder
+    assert not folder.name.startswith("session-")
+    assert Expression(vc.pp.read_lazy(paths)).at_hand(make=False)._matrix.folder == folder
+    os.utime(paths[0], ns=(0, 0))
+    assert Expression(vc.pp.read_lazy(paths)).at_hand(make=False)._matrix.is_lazy
+    # results are written with the data
+    data.write_h5ad(tmp_path / "all.h5ad")
+    again = ad.read_h5ad(tmp_path / "all.h5ad")
+    np.testing.assert_array_equal(again.obsm["X_state"], data.obsm["X_state"])
+    np.testing.assert_array_equal(again.X.toarray(), cells.X.toarray())
+    assert vc.tl.predict_perturbation(again, fitted["results"]["screen"].index[0], context="type_1").n_obs == 50
+
+
+def test_what_files_lack_is_said(cells: ad.AnnData, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    one, two = cells[:100].copy(), cells[100:, 10:].copy()
+    two.obs_names = one.obs_names[:100].tolist() + two.obs_names[100:].tolist()
+    del two.obs["cell_type"]
+    one.layers["other"] = one.X.copy()
+    one.write_h5ad(tmp_path / "one.h5ad")
+    two.write_zarr(tmp_path / "two.zarr")
+    data = vc.pp.read_lazy([tmp_path / "one.h5ad", tmp_path / "two.zarr"])
+    assert data.shape == (300, 50)
+    assert not data.layers
+    assert "cell_type" not in data.obs
+    assert "50 of 60 genes are in all files" in caplog.text
+    assert "two.zarr lacks 10" in caplog.text
+    assert "Columns of obs that a file lacks are left out, {'cell_type': ['two.zarr']}" in caplog.text
+    assert data.obs_names[0] == f"{one.obs_names[0]}-one"
+    assert data.obs_names.is_unique
+    np.testing.assert_array_equal(data[150:].X.compute().toarray(), cells[150:, 10:].X.toarray())
+    # one file
+    assert vc.pp.read_lazy(tmp_path / "one.h5ad").layers["other"].shape == (100, 60)
+
+
+def test_files_that_do_not_go_together(cells: ad.AnnData, tmp_path: Path) -> None:
+    cells.write_h5ad(tmp_path / "one.h5ad")
+    other = cells.copy()
+    other.var_names = [f"ENSG{i}" for i in range(60)]
+    other.write_h5ad(tmp_path / "two.h5ad")
+    other.var_names = ["a"] * 60
+    other.write_h5ad(tmp_path / "three.h5ad")
+    with pytest.raises(ValueError, match=r"no gene in common: .*'ENSG0'.*names of the same kind"):
+        vc.pp.read_lazy([tmp_path / "one.h5ad", tmp_path / "two.h5ad"])
+    with pytest.raises(ValueError, match=r"var_names of .*three.h5ad repeats \['a'.*make_unique"):
+        vc.pp.read_lazy(tmp_path / "three.h5ad")
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*four.h5ad"):
+        vc.pp.read_lazy([tmp_path / "four.h5ad"])
+    with pytest.raises(ValueError, match="names no file"):
+        vc.pp.read_lazy([])

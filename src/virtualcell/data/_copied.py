@@ -21,7 +21,7 @@ from virtualcell._settings import settings
 from virtualcell.data._stored import StoredMatrix, canonical_rows, ranges
 
 if TYPE_CHECKING:
-    from virtualcell.data._lazy import ByColumns, LazyMatrix
+    from virtualcell.data._on_disk import ByColumns, LazyMatrix
 
 logger = logging.getLogger(__name__)
 

@@ -1,15 +1,26 @@
-"""Expression as a dask array, for functions of other packages that go through one block by block."""
+"""Dask arrays, and expression as one for functions of other packages that go through it block by block."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+from functools import cached_property
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy import sparse
 
-from virtualcell.data._expression import Expression
+from virtualcell.data._on_disk import ENTRY, ByColumns, LazyMatrix
+from virtualcell.data._stored import canonical_rows, compressed
+
+if TYPE_CHECKING:
+    from virtualcell.data._expression import Expression
+
+OF_FILES = "virtualcell-files-"  # beginning of the names of dask arrays whose name tells all that is in them
 
 _CELLS = 1 << 13  # in a block
+_FIRST = 32  # cells whose entries tell how many others have
 
 
 def dask_array(what: str) -> ModuleType:
@@ -33,3 +44,93 @@ def as_dask(expression: Expression) -> object:
     meta = sparse.csr_matrix((0, 0), dtype=np.float32)
     da = dask_array("to go through cells that are not in memory, block by block,")
     return da.map_blocks(block, chunks=chunks, dtype=np.float32, meta=meta)
+
+
+class DaskRows(LazyMatrix):
+    """A dask array, of dense or of sparse blocks."""
+
+    def __init__(self, stored: Any) -> None:
+        self._stored, self.shape = stored, stored.shape
+        self.is_sparse = sparse.issparse(stored._meta)
+
+    @cached_property
+    def entries_per_cell(self) -> float:
+        """Mean number of stored entries of a row, of the first block where they are sparse."""
+        if not self.is_sparse or not self.shape[0]:
+            return float(self.shape[1])
+        first = self.read(0, min(_FIRST, self.shape[0]))
+        return max(first.nnz / first.shape[0], 1.0)
+
+    @property
+    def bytes_per_cell(self) -> float:
+        """Memory that a row takes while it is read."""
+        if self.is_sparse:
+            return self.entries_per_cell * (ENTRY + self._stored.dtype.itemsize)
+        return self.shape[1] * (self._stored.dtype.itemsize + 4)
+
+    @cached_property
+    def edges(self) -> np.ndarray:
+        """First rows of the blocks that a pass reads: as many chunks of the array as memory allows, at least one."""
+        n, ends, edges = self.cells_at_once, np.cumsum(self._stored.chunks[0]), [0]
+        for i, end in enumerate(ends.tolist()):
+            if i + 1 == len(ends) or int(ends[i + 1]) - edges[-1] > n:
+                edges.append(end)
+        return np.unique([*edges, self.shape[0]])
+
+    @property
+    def source(self) -> tuple | None:
+        """Name of an array of files; nothing tells whether what others are made of has changed."""
+        return (self._stored.name,) if self._stored.name.startswith(OF_FILES) else None
+
+    def read(self, start: int, stop: int) -> sparse.csr_matrix:
+        """Read rows in one piece, float32 in canonical format."""
+        # by this thread: those of dask would hold as many chunks as there are cores
+        return _rows_of(self._stored[start:stop].compute(scheduler="synchronous"))
+
+    def sample(self) -> bytes:
+        """Return the name of the array, which is of what dask was told, and some rows."""
+        return self._stored.name.encode() + super().sample()
+
+
+class DaskColumns(ByColumns):
+    """A dask array of columns that are compressed, as of a CSC matrix in a file."""
+
+    def __init__(self, stored: Any) -> None:
+        self._stored, self.shape = stored, stored.shape
+
+    @cached_property
+    def entries_per_cell(self) -> float:
+        """Mean number of stored entries of a row, as many as the first columns have."""
+        first = next(self.columns())
+        return first.nnz / max(self.shape[0], 1) * self.shape[1] / first.shape[1]
+
+    @property
+    def bytes_per_cell(self) -> float:
+        """Memory that a row takes while it is read."""
+        return self.entries_per_cell * (ENTRY + self._stored.dtype.itemsize)
+
+    @property
+    def source(self) -> tuple | None:
+        """Nothing tells whether what the array is made of has changed."""
+        return None
+
+    def columns(self) -> Iterator[sparse.csc_matrix]:
+        """Yield all columns, one chunk at a time."""
+        ends = np.cumsum([0, *self._stored.chunks[1]]).tolist()
+        for start, stop in itertools.pairwise(ends):
+            yield sparse.csc_matrix(self._stored[:, start:stop].compute(scheduler="synchronous"))
+
+    def sample(self) -> bytes:
+        """Return the name of the array, which is of what dask was told, and some of the first column."""
+        return self._stored.name.encode() + super().sample()
+
+
+def _rows_of(block: Any) -> sparse.csr_matrix:
+    if sparse.issparse(block):
+        return canonical_rows(sparse.csr_matrix(block))
+    if isinstance(block, np.ndarray):
+        return compressed(block)
+    raise TypeError(
+        f"the blocks of a dask array are {type(block).__name__}; those of numpy and scipy are read. Turn them into "
+        "these: `X.map_blocks(scipy.sparse.csr_matrix)`."
+    )

@@ -13,7 +13,6 @@ import pandas as pd
 from anndata import AnnData
 from scipy import sparse
 
-from virtualcell._errors import unknown_name
 from virtualcell.data._design import Scale, check_scale
 from virtualcell.data._lazy import stored_matrix
 from virtualcell.data._scales import (
@@ -25,7 +24,7 @@ from virtualcell.data._scales import (
     is_one_total,
     rounded,
 )
-from virtualcell.data._stored import BLOCK, row_numbers, row_sums
+from virtualcell.data._stored import BLOCK, columns_of, row_numbers, row_sums
 from virtualcell.data._threads import in_threads
 
 Unit = Literal["log1p", "log_counts", "counts"]
@@ -398,18 +397,3 @@ def _pieces(lengths: np.ndarray) -> Iterator[list[tuple[int, int, int]]]:
             size += stop - start
     if pieces:
         yield pieces
-
-
-def columns_of(names: pd.Index, genes: Sequence[str]) -> np.ndarray | None:
-    """Return the columns of genes by name, `None` where they are all columns as they stand."""
-    index = pd.Index(names)
-    if not index.is_unique:
-        raise ValueError(
-            f"var_names repeats {list(index[index.duplicated()][:3])}. Run `adata.var_names_make_unique()` first."
-        )
-    where = index.get_indexer(pd.Index(genes))
-    if (where < 0).any():
-        missing = [g for g, w in zip(genes, where, strict=True) if w < 0]
-        remedy = f"{len(missing)} of {len(genes)} genes are missing; they are matched by name."
-        raise unknown_name("genes", missing[0], index, remedy)
-    return None if len(where) == len(index) and (where == np.arange(len(index))).all() else where

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import numpy as np
+import pandas as pd
 from scipy import sparse
+
+from virtualcell._errors import unknown_name
 
 BLOCK = 1024  # cells read at a time, few enough that copies of them are small beside any matrix
 
@@ -117,3 +121,18 @@ def ranges(start: np.ndarray, length: np.ndarray) -> np.ndarray:
     """Return the numbers start, start + 1, ... of every stretch of some length, one stretch after another."""
     before = np.cumsum(length) - length
     return np.repeat(start - before, length) + np.arange(int(length.sum()))
+
+
+def columns_of(names: pd.Index, genes: Sequence[str]) -> np.ndarray | None:
+    """Return the columns of genes by name, `None` where they are all columns as they stand."""
+    index = pd.Index(names)
+    if not index.is_unique:
+        raise ValueError(
+            f"var_names repeats {list(index[index.duplicated()][:3])}. Run `adata.var_names_make_unique()` first."
+        )
+    where = index.get_indexer(pd.Index(genes))
+    if (where < 0).any():
+        missing = [g for g, w in zip(genes, where, strict=True) if w < 0]
+        remedy = f"{len(missing)} of {len(genes)} genes are missing; they are matched by name."
+        raise unknown_name("genes", missing[0], index, remedy)
+    return None if len(where) == len(index) and (where == np.arange(len(index))).all() else where

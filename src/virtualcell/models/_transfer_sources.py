@@ -15,12 +15,11 @@ from scipy import sparse
 from virtualcell._errors import unknown_name
 from virtualcell._keys import ALL
 from virtualcell.data._design import Design, Scale, check_library_sizes, check_scale
-from virtualcell.data._expression import columns_of
 from virtualcell.data._labels import expression_modality, obs_column
 from virtualcell.data._lazy import stored_matrix
 from virtualcell.data._read_design import read_design
 from virtualcell.data._screen import Screen
-from virtualcell.data._stored import row_sums
+from virtualcell.data._stored import columns_of, row_sums
 from virtualcell.models._effects import Effects, group_means
 
 KINDS = ("cells", "pseudobulk", "effects")

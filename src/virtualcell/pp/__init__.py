@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from virtualcell.pp._genes import read_gene_embeddings
     from virtualcell.pp._knockdown import knockdown_efficiency
     from virtualcell.pp._positions import gene_positions
+    from virtualcell.pp._read_lazy import read_lazy
     from virtualcell.pp._sentences import cell_sentences
     from virtualcell.pp._split import apply_split, save_split, split
 
@@ -25,6 +26,7 @@ __all__ = [
     "gene_positions",
     "knockdown_efficiency",
     "read_gene_embeddings",
+    "read_lazy",
     "save_split",
     "split",
 ]

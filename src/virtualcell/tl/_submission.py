@@ -22,9 +22,9 @@ from virtualcell.data._counts import Sampling, averaged, depth_matched_counts
 from virtualcell.data._design import Design, Scale, note_design, require_columns
 from virtualcell.data._design_arguments import DesignArguments, takes_design
 from virtualcell.data._emit import with_totals
-from virtualcell.data._expression import columns_of
 from virtualcell.data._labels import expression_modality, obs_column
 from virtualcell.data._screen import Screen
+from virtualcell.data._stored import columns_of
 from virtualcell.io._vcc import vcc_meta, write_vcc
 from virtualcell.tl._submission_checks import (
     CELL_TYPE,
