@@ -15,7 +15,8 @@ the first fit left in the cache (`disk again`), the same file read into memory (
 * peak_resident: its most resident memory (VmHWM), GB: with the pages of files that it has mapped, which the system
   takes back when somebody else needs memory.
 * before: resident memory before the fit, with all packages imported, GB.
-* seconds, cpu_seconds: of the fit, by the clock and by what the process computed: a busy machine makes the first longer.
+* seconds, cpu_seconds: of the fit, by the clock and by what the process computed; a busy machine makes the first
+  longer.
 * cells_per_cpu_second: with the training steps, which are the same for any number of cells; marginal_ms_per_cell: CPU
   time of every cell more than in the next smaller data set, without them.
 """
@@ -160,7 +161,8 @@ def fit(source: str, paths: list[str], cache: str, results: str) -> dict:
     watch.is_over.set()
     measured = {
         "source": source, "cells": adata.n_obs, "seconds_to_open": opened - start, "seconds": seconds,
-        "cpu_seconds": computed, "cells_per_cpu_second": adata.n_obs / computed, "peak_anonymous": watch.most, "peak_resident": status("VmHWM"),
+        "cpu_seconds": computed, "cells_per_cpu_second": adata.n_obs / computed,
+        "peak_anonymous": watch.most, "peak_resident": status("VmHWM"),
         "before": before,
     }  # fmt: skip
     start = time.perf_counter()
