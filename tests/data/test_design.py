@@ -43,6 +43,16 @@ def test_split_and_embedding_belong_to_a_model_and_are_not_noted() -> None:
     }  # fmt: skip
 
 
+def test_another_column_of_perturbations_has_labels_of_its_own(adata: AnnData) -> None:
+    note_design(adata, {"perturbation_key": "drug", "control": "DMSO", "dose_key": "dose", "context_key": "n"})
+    with pytest.raises(ValueError, match="control must be given"):
+        Design.from_data(adata, perturbation_key="gene")
+    assert Design.from_data(adata, perturbation_key="gene", control="ctrl") == Design("gene", "ctrl", context_key="n")
+    assert Design.from_data(adata, perturbation_key="drug").dose_key == "dose"
+    note_design(adata, {"perturbation_key": "gene"})
+    assert noted_design(adata) == {"perturbation_key": "gene", "context_key": "n"}
+
+
 def test_what_is_stated_wins_over_what_was_noted(adata: AnnData, mdata: MuData) -> None:
     noted = Design("gene", "ctrl", context_key="n")
     for data, holder in ((adata, adata), (mdata, mdata.mod["rna"])):

@@ -152,6 +152,22 @@ def test_replay_takes_a_part_of_the_cells_but_no_others(screen, tmp_path):
     assert sum(map(len, json.loads((tmp_path / "split.json").read_text())["cells"].values())) == screen.n_obs
 
 
+def test_labels_are_noted_as_the_split_read_them(screen, tmp_path):
+    screen.obs["dose"], screen.obs["other"] = 1.0, screen.obs["target_gene"]
+    vc.pp.split(screen, **DESIGN, dose_key="dose", combination_separator="&", holdout={"fraction": 0.5})
+    plain = {k: v for k, v in DESIGN.items() if k != "context_key"}
+    vc.pp.split(screen, **plain, holdout={"fraction": 0.5}, key_added="plain")
+    design = screen.uns["virtualcell"]["design"]
+    assert design == {**plain, "combination_separator": "+"}  # neither doses nor contexts
+    vc.pp.save_split(screen, tmp_path / "plain.json", split_key="plain")
+    vc.pp.split(screen, **DESIGN, holdout={"fraction": 0.5})
+    vc.pp.apply_split(screen, tmp_path / "plain.json")
+    assert screen.uns["virtualcell"]["design"] == design
+    # whatever was noted afterwards, a split is drawn as it was made
+    screen.uns["virtualcell"]["design"] |= {"context_key": "cell_type", "dose_key": "dose"}
+    assert len(vc.pl.split(screen, split_key="plain").get_xticks()) == 1
+
+
 def test_several_splits_live_side_by_side_and_spare_what_others_wrote(screen, tmp_path):
     screen.uns["virtualcell"] = {"design": {"control": "NT", "layer": "counts"}}
     vc.pp.split(screen, **DESIGN, holdout={"contexts": ["K562"]}, key_added="zero")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
@@ -25,7 +25,13 @@ AS_NOTED = "as noted"  # combination_separator= where it is not stated, since No
 # What belongs to one model or one split, and is not noted beside the data for other calls.
 _NOT_NOTED = ("split_key", "use_rep")
 # What a statement replaces as well, because it says nothing without it.
-_GO_TOGETHER = {"control": ("other_controls",), "scale": ("layer", "library_size_key")}
+_GO_TOGETHER = {
+    "control": ("other_controls",),
+    "scale": ("layer", "library_size_key"),
+    "perturbation_key": ("control", "other_controls", "combination_separator", "dose_key"),
+}
+# What describes labels. A call that says how they are read says all of it, by what it leaves out too.
+OF_LABELS = ("perturbation_key", "control", "other_controls", "context_key", "combination_separator", "dose_key")
 
 
 @dataclass(frozen=True)
@@ -150,12 +156,11 @@ class Design:
         """Take what the caller stated, and the rest from what earlier calls noted in `uns["virtualcell"]`.
 
         Another scale than the one that was noted is that of another matrix: `X`, where no layer is stated with it.
+        Another column of perturbations has labels of its own.
         """
         stated = only_stated(stated)
         noted = noted_design(data, modality)
-        changed = {"control"} & set(stated)
-        if stated.get("scale") not in (None, noted.get("scale", stated.get("scale"))):
-            changed.add("scale")
+        changed = _changed(noted, stated, ("scale", "perturbation_key")) | ({"control"} & set(stated))
         replaced = {k for key in changed for k in _GO_TOGETHER[key]}
         noted = {k: v for k, v in noted.items() if k not in replaced}
         found = {f.name: noted[f.name] for f in fields(cls) if f.name in noted} | stated
@@ -189,7 +194,12 @@ def require_columns(data: AnnData | MuData, modality: str = "rna", **keys: str |
 
 
 def note_design(
-    data: AnnData | MuData, stated: Mapping[str, Any], modality: str = "rna", *, whole: bool = False
+    data: AnnData | MuData,
+    stated: Mapping[str, Any],
+    modality: str = "rna",
+    *,
+    whole: bool = False,
+    without: Collection[str] = (),
 ) -> None:
     """Note columns, control and scale in `uns["virtualcell"]`, so that nobody has to state them again.
 
@@ -197,8 +207,8 @@ def note_design(
     the call has no use for are noted too, which lets every call take a whole design; `require_columns` checks them.
 
     What was noted before and is not stated anew stays, but for what goes with it: other labels of a control, and the
-    layer and the library sizes of a scale; nothing stays where the `whole` design is stated. A view is left as it is:
-    writing to it would copy the data.
+    layer and the library sizes of a scale, and for what is to be `without` where it is not stated; nothing stays where
+    the `whole` design is stated. A view is left as it is: writing to it would copy the data.
     """
     adata = expression_modality(data, modality)
     if adata.is_view:
@@ -208,9 +218,16 @@ def note_design(
         first, *others = control_labels(found["control"])
         others += map(text, found.pop("other_controls", ()))
         found |= {"control": first, **({"other_controls": np.array(others, dtype=str)} if others else {})}
-    replaced = {k for key, with_it in _GO_TOGETHER.items() if key in found for k in with_it}
-    before = {} if whole else {k: v for k, v in noted_design(adata).items() if k not in replaced}
+    noted = {} if whole else noted_design(adata)
+    changed = _changed(noted, found, ("perturbation_key",)) | ({"control", "scale"} & set(found))
+    replaced = {*without, *(k for key in changed for k in _GO_TOGETHER[key])}
+    before = {k: v for k, v in noted.items() if k not in replaced}
     adata.uns[_keys.UNS] = {**ours(adata), "design": {**before, **found}}
+
+
+def _changed(noted: Mapping[str, Any], stated: Mapping[str, Any], keys: Sequence[str]) -> set[str]:
+    """Return which of some keys are stated otherwise than they were noted."""
+    return {k for k in keys if k in stated and k in noted and stated[k] != noted[k]}
 
 
 def control_labels(control: Any) -> list[str]:

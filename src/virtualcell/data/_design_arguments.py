@@ -37,9 +37,7 @@ class DesignArguments(LabelArguments, total=False):
 
 
 _DESCRIPTIONS = {
-    "perturbation_key": (
-        "Column of `obs` with the perturbation of each cell. It and the rest of the design may be left out: {default}."
-    ),
+    "perturbation_key": "Column of `obs` with the perturbation of each cell.",
     "control": "Label of unperturbed cells in that column, or several.",
     "context_key": "Column of `obs` with the context: cell type, cell line.",
     "batch_key": "Column of `obs` with the experimental batch.",
@@ -50,7 +48,10 @@ _DESCRIPTIONS = {
     "layer": "Layer with the expression; `X` where it is in none.",
     "scale": 'Whether the expression is "counts" (raw) or "log1p" (of counts per 10,000).',
     "library_size_key": "Column of `obs` with the library size, where sums over the genes that are there are smaller.",
+    "gene_key": "Column of `var` with the names of genes that perturbations go by, where these are not `var_names`.",
+    "modality": "Modality of a MuData that holds gene expression.",
 }
+_LEFT_OUT = " It and the rest of the design may be left out: {clause}."
 
 
 def takes_design(
@@ -99,18 +100,33 @@ def takes_design(
     return decorate
 
 
+def describes_design(function: Callable[P, R]) -> Callable[P, R]:
+    """Describe one by one, in the docstring of a function, the arguments of a design that it lists together."""
+    if function.__doc__ is not None:
+        lines = inspect.cleandoc(function.__doc__).splitlines()
+        for group in [line for line in lines if "," in line and set(line.split(", ")) <= set(_DESCRIPTIONS)]:
+            at = lines.index(group)
+            _cut(lines, group)
+            lines[at:at] = [line for name in group.split(", ") for line in _entry(name, _DESCRIPTIONS[name])]
+        function.__doc__ = "\n".join(lines)
+    return function
+
+
 def _documented(doc: str | None, names: Iterable[str], where_left_out: str) -> str | None:
     """Put the descriptions in the place of the entry `**stated`, with those of the docstring itself among them."""
     if doc is None:  # of Python without docstrings
         return None
     lines, entries = inspect.cleandoc(doc).splitlines(), []
     for name in names:
-        own = _cut(lines, name)
-        text = _DESCRIPTIONS[name].format(default=where_left_out)
-        entries += own or [name, *textwrap.wrap(text, 116, initial_indent=" " * 4, subsequent_indent=" " * 4)]
+        text = _DESCRIPTIONS[name] + (_LEFT_OUT.format(clause=where_left_out) if not entries else "")
+        entries += _cut(lines, name) or _entry(name, text)
     at = lines.index("**stated")
     _cut(lines, "**stated")
     return "\n".join([*lines[:at], *entries, *lines[at:]])
+
+
+def _entry(name: str, text: str) -> list[str]:
+    return [name, *textwrap.wrap(text, 116, initial_indent=" " * 4, subsequent_indent=" " * 4)]
 
 
 def _cut(lines: list[str], name: str) -> list[str]:
@@ -118,7 +134,7 @@ def _cut(lines: list[str], name: str) -> list[str]:
     if name not in lines:
         return []
     start = lines.index(name)
-    stop = next(i for i in range(start + 1, len(lines)) if not lines[i].startswith(" "))
+    stop = next((i for i in range(start + 1, len(lines)) if not lines[i].startswith(" ")), len(lines))
     entry = lines[start:stop]
     del lines[start:stop]
     return entry

@@ -51,10 +51,20 @@ def synthetic(
 
     Parameters
     ----------
-    n_contexts, n_perturbations, n_genes, n_batches, n_programmes
-        Numbers of cell types, targets, genes, batches and programmes.
-    n_cells_per_group, n_control_cells
-        Cells per context of each perturbation, and of the control.
+    n_contexts
+        Number of cell types.
+    n_perturbations
+        Number of targets.
+    n_genes
+        Number of genes, among them the targets.
+    n_batches
+        Number of batches.
+    n_programmes
+        Number of programmes that genes belong to.
+    n_cells_per_group
+        Number of cells of each perturbation in each context.
+    n_control_cells
+        Number of control cells in each context.
     effect_size
         Root mean square over genes of the natural-log shift of a middling perturbation, before gating; perturbations
         range from half of it to one and a half times. 0 leaves only the knockdown of the target itself.

@@ -19,8 +19,10 @@ def load(folder: str | os.PathLike, *, accelerator: str = "auto", device: int | 
     ----------
     folder
         The folder.
-    accelerator, device
-        Where to put the network, as in scvi-tools.
+    accelerator
+        Kind of device to put the network on, as in scvi-tools: "auto", "cpu", "gpu" or another of Lightning's.
+    device
+        Number of the device, or "auto".
 
     Returns
     -------

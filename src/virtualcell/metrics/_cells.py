@@ -20,8 +20,10 @@ def energy_distance(predicted: ArrayLike, observed: ArrayLike) -> float:
 
     Parameters
     ----------
-    predicted, observed
-        Cells, (n, n_genes) and (m, n_genes).
+    predicted
+        Predicted cells, (n, n_genes).
+    observed
+        Real cells, (m, n_genes).
 
     Returns
     -------
@@ -48,8 +50,10 @@ def mmd(predicted: ArrayLike, observed: ArrayLike, *, bandwidths: ArrayLike = (0
 
     Parameters
     ----------
-    predicted, observed
-        Cells, (n, n_genes) and (m, n_genes); principal components serve better than genes.
+    predicted
+        Predicted cells, (n, n_genes); principal components serve better than genes.
+    observed
+        Real cells, (m, n_genes).
     bandwidths
         Widths b of the kernels, as multiples of s.
 
@@ -84,8 +88,10 @@ def variance_ratio(predicted_variance: ArrayLike, observed_variance: ArrayLike) 
 
     Parameters
     ----------
-    predicted_variance, observed_variance
-        Variance over cells of each gene, (n_genes,).
+    predicted_variance
+        Variance over predicted cells of each gene, (n_genes,).
+    observed_variance
+        Variance over real cells of each gene, (n_genes,).
 
     Returns
     -------

@@ -189,10 +189,14 @@ def de_overlap(
 
     Parameters
     ----------
-    predicted_lfc, observed_lfc
-        Log fold changes, (n_genes,).
-    predicted_fdr, observed_fdr
-        Adjusted p-values, (n_genes,).
+    predicted_lfc
+        Predicted log fold changes, (n_genes,).
+    observed_lfc
+        Real log fold changes, (n_genes,).
+    predicted_fdr
+        Predicted adjusted p-values, (n_genes,).
+    observed_fdr
+        Real adjusted p-values, (n_genes,).
     k
         Compare only the k significant genes of largest absolute log fold change on either side (`overlap_at_k`).
     threshold
@@ -228,8 +232,18 @@ def de_precision(
 
     Parameters
     ----------
-    predicted_lfc, observed_lfc, predicted_fdr, observed_fdr, k, threshold
-        As in :func:`de_overlap`.
+    predicted_lfc
+        Predicted log fold changes, (n_genes,).
+    observed_lfc
+        Real log fold changes, (n_genes,).
+    predicted_fdr
+        Predicted adjusted p-values, (n_genes,).
+    observed_fdr
+        Real adjusted p-values, (n_genes,).
+    k
+        Compare only the k significant genes of largest absolute log fold change on either side.
+    threshold
+        Adjusted p-value below which a gene is significant.
 
     Returns
     -------
@@ -252,8 +266,14 @@ def de_spearman_lfc(
 
     Parameters
     ----------
-    predicted_lfc, observed_lfc, observed_fdr, threshold
-        As in :func:`de_overlap`.
+    predicted_lfc
+        Predicted log fold changes, (n_genes,).
+    observed_lfc
+        Real log fold changes, (n_genes,).
+    observed_fdr
+        Real adjusted p-values, (n_genes,).
+    threshold
+        Adjusted p-value below which a gene is significant.
 
     Returns
     -------
@@ -278,8 +298,14 @@ def de_direction_match(
 
     Parameters
     ----------
-    predicted_lfc, observed_lfc, observed_fdr, threshold
-        As in :func:`de_overlap`.
+    predicted_lfc
+        Predicted log fold changes, (n_genes,).
+    observed_lfc
+        Real log fold changes, (n_genes,).
+    observed_fdr
+        Real adjusted p-values, (n_genes,).
+    threshold
+        Adjusted p-value below which a gene is significant.
 
     Returns
     -------
@@ -301,8 +327,12 @@ def de_recall(predicted_fdr: ArrayLike, observed_fdr: ArrayLike, *, threshold: f
 
     Parameters
     ----------
-    predicted_fdr, observed_fdr, threshold
-        As in :func:`de_overlap`.
+    predicted_fdr
+        Predicted adjusted p-values, (n_genes,).
+    observed_fdr
+        Real adjusted p-values, (n_genes,).
+    threshold
+        Adjusted p-value below which a gene is significant.
 
     Returns
     -------
@@ -325,8 +355,12 @@ def pr_auc(
 
     Parameters
     ----------
-    predicted_fdr, observed_fdr, threshold
-        As in :func:`de_overlap`.
+    predicted_fdr
+        Predicted adjusted p-values, (n_genes,).
+    observed_fdr
+        Real adjusted p-values, (n_genes,).
+    threshold
+        Adjusted p-value below which a gene is significant.
     floor
         Adjusted p-values below it tie, as in cell-eval.
 
@@ -356,8 +390,14 @@ def roc_auc(
 
     Parameters
     ----------
-    predicted_fdr, observed_fdr, threshold, floor
-        As in :func:`pr_auc`.
+    predicted_fdr
+        Predicted adjusted p-values, (n_genes,).
+    observed_fdr
+        Real adjusted p-values, (n_genes,).
+    threshold
+        Adjusted p-value below which a gene is significant.
+    floor
+        Adjusted p-values below it tie, as in cell-eval.
 
     Returns
     -------

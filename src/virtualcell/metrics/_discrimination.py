@@ -29,8 +29,10 @@ def discrimination_score(
 
     Parameters
     ----------
-    predicted, observed
-        Profiles of the perturbations in the same order, (n_perturbations, n_genes).
+    predicted
+        Predicted profiles of the perturbations, (n_perturbations, n_genes).
+    observed
+        Real profiles of the perturbations in the same order, (n_perturbations, n_genes).
     control
         Profile of the real control cells, (n_genes,), or one per perturbation, (n_perturbations, n_genes).
     metric

@@ -11,8 +11,10 @@ def mae(predicted: ArrayLike, observed: ArrayLike) -> float:
 
     Parameters
     ----------
-    predicted, observed
-        Profiles, (n_genes,).
+    predicted
+        Predicted profile, (n_genes,).
+    observed
+        Real profile, (n_genes,).
 
     Returns
     -------
@@ -32,8 +34,10 @@ def mse(predicted: ArrayLike, observed: ArrayLike) -> float:
 
     Parameters
     ----------
-    predicted, observed
-        Profiles, (n_genes,).
+    predicted
+        Predicted profile, (n_genes,).
+    observed
+        Real profile, (n_genes,).
 
     Returns
     -------
@@ -53,8 +57,12 @@ def pearson_delta(predicted: ArrayLike, observed: ArrayLike, control: ArrayLike)
 
     Parameters
     ----------
-    predicted, observed, control
-        Profiles of the predicted, the real perturbed and the real control cells, (n_genes,).
+    predicted
+        Profile of the predicted cells, (n_genes,).
+    observed
+        Profile of the real perturbed cells, (n_genes,).
+    control
+        Profile of the real control cells, (n_genes,).
 
     Returns
     -------
@@ -84,8 +92,12 @@ def top_overlap(predicted: ArrayLike, observed: ArrayLike, control: ArrayLike, *
 
     Parameters
     ----------
-    predicted, observed, control
-        Profiles of the predicted, the real perturbed and the real control cells, (n_genes,).
+    predicted
+        Profile of the predicted cells, (n_genes,).
+    observed
+        Profile of the real perturbed cells, (n_genes,).
+    control
+        Profile of the real control cells, (n_genes,).
     k
         Number of genes that count as the largest; all genes where there are fewer.
 

@@ -15,6 +15,7 @@ from scvi.model.base import BaseModelClass
 
 from virtualcell._settings import seed_of
 from virtualcell.data._design import Scale
+from virtualcell.data._design_arguments import describes_design
 from virtualcell.data._labels import Known, expression_modality
 from virtualcell.data._screen import Screen
 from virtualcell.io._save import State, save
@@ -93,6 +94,7 @@ class PerturbationModel(BaseModelClass):
         register(cls, adata, cls._get_setup_method_args(**locals()))
 
     @classmethod
+    @describes_design
     def setup_mudata(
         cls,
         mdata: MuData,
@@ -120,10 +122,14 @@ class PerturbationModel(BaseModelClass):
             MuData with the expression in `mdata.mod[modality]`.
         modality
             Name of that modality.
-        perturbation_key, control, context_key, batch_key, layer, scale, library_size_key, use_rep, split_key
-            As in :meth:`setup_anndata`.
+        perturbation_key, control, context_key, batch_key, layer, scale, library_size_key
+            The design, as in :meth:`setup_anndata`.
+        use_rep
+            Key of `obsm` with cell embeddings, as in :meth:`setup_anndata`.
+        split_key
+            Column with `train`, `val` and `test`, as in :meth:`setup_anndata`.
         combination_separator, dose_key
-            As in :meth:`setup_anndata`.
+            The design, as in :meth:`setup_anndata`.
         """
         register(cls, mdata, cls._get_setup_method_args(**locals()), modality)
 
@@ -197,8 +203,11 @@ class PerturbationModel(BaseModelClass):
             The folder.
         adata
             Data to predict on where a method is given none, or to train on; `None` leaves the model without data.
-        accelerator, device
-            Where to put the network, as in scvi-tools.
+        accelerator
+            Kind of device to put the network on, as in scvi-tools: "auto", "cpu", "gpu" or another of
+            Lightning's.
+        device
+            Number of the device, or "auto".
         """
         return load_model(cls, dir_path, adata, accelerator=accelerator, device=device)
 
@@ -378,8 +387,14 @@ class PerturbationModel(BaseModelClass):
 
         Parameters
         ----------
-        adata, perturbation, context, seed
-            As in :meth:`predict`.
+        adata
+            Data with the control cells to start from; the training data where it is `None`.
+        perturbation
+            Name of the perturbation.
+        context
+            Context whose control cells to take; all contexts where it is `None`.
+        seed
+            Seed of the draws; by default `vc.settings.seed`.
         n_samples
             Number of draws, at least 2.
 

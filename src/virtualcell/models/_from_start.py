@@ -81,8 +81,10 @@ def means_from(
 
     Parameters
     ----------
-    model, start
-        A fitted model, and the control cells of a context.
+    model
+        A fitted model.
+    start
+        The control cells of a context.
     perturbations
         What to predict; not the control.
     sets

@@ -124,8 +124,14 @@ class SE(BaseModelClass):
             MuData with the expression in `mdata.mod[modality]`.
         modality
             Name of that modality.
-        layer, scale, dataset_key, gene_key
-            As in :meth:`setup_anndata`; `dataset_key` is looked up in the modality's `obs`, then in the MuData's.
+        layer
+            Layer with the expression; `X` where it is `None`.
+        scale
+            Whether that is "counts" (raw) or "log1p" (of counts per 10,000).
+        dataset_key
+            Column of the modality's `obs`, or else of the MuData's, with the data set of each cell.
+        gene_key
+            Column of `var` with the names that the gene table uses; `var_names` where it is `None`.
         """
         register(cls, mdata, cls._get_setup_method_args(**locals()), modality)
 
@@ -204,8 +210,11 @@ class SE(BaseModelClass):
             The folder.
         adata
             Data to embed or train on where a method is given none; `None` leaves the model without data.
-        accelerator, device
-            Where to put the network, as in scvi-tools.
+        accelerator
+            Kind of device to put the network on, as in scvi-tools: "auto", "cpu", "gpu" or another of
+            Lightning's.
+        device
+            Number of the device, or "auto".
         """
         return load_model(cls, dir_path, adata, accelerator=accelerator, device=device)
 
@@ -280,8 +289,12 @@ class SE(BaseModelClass):
         ----------
         adata
             Cells of any data set, whose genes are matched by name; the training data where it is `None`.
-        layer, gene_key, modality
-            Where expression and gene names are in `adata`: a layer or `X`, a column of `var` or `var_names`.
+        layer
+            Layer of `adata` with the expression; `X` where it is `None`.
+        gene_key
+            Column of `var` with the names that the gene table uses; `var_names` where it is `None`.
+        modality
+            Modality of a MuData that holds gene expression.
         scale
             Scale of `adata`, "counts" or "log1p"; that of the training data where it is `None`.
         batch_size
@@ -322,8 +335,10 @@ class SE(BaseModelClass):
             Any genes of the gene table, whether the data has them or not.
         read_depth
             Mean of the non-zero log counts to assume for the cell; 4.0 is the constant of the paper's code.
-        use_rep, modality
-            Key of `obsm`; expression modality of a MuData.
+        use_rep
+            Key of `obsm` with the vectors of the cells.
+        modality
+            Modality of a MuData that holds gene expression.
 
         Raises
         ------

@@ -17,6 +17,7 @@ from mudata import MuData
 from virtualcell._errors import unknown_name
 from virtualcell._keys import AGREEMENT
 from virtualcell.data._design import Design, Scale
+from virtualcell.data._design_arguments import describes_design
 from virtualcell.data._screen import Screen, scvi_registry
 from virtualcell.io._save import State
 from virtualcell.models._baselines import Baseline
@@ -115,6 +116,7 @@ class Transfer(Baseline):
         self._warned: set[str] = set()
 
     @classmethod
+    @describes_design
     def fit(
         cls,
         sources: Sources,
@@ -134,13 +136,18 @@ class Transfer(Baseline):
 
         Parameters
         ----------
-        sources, perturbation_features, weights, slope
-            As in :class:`Transfer`.
+        sources
+            Other experiments, as in :class:`Transfer`.
+        perturbation_features
+            Features per perturbation, as in :class:`Transfer`.
+        weights
+            How much each source counts, as in :class:`Transfer`.
+        slope
+            How much of an effect carries over, as in :class:`Transfer`.
         genes
             Genes to predict, `adata.var_names` of one's own cells; by default all that any source has.
         perturbation_key, control, context_key, layer, scale, library_size_key
-            Columns, label of control cells and scale of the cells to predict on, as in :meth:`setup_anndata`.
-            :func:`virtualcell.tl.predict_perturbation` can be told others.
+            The design of the cells to predict on; :func:`virtualcell.tl.predict_perturbation` can be told another.
 
         Raises
         ------
@@ -300,11 +307,10 @@ class Transfer(Baseline):
 
     def _neighbours(self, name: str) -> np.ndarray:
         """Numbers of the measured perturbations whose features are the most similar."""
-        features, row = self.arrays["features"], self._row_of[name]
-        own = self.lookup.code.get(name, -1)
-        candidates = np.array([i for i, p in enumerate(self.known) if p in self._row_of and i != own], dtype=int)
-        theirs = features[[self._row_of[self.known[i]] for i in candidates]]
-        return candidates[nearest(features[[row]], theirs, int(self.arrays["k"]))[0]]
+        own, k = self.lookup.code.get(name, -1), int(self.arrays["k"])
+        query = self.arrays["features"][[self._row_of[name]]]
+        found = self._featured[nearest(query, self._theirs, k + 1)[0]]
+        return found[found != own][:k]
 
     def _of_neighbours(self, name: str) -> np.ndarray:
         return neighbours_mean(self.arrays["effects"], [self._neighbours(name)])[0]
@@ -376,6 +382,10 @@ class Transfer(Baseline):
     def _set_features(self, names: Sequence[str]) -> None:
         self.feature_names = list(names)
         self._row_of = {name: i for i, name in enumerate(self.feature_names)}
+        # measured perturbations that have features, and these: looked up once, as a screen asks for thousands of names
+        self._featured = np.array([i for i, name in enumerate(self.known) if name in self._row_of], dtype=int)
+        rows = [self._row_of[self.known[i]] for i in self._featured]
+        self._theirs = self.arrays["features"][rows] if rows else np.empty((0, 0), np.float32)
 
     def forget_data(self) -> None:
         """Drop the training data and the sources; what was learned of them stays."""

@@ -43,8 +43,10 @@ class TransferSource:
     kind
         What a row is: `"cells"`, one cell; `"pseudobulk"`, sums of raw counts over cells, one row or several per
         condition with controls among them; `"effects"`, one measured effect, NaN where a gene was not measured.
-    context_key, batch_key
-        Columns with the context (cell type, cell line) and the experimental batch, where there are several.
+    context_key
+        Column with the context (cell type, cell line), where there are several.
+    batch_key
+        Column with the experimental batch, where there are several.
     layer
         Layer with the values; `X` where it is `None`.
     scale

@@ -25,8 +25,14 @@ class SEConfig:
     ----------
     n_token
         Width of a gene's embedding (5,120 for ESM-2 15B).
-    n_hidden, n_layers, n_heads, n_feedforward
-        Sizes of the transformer.
+    n_hidden
+        Width of the transformer.
+    n_layers
+        Number of its layers.
+    n_heads
+        Number of its attention heads.
+    n_feedforward
+        Width of its feed-forward layers.
     dropout
         Dropout of the transformer, attention included. It makes a training step on a CPU a third slower, since
         attention then has no fused kernel, and did not tell cell types apart any better.

@@ -22,14 +22,28 @@ class STConfig:
 
     Parameters
     ----------
-    n_input, n_output
-        Columns of the control matrix and of the prediction: genes, or dimensions of the cell embedding.
+    n_input
+        Columns of the control matrix: genes, or dimensions of the cell embedding.
+    n_output
+        Columns of the prediction: genes, or dimensions of the cell embedding.
     n_perturbation
         Width of a perturbation's vector (one-hot or features).
-    n_hidden, n_layers, n_heads, head_dim, n_feedforward
-        Sizes of the Llama backbone. `head_dim` need not be `n_hidden / n_heads`.
-    n_encoder_layers, n_decoder_layers, dropout
-        Layers and dropout of the MLPs before and behind it.
+    n_hidden
+        Width of the Llama backbone.
+    n_layers
+        Number of its layers.
+    n_heads
+        Number of its attention heads.
+    head_dim
+        Width of a head, which need not be `n_hidden / n_heads`.
+    n_feedforward
+        Width of its feed-forward layers.
+    n_encoder_layers
+        Layers of the MLPs before the backbone.
+    n_decoder_layers
+        Layers of the MLP behind it.
+    dropout
+        Dropout of these MLPs.
     perturbation_dropout
         Share of the training sets whose perturbation is shown as an average one, by the last entry of its vector alone
         (which counts perturbations): what the network then knows by heart of single features is less.
@@ -42,10 +56,20 @@ class STConfig:
         Expression is not negative: apply ReLU to the prediction.
     control_projection
         Encode control cells by one Linear layer (False) or by an MLP (True).
-    n_batches, batch_token, confidence_token
-        Embedding of the experiment's batch; learned tokens in front of and behind the set.
-    n_genes, decoder_hidden, decoder_residual, decoder_dropout
-        Gene decoder of a model in embedding space; none where `n_genes` is 0.
+    n_batches
+        Number of experimental batches with an embedding; none where it is 0.
+    batch_token
+        Whether a learned token stands in front of the set.
+    confidence_token
+        Whether the set has a learned token behind it, from which the loss is predicted.
+    n_genes
+        Genes that a model in embedding space decodes; 0 is no decoder.
+    decoder_hidden
+        Widths of the hidden layers of the decoder.
+    decoder_residual
+        Whether the decoder has residual connections.
+    decoder_dropout
+        Dropout of the decoder.
 
     Examples
     --------

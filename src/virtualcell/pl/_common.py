@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from anndata import AnnData
@@ -16,9 +17,14 @@ from virtualcell.data._screen import Screen
 
 
 def observed_design(
-    data: AnnData | MuData, modality: str, stated: Mapping[str, object], *, predicted: AnnData | None = None
+    data: AnnData | MuData,
+    modality: str,
+    stated: Mapping[str, Any],
+    *,
+    predicted: AnnData | None = None,
+    noted: bool = True,
 ) -> Design:
-    """Return the design that a picture needs: what the caller stated, and the rest as earlier calls noted it.
+    """Return the design that a picture needs: what the caller stated, and the rest as earlier calls `noted` it.
 
     Where none has noted the columns of the data, those of a prediction that is shown beside it are taken.
     """
@@ -27,7 +33,7 @@ def observed_design(
         of_predicted = {k: v for k, v in noted_design(predicted).items() if k in labels}
         stated = of_predicted | only_stated(stated)
     require_columns(data, modality, **{k: v for k, v in stated.items() if k.endswith("_key")})
-    return Design.from_data(data, modality=modality, **stated).plain()
+    return (Design.from_data(data, modality=modality, **stated) if noted else Design(**stated)).plain()
 
 
 def the_only(perturbation: str | None, known: Sequence[str], *, argument: str) -> str:

@@ -15,7 +15,7 @@ from mudata import MuData
 
 from virtualcell import _keys
 from virtualcell._errors import unknown_name
-from virtualcell.data._design import only_stated
+from virtualcell.data._design import OF_LABELS, only_stated
 from virtualcell.data._design_arguments import LabelArguments, takes_design
 from virtualcell.data._labels import expression_modality, read_labels
 from virtualcell.data._results import ours
@@ -73,9 +73,10 @@ def split(
     >>> ax = vc.pl.split(adata, **design)
     """
     manifest = ours(expression_modality(adata, modality)).get(_keys.SPLIT_MANIFEST, {}).get(split_key, {})
-    of_split = ("perturbation_key", "control", "context_key", "combination_separator", "dose_key")
-    known = {k: v for k in of_split if (v := manifest.get(k)) is not None}
-    design = observed_design(adata, modality, known | only_stated({**stated, "library_size_key": library_size_key}))
+    of_split = {k: manifest[k] for k in OF_LABELS if k in manifest}
+    labels = of_split | only_stated({**stated, "library_size_key": library_size_key})
+    # what a split does not say of its labels is not what some later call noted
+    design = observed_design(adata, modality, labels, noted=not of_split)
     screen = Screen.from_anndata(adata, design, modality=modality)
     part = read_labels(adata, split_key, argument="split_key", modality=modality)
     for name in set(part) - set(_COLOURS):

@@ -64,8 +64,10 @@ def gene_features(
     min_score
         Links of lower score are left out. STRING's scores run from 0 to 1 here (its files hold thousandths); 0.7 is
         what it calls high confidence.
-    min_genes, max_genes
-        Smallest and largest set that counts. Large sets say little about a gene.
+    min_genes
+        Size of the smallest set that counts.
+    max_genes
+        Size of the largest set that counts; large sets say little about a gene.
 
     Returns
     -------

@@ -19,7 +19,7 @@ from virtualcell import _keys
 from virtualcell._errors import unknown_name
 from virtualcell._keys import SPLITS
 from virtualcell._settings import seed_of
-from virtualcell.data._design import Design, note_design, require_columns
+from virtualcell.data._design import OF_LABELS, Design, note_design, require_columns
 from virtualcell.data._doses import drug_and_dose
 from virtualcell.data._labels import expression_modality, is_several, parts, read_labels, text
 from virtualcell.data._read_design import read_design
@@ -79,16 +79,25 @@ def split(
     ----------
     adata
         Cells with unique names. In a MuData, the modality is read and written.
-    perturbation_key, context_key
-        Columns of `obs`. Without `context_key` all cells are one context, "(all)".
+    perturbation_key
+        Column of `obs` with the perturbation of each cell.
+    context_key
+        Column of `obs` with the context. Without it all cells are of one, "(all)".
     control
         Label of the control cells in `perturbation_key`, or several.
-    batch_key, library_size_key
-        Play no part in a split; noted for later calls, so that a whole design can be passed.
+    batch_key
+        Column of `obs` with the experimental batch, which plays no part in a split and is noted for later
+        calls.
+    library_size_key
+        Column of `obs` with the library size, which plays no part in a split and is noted for later calls.
     holdout
         What to hold out, as in the table above.
-    combination_separator, dose_key
-        As in :func:`virtualcell.tl.fit_state`. A drug that is held out without a dose is held out at all doses.
+    combination_separator
+        What stands between the parts of a combination, such as "+"; `None` where every label is one
+        perturbation.
+    dose_key
+        Column of `obs` with the dose of the drug that `perturbation_key` names. A drug that is held out without
+        a dose is held out at all doses.
     val_fraction
         Share of the perturbed training cells to validate on, from 0 up to but not including 1.
     key_added
@@ -353,8 +362,8 @@ def _write(
     before = ours(expression)
     manifests = {**before.get(_keys.SPLIT_MANIFEST, {}), key: manifest | {"groups": groups.reset_index(name="n_cells")}}
     expression.uns[_keys.UNS] = {**before, _keys.SPLIT_MANIFEST: manifests}
-    noted = ("perturbation_key", "control", "context_key", "combination_separator", "dose_key")
-    note_design(adata, {k: manifest.get(k) for k in noted} | dict(beside), modality)
+    labels = {k: manifest[k] for k in OF_LABELS if k in manifest}
+    note_design(adata, labels | dict(beside), modality, without=OF_LABELS)
 
 
 def _report(cells: pd.DataFrame, assigned: pd.Series, kind: str) -> None:

@@ -19,6 +19,7 @@ from virtualcell import _settings
 from virtualcell._progress import Bar
 from virtualcell._threads import count_threads, own_threads
 from virtualcell.data._design import Design, Scale, check_library_sizes
+from virtualcell.data._design_arguments import describes_design
 from virtualcell.data._expression import MOST_EXPRESSION
 from virtualcell.data._labels import expression_modality, var_of
 from virtualcell.data._screen import Screen
@@ -64,6 +65,7 @@ class _Settings:
     n_jobs: int
 
 
+@describes_design
 @own_threads()
 def benchmark(
     adata: AnnData | MuData,
@@ -112,13 +114,13 @@ def benchmark(
         :func:`virtualcell.tl.fit_state`, `{"published": ("ST", {"network": {"preset": "published"}})}`, of which
         `perturbation_features`, `init_from`, `size`, `network` and `training` have a meaning here; for others those of
         the class.
-    perturbation_key, control, context_key, batch_key
-        Columns of `obs`, and the label (or labels) of control cells. Only ST uses the batch.
-    combination_separator, dose_key, gene_key
-        As in :func:`virtualcell.tl.fit_state`.
-    split_key, splits
-        Column with `train`, `val` and `test`, from :func:`virtualcell.pp.split`; or several splits, from a name to such
-        a column or to what to hold out (`{"K562 unseen": {"contexts": ["K562"]}}`). One of the two.
+    perturbation_key, control, context_key, batch_key, combination_separator, dose_key, gene_key
+        The design, as :func:`virtualcell.tl.fit_state` takes it.
+    split_key
+        Column with `train`, `val` and `test`, from :func:`virtualcell.pp.split`; or else give `splits`.
+    splits
+        Several splits, from a name to such a column or to what to hold out (`{"K562 unseen": {"contexts":
+        ["K562"]}}`).
     suite
         "vcc2025", "vcc2026", "full", or names of metrics, as in :func:`virtualcell.tl.evaluate`.
     seeds
@@ -132,7 +134,7 @@ def benchmark(
         Features per perturbation, for the models that take them: Ridge, NearestPerturbations and ST. For an ST without,
         give it `{"perturbation_features": None}`.
     layer, scale, library_size_key
-        Where the expression is, whether it is "counts" or "log1p", and the column with the library size.
+        The expression, as :func:`virtualcell.tl.fit_state` takes it.
     n_top_genes
         Highly variable genes of the training cells to model, and the targets; `None` for all.
     min_cells

@@ -45,8 +45,10 @@ def embed(
         Any cells; genes are matched by name to the model's gene table.
     model
         A trained :class:`virtualcell.models.SE`.
-    layer, scale
-        Layer with the expression (`X` where it is `None`), and whether that is "counts" or "log1p".
+    layer
+        Layer with the expression; `X` where it is `None`.
+    scale
+        Whether the expression is "counts" (raw) or "log1p" (of counts per 10,000).
     gene_key
         Column of `var` with the names that the gene table uses; `var_names` where it is `None`.
     key_added

@@ -95,13 +95,17 @@ def fit_state(
     ----------
     adata
         Cells x genes of a screen, or a MuData with it in `modality`.
-    perturbation_key, control
-        Column of `obs` with the perturbation of each cell, and its label for unperturbed cells; several labels, in a
-        list, are one control, by the name of the first. Combinations are written `A+B`, in any order; `A+control`,
-        `control+A` and `A` are one perturbation.
-    context_key, batch_key
-        Columns with the context (cell type, cell line) and the experimental batch. Control cells are matched within
-        both, and ST learns an embedding of the batch.
+    perturbation_key
+        Column of `obs` with the perturbation of each cell. Combinations are written `A+B`, in any order;
+        `A+control`, `control+A` and `A` are one perturbation.
+    control
+        Label of unperturbed cells in that column; several labels, in a list, are one control, by the name of
+        the first.
+    context_key
+        Column with the context (cell type, cell line), within which control cells are matched.
+    batch_key
+        Column with the experimental batch, within which control cells are matched too. ST learns an embedding
+        of it.
     combination_separator
         What stands between the parts of a combination in labels, such as "_". It is one where it joins two names: not
         within brackets, so that "(+)-JQ1" is one name, and not within the label of the control. `None` where every
@@ -113,10 +117,14 @@ def fit_state(
         doses between those that were measured.
     split_key
         Column with `train`, `val`, `test` (:func:`virtualcell.pp.split`).
-    layer, scale, library_size_key
-        Where the expression is; whether it is "counts" (raw) or "log1p" (of counts per 10,000), checked and never
-        guessed; the column of `obs` with the library size, needed where `adata` holds only some of the genes
-        (default: sum over the genes of `adata`).
+    layer
+        Layer with the expression; `X` where it is in none.
+    scale
+        Whether the expression is "counts" (raw) or "log1p" (of counts per 10,000), which is checked and never
+        guessed.
+    library_size_key
+        Column of `obs` with the library size, needed where `adata` holds only some of the genes; by default it
+        is the sum over the genes of `adata`.
     gene_key
         Column of `var` that holds the names of genes which perturbations and the gene table of SE go by, where these
         are not `var_names`.

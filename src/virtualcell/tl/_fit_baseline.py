@@ -15,6 +15,7 @@ from virtualcell._errors import unknown_name
 from virtualcell._settings import seed_of
 from virtualcell._threads import own_threads
 from virtualcell.data._design import Design, Scale, check_library_sizes, note_design
+from virtualcell.data._design_arguments import describes_design
 from virtualcell.data._labels import expression_modality
 from virtualcell.data._screen import Screen
 from virtualcell.models import Transfer
@@ -27,6 +28,7 @@ Name = Literal[
 ]
 
 
+@describes_design
 @own_threads()
 def fit_baseline(
     adata: AnnData | MuData,
@@ -60,13 +62,15 @@ def fit_baseline(
         Cells x genes of a screen, or a MuData with it in `modality`.
     model
         Name of the baseline in :mod:`virtualcell.models`. "Ridge" and "NearestPerturbations" predict from features.
-    perturbation_key, control, context_key, batch_key, split_key
-        Columns of `obs`, and the label (or labels) of control cells. Test cells take no part, and validation cells are
-        learned from like training cells.
-    combination_separator, dose_key
-        How labels of perturbations are read, as in :func:`virtualcell.tl.fit_state`.
-    layer, scale, library_size_key, gene_key, modality, n_top_genes
-        Where expression is, on which scale, and which genes are modelled, as in :func:`virtualcell.tl.fit_state`.
+    perturbation_key, control, context_key, batch_key, combination_separator, dose_key
+        The design, as :func:`virtualcell.tl.fit_state` takes it.
+    split_key
+        Column with `train`, `val` and `test`. Test cells take no part, and validation cells are learned from like
+        training cells.
+    layer, scale, library_size_key, gene_key, modality
+        The expression, as :func:`virtualcell.tl.fit_state` takes it.
+    n_top_genes
+        Number of highly variable genes to model; `None` for all. Targets always come along.
     perturbation_features
         One row of features per perturbation, for "Ridge" and "NearestPerturbations".
     min_cells
