@@ -67,7 +67,7 @@ def test_the_result_is_tidy(full, halves):
     assert full.attrs["control"] == CONTROL
     assert full.attrs["n_cells"]["predicted"] == halves[0].n_obs
     assert full.attrs["n_cells"]["control"] == (halves[1].obs["target_gene"] == CONTROL).sum()
-    assert set(full.attrs["versions"]) == {"virtualcell", "illico"}
+    assert set(full.attrs["versions"]) == {"virtualcell"}
 
 
 def test_values_are_the_functions_of_metrics_on_dense_means(full, halves):
@@ -306,7 +306,7 @@ def test_threads_of_torch_are_left_alone(halves):
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     vc.tl.evaluate(*halves, **KEYS, scale="log1p", suite="full", n_jobs=1)
-    assert torch.get_num_threads() == 1  # numba inside illico would set it to all cores
+    assert torch.get_num_threads() == 1
     torch.set_num_threads(before)
 
 

@@ -14,7 +14,7 @@ import scanpy as sc
 from scipy import sparse
 
 import virtualcell as vc
-from virtualcell.metrics._de import rank_sum_test
+from virtualcell.metrics._rank_sum import rank_sum_test
 from virtualcell.models import Additive, ContextMean, NearestContext, NoChange, PerturbationMean
 from virtualcell.tl import _predict, _predict_checks
 

@@ -6,42 +6,16 @@ The comparisons take one perturbation: log fold changes and adjusted p-values ov
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from types import FunctionType
-
-import illico
-import loguru
-import numba
 import numpy as np
 import pandas as pd
-from anndata import AnnData
 from numpy.typing import ArrayLike
 from scipy import sparse, stats
-from tqdm import tqdm
 
-from virtualcell._threads import count_threads, torch_threads_kept
 from virtualcell.metrics._profiles import largest
+from virtualcell.metrics._rank_sum import rank_sum_test
 
 # What scanpy adds to both means, so that a gene that is absent on one side has a finite fold change.
 _PSEUDOCOUNT = 1e-9
-# Genes that are tested at a time: more take memory, fewer take time to begin.
-_FEWEST_GENES, _MOST_GENES = 256, 1024
-
-
-def _without_bar(function: FunctionType) -> Callable:
-    """Return a copy of a function that draws a `tqdm` bar; the copy draws none.
-
-    It leaves the module of the function as it is, for other users of it, and `sys.stderr`, which all threads share.
-    """
-    names = function.__globals__ | {"tqdm": partial(tqdm, disable=True)}
-    copy = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
-    copy.__kwdefaults__ = function.__kwdefaults__
-    return copy
-
-
-_asymptotic_wilcoxon = _without_bar(illico.asymptotic_wilcoxon)
-loguru.logger.disable("illico")  # it reports every call on stderr, past `logging`
 
 
 def differential_expression(
@@ -55,8 +29,9 @@ def differential_expression(
 ) -> pd.DataFrame:
     """Test every gene of every perturbation against the control cells.
 
-    Wilcoxon's rank-sum test, two-sided, normal approximation with correction for ties and continuity, by `illico`; the
-    p-values of each perturbation are adjusted after Benjamini and Hochberg. A sparse matrix stays sparse.
+    Wilcoxon's rank-sum test, two-sided, normal approximation with correction for ties and continuity; the p-values of
+    each perturbation are adjusted after Benjamini and Hochberg. A sparse matrix is made dense some cells and genes at a
+    time.
 
     Parameters
     ----------
@@ -118,40 +93,6 @@ def differential_expression(
             "fdr": fdr.ravel(),
         }
     )
-
-
-def rank_sum_test(
-    matrix: sparse.csr_matrix | np.ndarray, codes: np.ndarray, *, n_jobs: int = 1
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return p-values and adjusted p-values, (n_groups, n_genes), of groups 1, 2, ... against group 0."""
-    values = matrix.data if sparse.issparse(matrix) else matrix
-    if not np.isfinite(values).all():
-        raise ValueError("cells holds NaN or infinite values: they have no rank. Set them to a number or drop them.")
-    if sparse.issparse(matrix) and not (matrix.has_canonical_format and (values != 0).all()):
-        matrix = matrix.copy()  # entries stored twice, or zeros that are stored, would get ranks of their own
-        matrix.sum_duplicates()
-        matrix.eliminate_zeros()
-    n_groups = int(codes.max())
-    names = [f"{i:09d}" for i in range(n_groups + 1)]  # sort as numbers do
-    obs = pd.DataFrame({"group": pd.Categorical.from_codes(codes, names)}, index=np.arange(len(codes)).astype(str))
-    n_genes = matrix.shape[1]
-    n_threads = min(count_threads(n_jobs), numba.config.NUMBA_NUM_THREADS)  # illico takes no more
-    with torch_threads_kept():
-        result = _asymptotic_wilcoxon(
-            AnnData(matrix, obs=obs),
-            is_log1p=False,  # its fold changes are not used
-            group_keys="group",
-            reference=names[0],
-            n_threads=n_threads,
-            batch_size=int(np.clip(-(-n_genes // n_threads), _FEWEST_GENES, _MOST_GENES)),
-        )
-    found = pd.Index(result.index.get_level_values(0)[::n_genes])
-    order = found.get_indexer(names[1:])
-    p, u = (result[c].to_numpy().reshape(-1, n_genes)[order] for c in ("p_value", "statistic"))
-    counts = np.bincount(codes)
-    p[u == counts[1:, None] * counts[0] / 2] = 1  # the correction for continuity must not overshoot its centre
-    p = p.clip(0, 1)
-    return p, stats.false_discovery_control(p, axis=1)
 
 
 def log2_fold_change(means: np.ndarray, control: np.ndarray, *, pseudocount: float = _PSEUDOCOUNT) -> np.ndarray:

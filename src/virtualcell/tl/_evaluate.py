@@ -166,7 +166,7 @@ def evaluate(
     if isinstance(baseline, pd.DataFrame):
         parts.append(scored_before(baseline, parts, counted))
     scores = pd.concat(parts, ignore_index=True)[COLUMNS]
-    scorer = "cell-eval2" if official else "illico"
+    scorer = {"cell-eval2": version("cell-eval2")} if official else {}
     scores.attrs = {
         "suite": suite if isinstance(suite, str) else list(suite),
         "perturbation_key": design.perturbation_key,
@@ -176,7 +176,7 @@ def evaluate(
         "predicted_scale": predicted_scale,
         "seed": seed,
         **counted,
-        "versions": {"virtualcell": __version__, scorer: version(scorer)},
+        "versions": {"virtualcell": __version__, **scorer},
     }
     note_design(observed, design.to_uns() | batch, modality)
     return scores

@@ -18,7 +18,8 @@ from virtualcell._keys import ALL
 from virtualcell.data._expression import Expression
 from virtualcell.data._labels import parts
 from virtualcell.metrics._cells import mean_distance, mean_distances
-from virtualcell.metrics._de import log2_fold_change, rank_sum_test
+from virtualcell.metrics._de import log2_fold_change
+from virtualcell.metrics._rank_sum import rank_sum_test
 
 logger = logging.getLogger(__name__)
 
