@@ -117,7 +117,7 @@ class TrainingPlan(pl.LightningModule):
             lr=torch.tensor(self.options.lr, device=self.device) if recorded else self.options.lr,
             weight_decay=self.options.weight_decay,
             eps=1e-8,
-            fused=(on_gpu and self.options.precision != "16-mixed") or None,
+            fused=(self.device.type in ("cpu", "cuda") and self.options.precision != "16-mixed") or None,
             capturable=recorded,
         )
 
