@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import secrets
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TABLES = (".csv", ".parquet")
+_LEFT_OVER = 3600  # seconds since a half-written file last grew, after which its writer is taken for dead
 
 
 def read_cells(path: Path) -> AnnData | MuData:
@@ -56,24 +60,62 @@ def write_cells(data: AnnData | MuData, path: Path) -> None:
     if path.suffix == ".h5mu":
         import mudata
 
-        _put(path, lambda part: mudata.write_h5mu(part, data))
+        put_in_place(path, lambda part: mudata.write_h5mu(part, data))
     else:
-        _put(path, data.write_h5ad)
+        put_in_place(path, data.write_h5ad)
+    logger.info("%s is written.", path)
 
 
 def write_table(frame: pd.DataFrame, path: Path) -> None:
     """Write a table without its index, as csv or parquet."""
     write = frame.to_parquet if path.suffix == ".parquet" else frame.to_csv
-    _put(path, lambda part: write(part, index=False))
-
-
-def _put(path: Path, write: Callable[[Path], None]) -> None:
-    """Write beside the file and put it in place, so that a job that is killed leaves what was there."""
-    part = path.with_name(f"{path.name}.part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        write(part)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    put_in_place(path, lambda part: write(part, index=False))
     logger.info("%s is written.", path)
+
+
+def put_in_place(path: Path, write: Callable[[Path], None]) -> None:
+    """Write beside a file and put it in place when it is whole.
+
+    A process that dies leaves the old file or the new one, and two that write at once leave that of one of them.
+
+    Parameters
+    ----------
+    path
+        The file; its folder is made where it is missing.
+    write
+        Writes a file of the name that it is given.
+
+    Raises
+    ------
+    OSError
+        For a full disk, or a folder that may not be written into; the message says what to do.
+    """
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(path)
+        write(part)
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())  # or a computer that crashes has the new name and none of its content
+        part.replace(path)
+    except OSError as error:
+        raise _not_written(path, error) from error
+    finally:
+        with contextlib.suppress(OSError):  # of a folder that could not be made
+            part.unlink(missing_ok=True)
+
+
+def _not_written(path: Path, error: OSError) -> OSError:
+    said = (
+        f"{path} is not written, and what was there is as it was: {error.strerror or error}. Free some space, see who "
+        "may write into its folder, or name another one"
+    )
+    return OSError(said) if error.errno is None else OSError(error.errno, said)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove what killed processes left half written; what is younger may still be in the making."""
+    for part in path.parent.glob(f".{path.name}.*.part"):
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            if time.time() - part.stat().st_mtime > _LEFT_OVER:
+                part.unlink()

@@ -14,6 +14,8 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
+from virtualcell._files import put_in_place
+
 FORMAT = 2
 FILE = "model.safetensors"
 _ENTRY = "virtualcell"  # of the file's header
@@ -66,17 +68,13 @@ def save(model: Saved, folder: str | os.PathLike, *, overwrite: bool = False) ->
         raise FileExistsError(f"{folder} holds a model already. Pass overwrite=True to replace it.")
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file. Name a folder, which is made where it is missing.")
-    content, part = pack(model), folder / f"{FILE}.part"
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with part.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(folder / FILE)
-    except BaseException:  # a full disk, Ctrl-C
-        part.unlink(missing_ok=True)
-        raise
+    write_state(model.state(), folder / FILE)
+
+
+def write_state(state: State, path: Path) -> None:
+    """Write a state as one file, which is put in place when it is whole."""
+    content = _packed(state)
+    put_in_place(path, lambda part: part.write_bytes(content))
 
 
 def read_state(folder: str | os.PathLike) -> State:
@@ -84,6 +82,11 @@ def read_state(folder: str | os.PathLike) -> State:
     path = Path(folder) / FILE
     if not path.exists():
         raise FileNotFoundError(f"{folder} holds no {FILE}: it is not a folder written by `model.save`.")
+    return read_file(path)
+
+
+def read_file(path: Path) -> State:
+    """Read what :func:`write_state` wrote."""
     return _unpack(path.read_bytes(), source=str(path))
 
 
@@ -91,14 +94,18 @@ def pack(model: Saved, *, without: Sequence[str] = ()) -> np.ndarray:
     """Return the file as bytes, (n,) uint8, which `uns` of an h5ad or zarr can hold, without some carried models."""
     state = model.state()
     state = replace(state, parts={name: part for name, part in state.parts.items() if name not in without})
-    tensors: dict[str, Tensor] = {}
-    described = json.dumps({"format": FORMAT, **_describe(state, "", tensors)}, default=_plain)
-    return np.frombuffer(safetensors.torch.save(tensors, {_ENTRY: described}), dtype=np.uint8)
+    return np.frombuffer(_packed(state), dtype=np.uint8)
 
 
 def unpack(packed: np.ndarray, *, source: str = "uns") -> State:
     """Read what :func:`pack` packed."""
     return _unpack(np.asarray(packed, dtype=np.uint8).tobytes(), source=source)
+
+
+def _packed(state: State) -> bytes:
+    tensors: dict[str, Tensor] = {}
+    described = json.dumps({"format": FORMAT, **_describe(state, "", tensors)}, default=_plain)
+    return safetensors.torch.save(tensors, {_ENTRY: described})
 
 
 def _unpack(content: bytes, *, source: str) -> State:

@@ -26,6 +26,7 @@ from virtualcell.models._se_data import (
     dataset_names,
     gene_rows,
     gene_table,
+    learned_from,
     own_source,
     read_cells,
     register,
@@ -252,7 +253,14 @@ class SE(BaseModelClass):
         check_not_empty(cells)
         training, validation = batches(cells, dataset, self.n_targets, options)
         self.history_ = fit(
-            self.module, se_loss, training, options, validation=validation, name="SE", title="SE: cell embedding"
+            self.module,
+            se_loss,
+            training,
+            options,
+            validation=validation,
+            name="SE",
+            title="SE: cell embedding",
+            data=None if options.checkpoint_dir is None else learned_from(self, cells, dataset),
         )
         self.is_trained_ = True
         put_on(self, options.accelerator)

@@ -19,6 +19,7 @@ from torch import Tensor
 from virtualcell._errors import unknown_name
 from virtualcell.data._design import Scale
 from virtualcell.data._expression import Expression
+from virtualcell.data._fingerprint import digest, numbers, of_expression
 from virtualcell.data._labels import expression_modality, read_labels
 from virtualcell.data._screen import Screen, scvi_registry
 from virtualcell.data._sentence_batches import SentenceBatches, Sentences
@@ -167,6 +168,16 @@ def batches(
         "SE sees each of %d training cells about %.3g times, in %d steps of %d cells.", n, steps * size / n, steps, size
     )
     return of(rows[n_held:], is_validation=False), of(rows[:n_held], is_validation=True) if n_held else None
+
+
+def learned_from(model: SE, cells: Cells, dataset: np.ndarray) -> dict[str, object]:
+    """Describe the data that an SE learns from, and how it is shown."""
+    return {
+        **of_expression(cells.names, cells.sentences.expression),
+        "gene embeddings": numbers(cells.vectors.numpy()),
+        "data sets": digest(dataset[cells.by_name()]),
+        "sentences": [model.length, *model.n_targets, model.cls_expression_gene, model.fill_sentences],
+    }
 
 
 def check_not_empty(cells: Cells) -> None:

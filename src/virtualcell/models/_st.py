@@ -29,6 +29,7 @@ from virtualcell.models._st_files import from_arc, from_state, state_of, to_arc
 from virtualcell.models._st_fit import (
     check_validation,
     completed,
+    learned_from,
     perturbation_table,
     start_at_mean,
 )
@@ -251,7 +252,14 @@ class ST(PerturbationModel):
             st_loss, kind=options.loss, mean_weight=options.mean_weight, contrast_weight=options.contrast_weight
         )
         self.history_ = fit(
-            self.module, loss, training, options, validation=validation, name="ST", title="ST: effects of perturbations"
+            self.module,
+            loss,
+            training,
+            options,
+            validation=validation,
+            name="ST",
+            title="ST: effects of perturbations",
+            data=None if options.checkpoint_dir is None else learned_from(screen, self.table, self.set_size),
         )
         self.is_trained_, self.n_steps = True, options.max_steps
         put_on(self, options.accelerator)

@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 
 from virtualcell.data._cell_sets import CellGroups
+from virtualcell.data._fingerprint import digest, numbers, of_screen
 from virtualcell.data._labels import parts
 from virtualcell.data._screen import Screen
 from virtualcell.models._features import PerturbationTable
@@ -68,6 +69,12 @@ def completed(options: STTrainOptions, groups: CellGroups, set_size: int) -> STT
         *(n_cells, steps * size * set_size / n_cells, len(groups), steps, size, set_size),
     )
     return dataclasses.replace(options, batch_size=size, max_steps=steps)
+
+
+def learned_from(screen: Screen, table: PerturbationTable, set_size: int) -> dict[str, object]:
+    """Describe the data that an ST learns from, and how it is shown."""
+    vectors = {"perturbation vectors": numbers(table.vectors.numpy()), "names of these": digest(table.names)}
+    return {**of_screen(screen), **vectors, "set_size": set_size}
 
 
 def _is_on_gpu(options: STTrainOptions) -> bool:

@@ -19,8 +19,8 @@ from virtualcell.models._baselines import Baseline
 from virtualcell.models._effects import Effects
 from virtualcell.models._feature_baselines import FeatureBaseline
 from virtualcell.models._start import Start
-from virtualcell.tl._fit import build_st, train_st
 from virtualcell.tl._fit_options import FitOptions, NetworkOptions, SEOptions, check_call, choose_size
+from virtualcell.tl._fit_st import build_st, train_st
 from virtualcell.tl._questions import Asked
 from virtualcell.tl._verdict import Verdict
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Literal
 
@@ -21,11 +22,10 @@ from virtualcell.data._design import Design, Scale, check_library_sizes
 from virtualcell.data._labels import expression_modality
 from virtualcell.data._results import ours, takes_results
 from virtualcell.data._screen import Screen
-from virtualcell.io._save import pack
+from virtualcell.io._save import pack, save
 from virtualcell.models import SE, ST, Transfer
 from virtualcell.models._effects import Effects
-from virtualcell.models._finetune import continue_st, genes_to_model
-from virtualcell.models._partly import partly_trained
+from virtualcell.models._finetune import genes_to_model
 from virtualcell.models._transfer_sources import Sources
 from virtualcell.tl._fit_options import (
     FitOptions,
@@ -38,14 +38,13 @@ from virtualcell.tl._fit_options import (
     require_validation,
 )
 from virtualcell.tl._fit_se import fit_se
+from virtualcell.tl._fit_st import build_st, train_st
 from virtualcell.tl._prepare import choose_genes, prepared, warn_of_panel
-from virtualcell.tl._questions import Asked, Fold, asked_by, folds
-from virtualcell.tl._verdict import Verdict, judge, trained_baseline
-from virtualcell.train._quiet import quiet
+from virtualcell.tl._questions import asked_by
+from virtualcell.train._checkpoint import refuse_used
 
 logger = logging.getLogger(__name__)
 
-_SHARE_OF_STEPS, _FEWEST_STEPS = 0.4, 50  # of a fit that leaves cells out
 _SE_FOLLOWS = (
     "ST is fitted, and `vc.tl.predict_perturbation` has all that it needs, also if what follows is interrupted: SE is "
     "trained to embed the cells (obsm['X_state']). Predictions of genes do not use it; se=False leaves it out."
@@ -77,6 +76,8 @@ def fit_state(
     network: Mapping[str, object] | None = None,
     training: FitOptions | Mapping[str, object] | None = None,
     validate: Literal["contexts", "perturbations", "cells"] | bool = True,
+    checkpoint_dir: str | os.PathLike | None = None,
+    resume: bool = False,
     seed: int | None = None,
 ) -> ST:
     """Fit ST and SE: learn what each perturbation does to the control cells of each context, and embed every cell.
@@ -169,6 +170,14 @@ def fit_state(
         without such pairs, new contexts where there are several. `False` asks nothing and takes default
         weights. The verdict is printed, and is in the model's `verdict` and its representation, in
         `uns["virtualcell"]["verdict"]`, and as a table in `uns["virtualcell"]["validation"]`.
+    checkpoint_dir
+        Folder in which the fit is kept, every five minutes (`training={"checkpoint_every": seconds}`) and when its
+        process is told to end by SIGTERM or Ctrl-C: each training, those of the verdict too, in a file of its own,
+        and in the end the model, for :func:`virtualcell.io.load`.
+    resume
+        Whether to go on from what is in `checkpoint_dir`. What was finished is not trained again, and the result is
+        that of a fit which was not interrupted, bit for bit on a CPU. A folder that holds nothing yet is begun, so that
+        a job can be sent again as it is. Trainings on other data or with other options are refused.
     seed
         Seed of everything random; by default `vc.settings.seed`.
 
@@ -185,6 +194,8 @@ def fit_state(
         context without control cells, nothing to train on.
     FloatingPointError
         If a loss is not finite.
+    FileExistsError
+        If `checkpoint_dir` holds a fit, without `resume`.
 
     Examples
     --------
@@ -201,10 +212,13 @@ def fit_state(
     (60, True)
     """
     check_library_sizes(scale, library_size_key)
-    options, networks = FitOptions.from_(training, seed=seed), NetworkOptions.of(network)
+    options = FitOptions.from_(training, seed=seed, checkpoint_dir=checkpoint_dir, resume=resume)
+    networks = NetworkOptions.of(network)
     of_se = SEOptions.of(se, init_from, networks.use_rep, options)
     check_call(options, training, split_key, size, init_from, of_se)
     check_transfer(transfer_from, networks)
+    if options.checkpoint_dir is not None:
+        refuse_used(options.checkpoint_dir, resume=options.resume)
     data, adata = adata, expression_modality(adata, modality)
     size = choose_size(size, adata.n_obs)
     design = Design(
@@ -253,129 +267,9 @@ def fit_state(
         st.se = fitted_se
         if takes_results(adata):
             adata.obsm[_keys.X_STATE] = vectors
+    if options.checkpoint_dir is not None:
+        _keep(st, options.checkpoint_dir)
     return st
-
-
-def build_st(
-    screen: Screen,
-    *,
-    features: pd.DataFrame | None,
-    init_from: ST | SE | None,
-    size: str,
-    network: NetworkOptions,
-    options: FitOptions,
-) -> ST:
-    """Build an ST on the cells and genes of a screen, new or from a trained one."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(options.seed)
-        if isinstance(init_from, ST):
-            return continue_st(screen, init_from, features, **network.options)
-        return ST(screen, features, size=size, **network.options)
-
-
-def train_st(
-    st: ST,
-    *,
-    build: Callable[[Screen], ST],
-    options: FitOptions,
-    effects: Effects | None = None,
-    asked: Asked | None = None,
-    init_from: ST | SE | None = None,
-) -> Verdict | None:
-    """Train an ST on its screen, find out how well it answers what is asked, and let go of the data.
-
-    Parameters
-    ----------
-    st, build
-        The model, and what builds another like it on other cells.
-    options
-        Options of its training.
-    effects
-        Measured effects of the training cells, where these are known already.
-    asked
-        What predictions will be wanted for; `None` to leave the question out.
-    init_from
-        What the model goes on from: an ST that has learned from the same pairs could not be asked about them.
-
-    Returns
-    -------
-    The verdict, where it was asked for and could be given.
-    """
-    screen, verdict = st.screen, None
-    if effects is None and (st.transfer or asked is not None):
-        effects = Effects.measure(screen, screen.is_known)
-    partly = isinstance(init_from, ST)
-    _train(st, options, effects, partly=partly)
-    if asked is not None and not _has_learned(init_from, effects):
-        verdict = _ask(st, build, options, effects, asked, partly=partly)
-    st.forget_data()
-    return verdict
-
-
-def _has_learned(init_from: ST | SE | None, effects: Effects) -> bool:
-    """Whether a model was trained on pairs of context and perturbation that are to be left out."""
-    if not isinstance(init_from, ST) or init_from.transferred is None:
-        return False
-    both = set(init_from.transferred.pairs()) & set(effects.pairs())
-    if not both:
-        return False
-    logger.warning(
-        "init_from has learned from %d of the pairs of context and perturbation of this data, so that leaving them out "
-        "would tell nothing: weights are the defaults, and there is no verdict.",
-        len(both),
-    )
-    return True
-
-
-def _train(st: ST, options: FitOptions, effects: Effects | None, *, partly: bool) -> None:
-    partial_options = {"freeze": options.freeze or (), "lora": options.lora, "seed": options.seed} if partly else {}
-    with partly_trained(st.module, **partial_options):
-        st.train(options.of_training(), effects=effects)
-
-
-def _ask(
-    st: ST,
-    build: Callable[[Screen], ST],
-    options: FitOptions,
-    effects: Effects,
-    asked: Asked,
-    *,
-    partly: bool,
-) -> Verdict | None:
-    """Give an ST the weights, the verdict and the fallback that leaving training cells out comes to."""
-    left_out = folds(st.screen, effects, asked, seed=options.seed)
-    if not left_out:
-        logger.warning(
-            "The data does not allow to ask how well %s are predicted: too few can be left out. Weights are the "
-            'defaults, and there is no verdict. Ask another question, such as validate="cells".',
-            asked.question,
-        )
-        return None
-    # five folds together cost twice the fit: a shorter one shows less of what a network can do
-    n_steps = max(_FEWEST_STEPS, round(_SHARE_OF_STEPS * st.n_steps))
-    short = dataclasses.replace(
-        options,
-        max_steps=min(n_steps, st.n_steps),
-        early_stopping=None,
-        val_fraction=0.0,
-        progress_bar=False,
-    )
-
-    def train(fold: Fold) -> ST:
-        model = build(fold.screen)
-        _train(model, short, fold.effects, partly=partly)
-        return model
-
-    with quiet("virtualcell.models", "virtualcell.train"):
-        features = st.table.frame() if st.table.has_features else None
-        found = judge(train, left_out, asked, features, seed=options.seed, progress_bar=options.progress_bar)
-    st.validation, st.verdict = found.scores, found.sentence
-    if found.weight is not None:
-        st.mixture = st.mixture.with_networks(asked.question, found.weight)
-        logger.info(st.mixture.describe(asked.question))
-    if found.outcome == "worse":
-        st.fallback = trained_baseline(found.best, st.screen, effects, features)
-    return found
 
 
 def _elsewhere(st: ST, sources: Sources | None, features: pd.DataFrame | None) -> Transfer | None:
@@ -393,6 +287,16 @@ def _elsewhere(st: ST, sources: Sources | None, features: pd.DataFrame | None) -
 
 def _in_embedding(screen: Screen, design: Design, vectors: np.ndarray) -> Screen:
     return dataclasses.replace(screen, design=design, rep=vectors.astype(np.float32, copy=False))
+
+
+def _keep(st: ST, folder: str | os.PathLike) -> None:
+    """Write the fitted model beside its trainings; where that cannot be, it is in the data all the same."""
+    if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
+        return  # the first process does
+    try:
+        save(st, folder, overwrite=True)
+    except OSError as error:
+        logger.warning("The fitted model is in the data, and not in checkpoint_dir: %s.", error)
 
 
 def _write(adata: AnnData, st: ST, design: Design) -> None:

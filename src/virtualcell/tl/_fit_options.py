@@ -31,7 +31,10 @@ logger = logging.getLogger(__name__)
 Size = Literal["auto", "small", "medium", "large"]
 
 # options of the run that SE shares with ST
-_SHARED = ("accelerator", "devices", "strategy", "precision", "seed", "progress_bar")
+_SHARED = (
+    *("accelerator", "devices", "strategy", "precision", "seed", "progress_bar"),
+    *("checkpoint_dir", "checkpoint_every", "resume"),
+)
 _OF_ST = ("set_size", "preset", "head", "transfer", "n_networks", "modality_of_perturbation", "gene_positions")
 _FROM_DATA = ("n_input", "n_output", "n_perturbation", "n_batches", "n_genes")
 
@@ -86,7 +89,7 @@ class FitOptions(STTrainOptions):
         return STTrainOptions(**{k: v for k, v in self.stated.items() if k in names})
 
     def of_run(self) -> dict[str, object]:
-        """Return what SE shares: devices, precision, seed and progress bar."""
+        """Return what SE shares: devices, precision, seed, progress bar and checkpoints."""
         return {k: v for k, v in self.stated.items() if k in _SHARED}
 
 

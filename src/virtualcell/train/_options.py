@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -20,8 +21,9 @@ _NUMBERS = {
     "warmup": (0, 1, True),
     "final_lr": (0, 1, True),
     "gradient_clip": (0, math.inf, True),
+    "checkpoint_every": (0, math.inf, True),
 }
-_FLAGS = ("early_stopping", "progress_bar")
+_FLAGS = ("early_stopping", "progress_bar", "resume")
 _CHOICES = {
     "accelerator": ("auto", "cpu", "gpu", "cuda", "mps"),
     "strategy": ("auto", "ddp", "ddp_spawn", "ddp_fork", "ddp_notebook"),
@@ -48,6 +50,8 @@ _COMMON = {
     "devices": "auto",
     "strategy": "auto",
     "precision": "32-true",
+    "resume": False,
+    "checkpoint_every": 300.0,
 }
 
 
@@ -96,6 +100,16 @@ class TrainOptions:
         Seed of dropout and of whatever else is drawn while training; by default `vc.settings.seed`.
     progress_bar
         Whether a bar shows steps and loss; by default what `vc.settings.progress` says.
+    checkpoint_dir
+        Folder in which the training is kept, so that it can go on after its process was ended: weights, optimiser,
+        random numbers and history, in one file without pickled code. A process that is told to end by SIGTERM or
+        Ctrl-C keeps it once more.
+    resume
+        Whether to go on from what is in `checkpoint_dir`, with the result that an uninterrupted training would have
+        had, bit for bit on a CPU. A folder that holds nothing yet is begun, so that a job can be sent again as it is; a
+        training of other data or with other options is refused. `False`, the default, refuses any.
+    checkpoint_every
+        Seconds after which the training is kept again, 300 by default; 0 keeps it before every step.
 
     Examples
     --------
@@ -119,6 +133,9 @@ class TrainOptions:
     precision: str | None = None
     seed: int | None = None
     progress_bar: bool | None = None
+    checkpoint_dir: str | os.PathLike | None = None
+    resume: bool | None = None
+    checkpoint_every: float | None = None
 
     def __post_init__(self) -> None:
         for name, value in self.stated.items():
@@ -132,6 +149,8 @@ class TrainOptions:
                 _refuse_choice(name, value)
         if self.devices is not None:
             _check_devices(self.devices)
+        if self.checkpoint_dir is not None and not isinstance(self.checkpoint_dir, str | os.PathLike):
+            raise ValueError(f"checkpoint_dir={self.checkpoint_dir!r} is not the name of a folder.")
 
     @property
     def stated(self) -> dict[str, object]:
@@ -165,7 +184,10 @@ class TrainOptions:
                 'Use a dictionary such as {"max_steps": 1000, "lr": 1e-3}.'
             )
         of_settings = {"seed": settings.seed, "progress_bar": settings.progress}
-        return cls(**{**_COMMON, **of_settings, **cls(**defaults).stated, **stated})
+        whole = cls(**{**_COMMON, **of_settings, **cls(**defaults).stated, **stated})
+        if whole.resume and whole.checkpoint_dir is None:
+            raise ValueError("resume=True needs checkpoint_dir=, the folder in which the training was kept.")
+        return whole
 
 
 def _remedy(name: str) -> str:

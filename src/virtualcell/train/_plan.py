@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
@@ -10,12 +11,15 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from virtualcell.train._quiet import random_state_kept, set_seed, silence
+from virtualcell.io._save import State
+from virtualcell.train._quiet import random_state_kept, random_states, set_random_states, set_seed, silence
 from virtualcell.train._step import Step
 
 if TYPE_CHECKING:
     from virtualcell.train._options import TrainOptions
     from virtualcell.train._run import Batches, Loss
+
+logger = logging.getLogger(__name__)
 
 LOOK_EVERY = 20  # steps between two looks at whether losses were finite: each waits for the GPU
 NEVER = torch.iinfo(torch.int64).max
@@ -76,6 +80,7 @@ class TrainingPlan(pl.LightningModule):
         self.steps_done = 0
         self._step: Step | None = None
         self.shown_loss = math.nan  # mean since the last entry of the history, for the progress bar
+        self._goes_on_from: State | None = None
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
@@ -139,6 +144,12 @@ class TrainingPlan(pl.LightningModule):
             self._step = Step(self.network, self.loss, self.trainer.optimizers[0], **options)
         self._finite_steps = self.steps_done
         self._finite_weights = [tensor.detach().clone() for tensor in self._weights()]
+
+    def on_train_start(self) -> None:
+        """Go on from what was kept."""
+        if self._goes_on_from is not None:
+            self._take_rest(self._goes_on_from)
+            self._goes_on_from = None
 
     def on_train_batch_start(self, i: int, _: int) -> None:
         """Set the learning rate."""
@@ -215,6 +226,57 @@ class TrainingPlan(pl.LightningModule):
             return False
         return len(losses) - 1 - losses.index(min(losses)) >= self.options.patience
 
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def state(self, *, is_finished: bool = False) -> State:
+        """Return all that going on from here needs, or, of a training that is finished, all that came of it.
+
+        Where it is not, every process calls this at the same step, before it begins.
+        """
+        history = {name: list(values.items()) for name, values in self.history.items()}
+        meta: dict = {"steps_done": self.steps_done, "is_finished": is_finished, "history": history}
+        tensors = {f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}
+        if not is_finished:
+            meta["scaling"] = self.trainer.precision_plugin.state_dict()
+            of_optimizer = self.trainer.optimizers[0].state_dict()["state"]
+            tensors |= {f"optimizer.{i}.{k}": tensor for i, one in of_optimizer.items() for k, tensor in one.items()}
+            sums = {**self._training.sums, "weight": torch.tensor(float(self._training.weight))}
+            tensors |= {f"sums.{name}": self._of_all(tensor) for name, tensor in sums.items()}
+            tensors |= {f"random.{kind}": self._of_all(state) for kind, state in random_states(self.device).items()}
+        return State("training", meta, tensors)
+
+    def take(self, state: State) -> None:
+        """Take over weights and history, and the rest when the training starts."""
+        self.network.load_state_dict(_named("network.", state.tensors))
+        history = {name: {int(i): value for i, value in values} for name, values in state.meta["history"].items()}
+        self.set_extra_state({"history": history, "failure": "", "steps_done": state.meta["steps_done"]})
+        self._goes_on_from = state
+
+    def _take_rest(self, state: State) -> None:
+        optimizer, of_optimizer = self.trainer.optimizers[0], {}
+        for key, tensor in _named("optimizer.", state.tensors).items():
+            i, name = key.split(".")
+            of_optimizer.setdefault(int(i), {})[name] = tensor
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": of_optimizer})
+        self.trainer.precision_plugin.load_state_dict(state.meta["scaling"])
+        # by which Lightning finds the steps to validate after
+        self.trainer.fit_loop.epoch_loop.batch_progress.total.ready = self.steps_done
+        sums, states = _named("sums.", state.tensors), _named("random.", state.tensors)
+        if len(sums["weight"]) != self.trainer.world_size or set(states) != set(random_states(self.device)):
+            logger.warning(
+                "%s goes on with other devices than before: the same steps, with other random numbers.", self.name
+            )
+            return
+        set_random_states({kind: of_all[self.global_rank] for kind, of_all in states.items()}, self.device)
+        self._training.weight = int(sums.pop("weight")[self.global_rank])
+        self._training.sums = {name: of_all[self.global_rank].to(self.device) for name, of_all in sums.items()}
+
+    def _of_all(self, tensor: Tensor) -> Tensor:
+        """Return the tensors of all processes in one, (n_processes, ...), on the CPU."""
+        if self.trainer.world_size == 1:
+            return tensor[None].cpu()
+        return self.all_gather(tensor.to(self.device)).cpu()
+
     # -- over all processes -------------------------------------------------------------------------------------------
 
     def _batch(self, batches: Batches, i: int) -> dict[str, Tensor]:
@@ -257,3 +319,7 @@ class TrainingPlan(pl.LightningModule):
 
     def _weights(self) -> list[Tensor]:
         return [*self.network.parameters(), *self.network.buffers()]
+
+
+def _named(beginning: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(beginning): tensor for name, tensor in tensors.items() if name.startswith(beginning)}

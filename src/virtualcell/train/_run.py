@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Protocol
 
 import lightning.pytorch as pl
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from virtualcell._progress import Bar
 from virtualcell._threads import own_threads
+from virtualcell.train._checkpoint import Checkpoints, Described, TrainingFile
 from virtualcell.train._options import TrainOptions
 from virtualcell.train._plan import TrainingPlan
 from virtualcell.train._quiet import random_state_kept, silenced
@@ -100,6 +102,7 @@ def fit(
     validation: Batches | None = None,
     name: str = "ST",
     title: str | None = None,
+    data: Described | None = None,
 ) -> dict[str, pd.DataFrame]:
     """Train a network, which afterwards holds the trained weights, is in evaluation mode and on the device it was on.
 
@@ -124,6 +127,8 @@ def fit(
         Name of the model in log lines and in errors.
     title
         What is trained, for the progress bar, such as "SE: cell embedding"; by default the name.
+    data
+        Describes the data, so that a checkpoint of a training on other data is refused.
 
     Returns
     -------
@@ -134,27 +139,28 @@ def fit(
     ------
     FloatingPointError
         If a loss is not finite; the network then holds its last weights with finite losses.
+    FileExistsError
+        For a checkpoint in `options.checkpoint_dir`, without `resume`.
     """
     options = _checked(options, validation)
     plan = TrainingPlan(network, loss, batches, options, validation=validation, name=name)
-    bars = [_ShowSteps(title or name)] if options.progress_bar else []
-    home = next(network.parameters()).device
+    folder = options.checkpoint_dir
+    file = None if folder is None else TrainingFile(folder, name, options, network, data or {})
+    keeps = Checkpoints(file, options.checkpoint_every)
     with silenced(), own_threads():
-        trainer, strategy = _trainer(plan, bars)
+        trainer, strategy = _trainer(plan, [keeps, *([_ShowSteps(title or name)] if options.progress_bar else [])])
         _check_processes(options, trainer)
-        _log_start(plan, trainer)
-        started = time.perf_counter()
-        # forked and spawned processes have generators of their own; a GPU must not be opened before a fork
-        here = strategy in ("auto", "ddp")
-        try:
-            with random_state_kept(trainer.strategy.root_device if here else torch.device("cpu")):
-                _run(plan, trainer)
-        finally:
-            network.to(home).eval()
+        # of several processes that run one script the first one keeps the training
+        with file.held() if file is not None and trainer.is_global_zero else nullcontext():
+            if not _was_finished(plan, file):
+                _train(plan, trainer, strategy)
+                if file is not None and trainer.is_global_zero and not plan.failure:
+                    file.write(plan.state(is_finished=True))
+                if keeps.told is not None:  # after the last step
+                    keeps.stop(keeps.told, plan)
+    network.eval()
     if plan.failure:
         raise FloatingPointError(plan.failure)
-    if trainer.is_global_zero:
-        _log_end(plan, time.perf_counter() - started)
     return {
         key: pd.DataFrame({key: list(values.values())}, index=pd.Index(list(values), name="step"))
         for key, values in plan.history.items()
@@ -223,6 +229,34 @@ def _check_processes(options: TrainOptions, trainer: pl.Trainer) -> None:
         )
     if options.precision == "16-mixed" and trainer.strategy.root_device.type == "cpu":
         raise ValueError("precision='16-mixed' is for GPUs. Use '32-true' or 'bf16-mixed' on the CPU.")
+
+
+def _was_finished(plan: TrainingPlan, file: TrainingFile | None) -> bool:
+    """Take over what was kept of a training, and tell whether that is all of it."""
+    kept = None if file is None else file.read(resume=plan.options.resume)
+    if kept is None:
+        return False
+    plan.take(kept)
+    if kept.meta["is_finished"]:
+        logger.info("%s was trained before, as %s says.", plan.name, file.path)
+    else:
+        logger.info("%s goes on after step %d of %d.", plan.name, plan.steps_done, plan.options.max_steps)
+    return kept.meta["is_finished"]
+
+
+def _train(plan: TrainingPlan, trainer: pl.Trainer, strategy: str) -> None:
+    home = next(plan.network.parameters()).device
+    _log_start(plan, trainer)
+    started = time.perf_counter()
+    # forked and spawned processes have generators of their own; a GPU must not be opened before a fork
+    here = strategy in ("auto", "ddp")
+    try:
+        with random_state_kept(trainer.strategy.root_device if here else torch.device("cpu")):
+            _run(plan, trainer)
+    finally:
+        plan.network.to(home).eval()
+    if trainer.is_global_zero and not plan.failure:
+        _log_end(plan, time.perf_counter() - started)
 
 
 def _run(plan: TrainingPlan, trainer: pl.Trainer) -> None:
