@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -204,3 +206,20 @@ def test_options_are_checked() -> None:
         TrainOptions(checkpoint_dir=True)
     with pytest.raises(ValueError, match=r"resume=True needs checkpoint_dir="):
         TrainOptions.from_({"resume": True})
+
+
+def test_a_training_of_two_processes_goes_on_bit_for_bit(tmp_path) -> None:
+    def run(part: str) -> subprocess.CompletedProcess:
+        program = [sys.executable, str(Path(__file__).parent / "goes_on.py"), str(tmp_path), part]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.run(program, capture_output=True, text=True, env=environment, timeout=120, check=False)
+
+    ended = run("ended")
+    assert ended.returncode == 143
+    said = "ST: training was ended by SIGTERM after 40 steps of 50. The same call with resume=True goes on"
+    assert ended.stderr.startswith(said)  # where all processes look for signals
+    assert len(ended.stderr.splitlines()) == 1
+    resumed = run("resumed")
+    assert (resumed.returncode, resumed.stderr) == (0, "")
+    for rank in (0, 1):
+        assert json.loads((tmp_path / f"found_{rank}.json").read_text()) == {"weights": True, "history": True}

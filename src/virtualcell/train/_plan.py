@@ -267,7 +267,7 @@ class TrainingPlan(pl.LightningModule):
                 "%s goes on with other devices than before: the same steps, with other random numbers.", self.name
             )
             return
-        set_random_states({kind: of_all[self.global_rank] for kind, of_all in states.items()}, self.device)
+        set_random_states({kind: of_all[self.global_rank].clone() for kind, of_all in states.items()}, self.device)
         self._training.weight = int(sums.pop("weight")[self.global_rank])
         self._training.sums = {name: of_all[self.global_rank].to(self.device) for name, of_all in sums.items()}
 
@@ -275,7 +275,10 @@ class TrainingPlan(pl.LightningModule):
         """Return the tensors of all processes in one, (n_processes, ...), on the CPU."""
         if self.trainer.world_size == 1:
             return tensor[None].cpu()
-        return self.all_gather(tensor.to(self.device)).cpu()
+        tensor = tensor.to(self.device)
+        of_all = [torch.empty_like(tensor) for _ in range(self.trainer.world_size)]
+        torch.distributed.all_gather(of_all, tensor)
+        return torch.stack(of_all).cpu()
 
     # -- over all processes -------------------------------------------------------------------------------------------
 
