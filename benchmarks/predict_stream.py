@@ -38,9 +38,8 @@ def prepare(folder: Path, n_perturbations: int, n_cells: int, n_genes: int) -> N
         n_control_cells=n_cells,
         seed=0,
     )
-    st = vc.tl.fit_state(
-        adata, **DESIGN, se=False, validate=False, n_top_genes=None, training={"max_steps": 100, "progress_bar": False}
-    )
+    quick = {"max_steps": 100, "val_fraction": 0.0, "progress_bar": False}
+    st = vc.tl.fit_state(adata, **DESIGN, se=False, validate=False, n_top_genes=None, training=quick)
     st.save(folder / "model")
     controls = adata[adata.obs["target_gene"] == "non-targeting"].copy()
     controls.uns.clear()

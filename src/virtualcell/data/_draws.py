@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import lru_cache
 from hashlib import blake2b
 
 import numba
@@ -13,6 +15,20 @@ _compiled = numba.njit(nogil=True, cache=True)
 def seed_of(*words: object) -> int:
     """Return a seed of numba's generator, 32 bits, that differs with any of the words."""
     return int.from_bytes(blake2b("\0".join(map(str, words)).encode(), digest_size=4).digest(), "little")
+
+
+def seeds_of(genes: Sequence[str], *words: object) -> np.ndarray:
+    """Return such a seed for each gene, (n_genes,), uint32."""
+    seeds = _hashes(tuple(genes)) + np.uint64(seed_of(*words) * 0x9E3779B97F4A7C15 % 2**64)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # SplitMix64: Steele et al. 2014
+        seeds = (seeds ^ (seeds >> np.uint64(shift))) * np.uint64(factor)
+    return (seeds >> np.uint64(32)).astype(np.uint32)
+
+
+@lru_cache(maxsize=8)
+def _hashes(genes: tuple[str, ...]) -> np.ndarray:
+    digests = b"".join(blake2b(str(gene).encode(), digest_size=8).digest() for gene in genes)
+    return np.frombuffer(digests, dtype=np.uint64)
 
 
 @_compiled

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
-from virtualcell.data._draws import moved, seed_of, to_totals
+from virtualcell.data._draws import moved, seed_of, seeds_of, to_totals
 
 _FEWEST_CELLS = 20  # with fewer, a variance says nothing
 _GENES_PER_LEVEL, _MOST_LEVELS = 50, 20  # of which the trend of dispersions is made
 
 
 def emit_counts(
-    counts: sparse.csr_matrix,
+    counts: sparse.csr_matrix | sparse.csc_matrix,
     library: np.ndarray,
     change: np.ndarray,
     *,
@@ -41,7 +41,7 @@ def emit_counts(
     Parameters
     ----------
     counts
-        Whole counts of the cells to start from, in the order of their names, (n_cells, n_genes).
+        Whole counts of the cells to start from, in the order of their names, (n_cells, n_genes); soonest as CSC.
     library
         Library size of each cell, (n_cells,), which it keeps.
     change
@@ -61,7 +61,7 @@ def emit_counts(
     -------
     Whole counts as float32 CSR, without stored zeros.
     """
-    columns = sparse.csc_matrix(counts)
+    columns = sparse.csc_matrix(counts)  # itself, where it is one
     columns.sort_indices()
     result = _in_own_thread(
         moved,
@@ -72,7 +72,7 @@ def emit_counts(
         np.zeros(len(change)) if dispersion is None else dispersion,
         np.asarray(library, dtype=np.float64),
         target_sum / library,
-        np.array([seed_of(seed, key, name) for name in genes], dtype=np.uint32),
+        seeds_of(genes, seed, key),
     )
     indptr, cells, values = result
     out = sparse.csc_matrix((values, cells, indptr), shape=counts.shape).tocsr()

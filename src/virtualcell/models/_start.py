@@ -36,6 +36,11 @@ class Counted:
     dispersions: Dispersions
     target_sum: float
 
+    @cached_property
+    def by_gene(self) -> sparse.csc_matrix:
+        """The same counts as CSC."""
+        return self.counts.tocsc()
+
 
 @dataclass(frozen=True, eq=False)
 class Start:

@@ -135,7 +135,9 @@ def emitted_cells(effect: Effect, start: Start, genes: np.ndarray, *, seed: int 
         If the control cells were not made of whole counts.
     """
     counted = start.counted
-    counts, library = counted.counts[effect.rows], counted.library[effect.rows]
+    all_cells = np.array_equal(effect.rows, np.arange(len(counted.library)))
+    library = counted.library[effect.rows]
+    counts = counted.by_gene if all_cells and effect.change.any() else counted.counts[effect.rows]
     if effect.change.any():
         counts = emit_counts(
             counts,

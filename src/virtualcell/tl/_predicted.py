@@ -90,6 +90,7 @@ class Predictions:
         The model predicts in the caller's thread; cells are made in others, meanwhile.
         """
         place = self.order.get_indexer(pd.Index(self.genes))
+        in_order = np.array_equal(place, np.arange(len(place)))
 
         def made(predicted: tuple[Asked, Start, Start, Effect, np.ndarray]) -> Group:
             question, start, in_genes, effect, error = predicted
@@ -97,7 +98,7 @@ class Predictions:
                 cells = _cells(effect, in_genes, self.design, self.genes, self.seed, with_control=with_control)
             else:
                 cells = _mean(effect, in_genes, self.design)
-            for matrix in (cells.X, *cells.layers.values()):
+            for matrix in () if in_order else (cells.X, *cells.layers.values()):
                 matrix.indices = place[matrix.indices].astype(matrix.indices.dtype)
                 matrix.has_sorted_indices = False
                 matrix.sort_indices()
