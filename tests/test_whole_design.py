@@ -141,6 +141,13 @@ def test_a_picture_takes_columns_of_the_prediction_whatever_else_was_noted(fitte
     assert "2 perturbations" in ax.get_title() or ", " in ax.get_title()
 
 
+@pytest.mark.parametrize("call", [vc.tl.evaluate, vc.pl.perturbation_shift, vc.pl.de_agreement])
+def test_measured_cells_that_are_given_first_are_told_from_predicted_ones(fitted, call: Callable) -> None:
+    adata, predicted = fitted
+    with pytest.raises(ValueError, match="predicted cells come first, measured ones second"):
+        call(adata, predicted)
+
+
 def test_a_column_without_use_must_be_there_all_the_same(cells) -> None:
     with pytest.raises(KeyError, match="batch_key='lanes'"):
         vc.pp.split(cells.copy(), **{**DESIGN, "batch_key": "lanes"}, holdout={"contexts": ["type_3"]})

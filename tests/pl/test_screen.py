@@ -74,6 +74,16 @@ def test_of_many_the_first_are_named(assert_readable):
     assert len(points) == 2000
 
 
+def test_forty_names_have_room(assert_readable):
+    n = 300
+    score = np.sort(np.random.default_rng(0).gamma(2, 0.1, n))[::-1]
+    names = [f"GENE{i:03d}" for i in range(n)]
+    table = pd.DataFrame({"score": score, "score_error": 0.02, "measured": "here"}, index=names)
+    ax = vc.pl.screen(table, n_labels=40)
+    assert sorted(t.get_text() for t in ax.texts if t.get_text()) == names[:40]
+    assert_readable(ax)
+
+
 def test_scores_without_errors_and_axes_of_ones_own():
     table = table_of(5, objective="own", context="(all)")
     table["score_error"] = np.nan

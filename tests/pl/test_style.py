@@ -23,6 +23,16 @@ def test_labels_of_crowded_points_do_not_collide(assert_readable):
     assert_readable(ax)
 
 
+def test_forty_labels_have_room_in_a_figure_of_the_default_size(assert_readable):
+    _, ax = plt.subplots(figsize=(5.2, 5.2))
+    points = np.random.default_rng(0).normal(size=(300, 2))
+    ax.scatter(*points.T, s=5)
+    outermost = points[np.argsort(-np.abs(points).max(axis=1))[:40]]
+    placed = place_labels(ax, outermost, [f"GENE{i:03d}" for i in range(40)], avoid=points)
+    assert len(placed) == 40
+    assert_readable(ax)
+
+
 def test_labels_are_placed_again_where_the_axes_turn_out_smaller(assert_readable):
     figure, (ax, other) = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
     points = np.random.default_rng(0).normal(size=(8, 2)) * 0.3

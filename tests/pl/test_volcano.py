@@ -71,6 +71,17 @@ def test_more_predicted_cells_do_not_make_a_weak_effect_sure(predicted):
     np.testing.assert_array_equal(drawn(ax), drawn(vc.pl.de_volcano(many)))
 
 
+def test_genes_that_change_without_an_error_are_left_out_and_counted(predicted):
+    predicted = predicted.copy()
+    error = predicted.varm["standard_error"] = predicted.varm["standard_error"].copy()
+    change = predicted.varm["change"]
+    error[np.flatnonzero(change[:, 0])[:7], 0] = 0
+    ax = vc.pl.de_volcano(predicted, context="rep_1")
+    assert ax.get_title().replace("\n", " ").endswith("its standard error; 7 genes without one are left out")
+    assert len(drawn(ax)) == predicted.n_vars - 7
+    assert np.isfinite(drawn(ax)).all()
+
+
 def test_predictions_without_errors_say_how_to_get_them(predicted):
     blind = predicted.copy()
     blind.varm["standard_error"] = np.full(blind.varm["change"].shape, np.nan)

@@ -83,3 +83,8 @@ def test_on_disk_the_vectors_are_the_same_and_a_part_goes_on(screen, model, tmp_
     np.testing.assert_allclose(written.obsm["X_state"], expected, atol=1e-5)
     assert written.obs.astype(str).equals(screen.obs.astype(str))
     assert "X_state" not in screen.obsm
+
+
+def test_what_is_no_se_cannot_embed(screen, model):
+    with pytest.raises(TypeError, match=r"^model=None is no SE.*fitted without se=False"):
+        vc.tl.embed(screen.copy(), None)

@@ -193,6 +193,19 @@ def require_columns(data: AnnData | MuData, modality: str = "rna", **keys: str |
             obs_column(data, key, argument=argument, modality=modality)
 
 
+def check_sides(predicted: AnnData | MuData, observed: AnnData | MuData) -> None:
+    """Raise where measured cells were given first, and those that `predict_perturbation` made of them second."""
+
+    def made(data: AnnData | MuData) -> bool:
+        return isinstance(data, AnnData) and _keys.CONTROL_LAYER in data.layers
+
+    if made(observed) and not made(predicted):
+        raise ValueError(
+            "`observed` is what `vc.tl.predict_perturbation` returned, and `predicted` is not: predicted cells come "
+            "first, measured ones second."
+        )
+
+
 def note_design(
     data: AnnData | MuData,
     stated: Mapping[str, Any],

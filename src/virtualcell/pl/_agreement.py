@@ -77,7 +77,8 @@ def de_agreement(
         Two random choices of `n_top` from n genes share `n_top` squared, divided by n, on average, which is shown for
         comparison.
     n_labels
-        Number of genes to label: those with the largest absolute change in either.
+        Number of genes to label: those with the largest absolute change in either. A label that finds no room in the
+        axes is left out, which the log counts; 40 have room in a figure of the default size.
     modality
         Modality of a MuData that holds gene expression.
     ax

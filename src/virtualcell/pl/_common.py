@@ -11,7 +11,7 @@ from mudata import MuData
 
 from virtualcell import _keys
 from virtualcell._errors import unknown_name
-from virtualcell.data._design import Design, noted_design, only_stated, require_columns
+from virtualcell.data._design import Design, check_sides, noted_design, only_stated, require_columns
 from virtualcell.data._labels import text
 from virtualcell.data._screen import Screen
 
@@ -28,6 +28,8 @@ def observed_design(
 
     Where none has noted the columns of the data, those of a prediction that is shown beside it are taken.
     """
+    if predicted is not None:
+        check_sides(predicted, data)
     if predicted is not None and "perturbation_key" not in noted_design(data, modality):
         labels = ("perturbation_key", "control", "context_key", "combination_separator", "dose_key")
         of_predicted = {k: v for k, v in noted_design(predicted).items() if k in labels}

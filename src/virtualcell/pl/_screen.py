@@ -48,9 +48,10 @@ def screen(table: pd.DataFrame, *, n_labels: int = 20, highlight: Sequence[str] 
     table
         Result of :func:`virtualcell.tl.screen`.
     n_labels
-        Number of perturbations to name where there are more than 60.
+        Number of perturbations to name where there are more than 60. A name that finds no room in the axes is left out,
+        which the log counts; 40 have room in a figure of the default size.
     highlight
-        Perturbations to name in any case, in bold.
+        Perturbations to name beside these, in bold.
     ax
         Axes to draw in; a new figure by default.
 

@@ -79,7 +79,8 @@ def perturbation_shift(
     components
         Which two principal components to draw, counted from 1.
     n_labels
-        Number of perturbations to name where there are several: those that were predicted to move furthest.
+        Number of perturbations to name where there are several: those that were predicted to move furthest. A name
+        that finds no room in the axes is left out, which the log counts; 40 have room in a figure of the default size.
     modality
         Modality of a MuData that holds gene expression.
     seed

@@ -68,7 +68,8 @@ def de_volcano(
     adata
         Measured cells, or a prediction of :func:`virtualcell.tl.predict_perturbation` with standard errors. Those of a
         prediction without `n_samples` are what predictions of this kind had where cells were left out; with it, they
-        hold the draw of control cells and the disagreement of the model's parts too.
+        hold the draw of control cells and the disagreement of the model's parts too. A gene that changes with an error
+        of zero, where noise explained all of it, is left out, and the title counts these: few are with `n_samples=20`.
     perturbation
         Perturbation to compare with the control; it may be left out where there is one.
     context
@@ -77,7 +78,8 @@ def de_volcano(
         of a prediction, the mean over contexts is drawn.
     n_labels
         Number of genes to label: of those that pass `fdr`, the ones with the largest product of log fold change and
-        height (Xiao et al. 2014), since a prediction can shift a gene surely but by next to nothing.
+        height (Xiao et al. 2014), since a prediction can shift a gene surely but by next to nothing. A label that finds
+        no room in the axes is left out, which the log counts; 40 have room in a figure of the default size.
     fdr
         False discovery rate below which a gene is coloured.
     modality
@@ -186,20 +188,22 @@ def _predicted(data: AnnData, design: Design, perturbation: str | None, context:
             raise unknown_name("context", context, list(columns["context"]), f"{perturbation!r} has cells only there.")
         columns = columns[columns["context"] == context]
     change, error = (data.varm[k][:, columns.index].mean(axis=1) for k in (_keys.CHANGE, _keys.STANDARD_ERROR))
-    if np.isnan(error).any():
+    has_error = (change == 0) | (error > 0)  # of the others noise explained all errors where cells were left out
+    if np.isnan(error).any() or not has_error.any():
         by = data.uns[_keys.UNS].get("predicted_by", "the model")
         raise ValueError(
             f"{by} knows no standard error of this prediction, which a volcano shows. Ask for one: "
             "`vc.tl.predict_perturbation(..., n_samples=20)`."
         )
-    with np.errstate(divide="ignore", invalid="ignore"):
-        z = np.where(change == 0, 0.0, np.abs(change) / error)
+    change, error = change[has_error], error[has_error]
+    z = np.abs(change) / np.where(change == 0, 1.0, error)
     table = pd.DataFrame(
         {
-            "gene": data.var_names,
+            "gene": data.var_names[has_error],
             "log2_fold_change": change / np.log(2),
             "in_errors": z,
             "fdr": stats.false_discovery_control(2 * stats.norm.sf(z)),
         }
     )
-    return table, "predicted, change and its standard error", list(columns["context"]), perturbation
+    without = f"; {np.sum(~has_error):,} genes without one are left out" if not has_error.all() else ""
+    return table, f"predicted, change and its standard error{without}", list(columns["context"]), perturbation

@@ -69,6 +69,8 @@ def embed(
     ------
     FileExistsError
         If `to` is there already.
+    TypeError
+        If the model is no SE.
     ValueError
         If too few genes of the data are in the gene table, or a cell expresses none of them.
 
@@ -79,6 +81,11 @@ def embed(
     True
     """
     how = {"layer": layer, "scale": scale, "gene_key": gene_key, "batch_size": batch_size, "precision": precision}
+    if not isinstance(model, SE):
+        raise TypeError(
+            f"model={model!r} is no SE, which embeds cells. Give the `se` of an ST that was fitted without se=False, "
+            "or a saved one, `vc.models.SE.load(folder)`."
+        )
     expression = expression_modality(adata, modality)
     if to is not None:
         _embed_to_disk(expression, model, to, key_added=key_added, how=how)

@@ -22,6 +22,7 @@ from virtualcell.data._design import (
     Scale,
     check_library_sizes,
     check_scale,
+    check_sides,
     note_design,
     noted_design,
     require_columns,
@@ -134,6 +135,7 @@ def evaluate(
     ['mae', 'pearson_delta']
     """
     seed = seed_of(seed)
+    check_sides(predicted, observed)
     design = _design(observed, modality, {**stated, "gene_key": gene_key})
     check_scale(predicted_scale, "predicted_scale")
     batch = {"batch_key": stated.get("batch_key")}

@@ -189,8 +189,7 @@ def _check_groups(source: str, found: Iterable, real: Iterable, control: str, ow
                 f"{side}: perturbation",
                 perturbation,
                 sorted({p for c, p in real if c == context and p != control}),
-                f"`observed` has no such cells{where} to compare with: leave it out, "
-                f"{side}[{side}.obs[key] != {perturbation!r}].",
+                f"`observed` has no such cells{where} to compare with: leave its cells out of {side}.",
             )
     for context in dict.fromkeys(c for c, _ in found):
         where = "" if context == ALL else f" in context {context!r}"
