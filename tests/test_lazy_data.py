@@ -20,6 +20,7 @@ from scipy import sparse
 import virtualcell as vc
 from virtualcell.data import _copied
 from virtualcell.data._expression import Expression
+from virtualcell.tl._cells import CellsOnDisk
 
 da = pytest.importorskip("dask.array")
 
@@ -30,7 +31,7 @@ FIT = {"n_top_genes": 30, "size": "small", "training": {"max_steps": 3, "acceler
 @pytest.fixture(autouse=True)
 def _settings(tmp_path: Path) -> Iterator[None]:
     # so little memory that every matrix is read in several blocks
-    with vc.settings.override(cache_dir=tmp_path / "cache", max_memory=1e-4, progress=False):
+    with vc.settings.override(cache_dir=tmp_path / "cache", max_memory=2e-5, progress=False):
         yield
 
 
@@ -151,6 +152,7 @@ def results(data: ad.AnnData | md.MuData) -> dict[str, np.ndarray | pd.DataFrame
         "predicted": predicted.X.toarray() if sparse.issparse(predicted.X) else predicted.X,
         "control": pd.DataFrame(predicted.obs["control_barcode"]).to_numpy(dtype=str),
         "scores": vc.tl.evaluate(predicted, data, scale="counts", suite="standard", genes=st.genes, ceiling=True),
+        "all scores": vc.tl.evaluate(predicted, data, scale="counts", suite="full", genes=st.genes),
         "screen": vc.tl.screen(data, context="type_1"),
         "knockdown": table,
         "baseline": means(data, names, vc.tl.fit_baseline(data, "Additive", **DESIGN, n_top_genes=30)),
@@ -266,6 +268,20 @@ def test_results_are_not_written_to_views_of_files(
     for call in calls:
         with pytest.raises(ValueError, match=r"adata is a view of data that is not in memory.*adata\.to_memory\(\)"):
             call()
+
+
+def test_scores_are_computed_in_portions(cells: ad.AnnData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, read = backed(cells, tmp_path), []
+    real = CellsOnDisk.portions
+
+    def counted(self: CellsOnDisk, names: list[str]) -> Iterator[list[str]]:
+        read.append(list(real(self, names)))
+        yield from read[-1]
+
+    monkeypatch.setattr(CellsOnDisk, "portions", counted)
+    real_cells = cells[cells.obs["target_gene"] != "non-targeting"].copy()
+    vc.tl.evaluate(real_cells, data, **DESIGN, scale="counts", predicted_scale="counts", suite=["de_overlap"])
+    assert [len(portions) > 1 for portions in read] == [True, True]  # of the observed cells of two contexts
 
 
 class Killed(BaseException):

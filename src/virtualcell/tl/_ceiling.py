@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from virtualcell.tl._cells import Cells
 from virtualcell.tl._evaluate_checks import COLUMNS
-from virtualcell.tl._scores import MAX_CELLS, Cells, Comparison, score_rows
+from virtualcell.tl._scores import MAX_CELLS, Comparison, score_rows
 
 logger = logging.getLogger(__name__)
 

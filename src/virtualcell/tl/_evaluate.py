@@ -30,6 +30,7 @@ from virtualcell.data._design import (
 from virtualcell.data._design_arguments import DesignArguments, takes_design
 from virtualcell.data._labels import expression_modality, var_of
 from virtualcell.tl._ceiling import CEILING, CORRECTED_CEILING, ceilings
+from virtualcell.tl._cells import Cells
 from virtualcell.tl._evaluate_checks import (
     COLUMNS,
     Suite,
@@ -40,7 +41,7 @@ from virtualcell.tl._evaluate_checks import (
     task_of,
     warn_without_targets,
 )
-from virtualcell.tl._scores import Cells, Comparison, score_rows
+from virtualcell.tl._scores import Comparison, score_rows
 
 
 @takes_design('they are then as earlier calls noted them in `observed.uns["virtualcell"]`, where this one notes them')

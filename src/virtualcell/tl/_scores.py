@@ -15,11 +15,11 @@ from scipy.linalg import eigh
 
 from virtualcell import metrics
 from virtualcell._keys import ALL
-from virtualcell.data._expression import Expression
 from virtualcell.data._labels import parts
 from virtualcell.metrics._cells import mean_distance, mean_distances
 from virtualcell.metrics._de import log2_fold_change
 from virtualcell.metrics._rank_sum import rank_sum_test
+from virtualcell.tl._cells import Cells
 
 logger = logging.getLogger(__name__)
 
@@ -32,45 +32,6 @@ _FULL = {"energy_distance", "pearson_edistance"}
 _FROM_CONTROL = {"pearson_edistance"}
 _IN_COMPONENTS = {"energy_distance_pca", "mmd"}
 _N_COMPONENTS = 50
-
-
-class Cells:
-    """Cells of one side and context, the groups one after another, `size` of each."""
-
-    def __init__(self, matrix: sparse.csr_matrix, size: dict[str, int]) -> None:
-        self.matrix, self.size, self.names = matrix, size, list(size)
-        ends = np.cumsum(list(size.values()))
-        self.span = {n: (end - size[n], end) for n, end in zip(size, ends, strict=True)}
-
-    @classmethod
-    def read(cls, expression: Expression, rows: dict[str, np.ndarray]) -> Cells:
-        """Read the rows of each group."""
-        return cls(expression.rows(np.concatenate(list(rows.values()))), {n: len(r) for n, r in rows.items()})
-
-    def take(self, rows: dict[str, np.ndarray]) -> Cells:
-        """Return some of the cells, by their rows in `matrix`."""
-        return Cells(self.matrix[np.concatenate(list(rows.values()))], {n: len(r) for n, r in rows.items()})
-
-    def group(self, name: str) -> sparse.csr_matrix:
-        """Cells of one group; shares memory."""
-        start, end = self.span[name]
-        ends = self.matrix.indptr[start : end + 1]
-        kept = slice(ends[0], ends[-1])
-        cells = sparse.csr_matrix((len(ends) - 1, self.matrix.shape[1]), dtype=self.matrix.dtype)
-        # one by one, because the constructor copies what is a small part of a larger array
-        cells.data, cells.indices, cells.indptr = self.matrix.data[kept], self.matrix.indices[kept], ends - ends[0]
-        return cells
-
-    @cached_property
-    def moments(self) -> dict[str, np.ndarray]:
-        """Mean and mean square of each group, (2, n_genes)."""
-        out, n_genes = {}, self.matrix.shape[1]
-        for name in self.names:
-            cells = self.group(name)
-            genes, values = cells.indices.astype(np.intp), cells.data.astype(np.float64)
-            sums = [np.bincount(genes, x, n_genes) for x in (values, np.square(values))]
-            out[name] = np.stack(sums) / self.size[name]
-        return out
 
 
 @dataclass
@@ -154,15 +115,21 @@ class Comparison:
     # -- differential expression --------------------------------------------------------------------------------------
 
     def _de(self, cells: Cells, means: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        code_of = {self.control: 0, **{p: i + 1 for i, p in enumerate(self.perturbations)}}
-        codes, matrix = np.repeat([code_of[n] for n in cells.names], list(cells.size.values())), cells.matrix
         controls = cells if self.control in cells.size else self.observed
+        found = [self._rank_sums(cells, controls, names) for names in cells.portions(self.perturbations)]
+        p_value, fdr = (np.concatenate(part) for part in zip(*found, strict=True))
+        change = log2_fold_change(means, self._moment(controls, [self.control]))
+        return change, p_value[:, self.order], fdr[:, self.order]
+
+    def _rank_sums(self, cells: Cells, controls: Cells, names: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """p-values of some perturbations against the control cells, and adjusted ones, (n_names, n_genes)."""
+        code_of = {self.control: 0, **{name: i + 1 for i, name in enumerate(names)}}
+        groups = [name for name in cells.names if name in code_of]  # all of them in the order that they are stored in
+        codes, matrix = np.repeat([code_of[n] for n in groups], [cells.size[n] for n in groups]), cells.together(groups)
         if controls is not cells:
             matrix = sparse.vstack([matrix, controls.group(self.control)], format="csr")
             codes = np.concatenate([codes, np.zeros(controls.size[self.control], dtype=codes.dtype)])
-        p_value, fdr = rank_sum_test(matrix, codes, n_jobs=max(1, self.n_jobs // 2))
-        change = log2_fold_change(means, self._moment(controls, [self.control]))
-        return change, p_value[:, self.order], fdr[:, self.order]
+        return rank_sum_test(matrix, codes, n_jobs=max(1, self.n_jobs // 2))
 
     @cached_property
     def _both_de(self) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -181,18 +148,20 @@ class Comparison:
 
     # -- cells --------------------------------------------------------------------------------------------------------
 
-    def _drawn(self, cells: sparse.csr_matrix, n: int) -> sparse.csr_matrix:
+    def _drawn(self, cells: Cells, name: str | None, n: int) -> sparse.csr_matrix:
+        """Cells of a group, or of all, as many as are drawn where there are more."""
+        first, last = (0, cells.n_cells) if name is None else cells.span[name]
+        if last - first <= n:
+            return cells.together(cells.names) if name is None else cells.group(name)
         # rows come in the order of cell names: the same cells are drawn however the data is sorted
-        if cells.shape[0] > n:
-            cells = cells[np.sort(np.random.default_rng(self.seed).choice(cells.shape[0], n, replace=False))]
-        return cells
+        return cells.rows(first + np.sort(np.random.default_rng(self.seed).choice(last - first, n, replace=False)))
 
     def _dense(self, sides: list[Cells], name: str, n: int) -> tuple[np.ndarray, int]:
         """Cells of one or two sides, one after another, and how many the first has.
 
         The mean of all control cells is taken off: distances stay, and float32 keeps more of their digits.
         """
-        drawn = [self._drawn(s.group(name), n) for s in sides]
+        drawn = [self._drawn(s, name, n) for s in sides]
         first = drawn[0].shape[0]
         dense = np.empty((sum(d.shape[0] for d in drawn), len(self.genes)), dtype=np.float32)
         for cells, part in zip(drawn, (dense[:first], dense[first:]), strict=False):
@@ -239,7 +208,7 @@ class Comparison:
     @cached_property
     def components(self) -> np.ndarray:
         """Principal axes (n_genes, <= 50) of real cells, from at most 1,000 of them."""
-        dense = self._drawn(self.observed.matrix, _CELLS_OF_PCA).toarray()
+        dense = self._drawn(self.observed, None, _CELLS_OF_PCA).toarray()
         dense -= dense.mean(axis=0)
         n = min(_N_COMPONENTS, len(dense) - 1)
         values, vectors = eigh((dense @ dense.T).astype(np.float64), subset_by_index=[len(dense) - n, len(dense) - 1])
