@@ -5,6 +5,7 @@ Every tool runs in an environment of its own, and gets a folder of files:
     python benchmarks/peers.py prepare --work FOLDER --data ../shared/data    # in our environment
     scgen/bin/python benchmarks/peers.py scgen --work FOLDER
     gears/bin/python benchmarks/peers.py gears --work FOLDER
+    arc/bin/python benchmarks/peers.py arc --work FOLDER --epochs 300      # steps
     python benchmarks/peers.py score --work FOLDER --data ../shared/data --json benchmarks/results/peers.json
     python benchmarks/peers.py page --json benchmarks/results/peers.json      # the table of docs/comparison.md
 
@@ -12,6 +13,7 @@ The environments (Python 3.11; the CPU build of torch where there is no GPU):
 
     scgen   pip install pertpy scvi-tools "statsmodels<0.15"
     gears   pip install cell-gears torch_geometric "scipy<1.14"
+    arc     pip install arc-state
 
 `prepare` writes the cells that may be seen: all but the perturbed cells of the held-out context and perturbations. Each
 tool writes cells, one for each control cell of that context, as log1p of counts per 10,000; what is below zero, or
@@ -175,8 +177,15 @@ def score(args) -> None:
     }
     for name, t in tables.items():
         print(f"\n== {name}\n{t.round(4).to_string()}")
-    if args.json is not None:
-        args.json.write_text(json.dumps(plain(result), indent=1) + "\n")
+    if args.json is not None:  # tools that were scored before, and whose files are gone, keep their figures
+        before = json.loads(args.json.read_text()) if args.json.exists() else {}
+        args.json.write_text(json.dumps(updated(before, plain(result)), indent=1) + "\n")
+
+
+def updated(before: dict, now: dict) -> dict:
+    """Dictionaries in dictionaries, with what is in `now` in place of what was there."""
+    both = {k: updated(before[k], v) if isinstance(v, dict) and k in before else v for k, v in now.items()}
+    return before | both
 
 
 def table(scores: pd.DataFrame) -> pd.DataFrame:
@@ -190,6 +199,7 @@ ROWS = {
     "Additive": "Additive (linear)",
     "NearestContext": "NearestContext",
     "scgen": "scGen, cut short",
+    "arc": "arc-state, cut down",
 }
 OF_ST = {"ST": "ST (virtualcell)", "ceiling": "ceiling", "corrected ceiling": "corrected ceiling"}
 
@@ -240,7 +250,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--only", nargs="+", default=[], help="beginnings of names of cases, such as kang-B")
     parser.add_argument("--minutes", type=float, default=600, help="that scGen may train on a case")
-    parser.add_argument("--epochs", type=int, default=20, help="of GEARS")
+    parser.add_argument("--epochs", type=int, default=20, help="of GEARS; steps of arc-state")
     parser.add_argument("--cells", type=int, help="of a perturbation in a context, for GEARS; all by default")
     parser.add_argument("--json", type=Path, help="file of results, for score and page")
     args = parser.parse_args()

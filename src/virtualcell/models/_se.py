@@ -306,7 +306,7 @@ class SE(BaseModelClass):
         scale
             Scale of `adata`, "counts" or "log1p"; that of the training data where it is `None`.
         batch_size
-            Number of cells at a time; by default 256 on a CPU, and on a GPU as many as keep it busy.
+            Number of cells at a time; by default as many as fit the caches of a CPU, or keep a GPU busy.
         precision
             Numbers that the network computes with: "float32", or "bf16", which is several times faster on GPUs that
             have it and gives nearly the same vectors (cosine at least 0.9999). "auto" takes bf16 on such a GPU, and

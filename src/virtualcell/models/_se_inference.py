@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 Precision = Literal["auto", "float32", "bf16"]
 
 SENTENCES_ON = ("cuda",)  # devices that make the sentences themselves
-_CELLS_ON_CPU = 256
+_PLACES_ON_CPU = 1 << 14  # more at a time leave the caches, and are no faster
 COMPILED_ON = ("cuda",)  # devices for which the joints of wide networks are compiled
 _WIDE = 1024
 _PLACES_ON_GPU = 1 << 18
@@ -124,7 +124,7 @@ def _free_memory(device: torch.device) -> int:
 def _cells_at_once(network: SENetwork, length: int, device: torch.device) -> int:
     """Choose how many cells to embed at a time: on a GPU as many as keep it busy, in a third of its free memory."""
     if device.type != "cuda":
-        return _CELLS_ON_CPU
+        return max(1, _PLACES_ON_CPU // (length + 2))
     config, bytes_each = network.config, next(network.parameters()).element_size()
     per_place = bytes_each * (10 * config.n_hidden + 3 * config.n_feedforward)  # what a layer holds at one time
     return max(1, min(_PLACES_ON_GPU, _free_memory(device) // (3 * per_place)) // (length + 2))

@@ -54,7 +54,7 @@ def embed(
     key_added
         Key of `obsm`.
     batch_size
-        Number of cells at a time; by default 256 on a CPU, and on a GPU as many as keep it busy.
+        Number of cells at a time; by default as many as fit the caches of a CPU, or keep a GPU busy.
     precision
         Numbers that the network computes with: "float32", or "bf16", which is several times faster on GPUs that have it
         and gives nearly the same vectors. "auto" takes bf16 on such a GPU, and float32 everywhere else.
