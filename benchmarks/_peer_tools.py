@@ -175,7 +175,10 @@ def for_arc(cells: ad.AnnData) -> ad.AnnData:
     """Return cells as `arc-state` reads them: expression as a dense matrix in `obsm`, one batch."""
     obs = cells.obs[["perturbation", "context"]].assign(batch="batch").astype("category")
     return ad.AnnData(
-        sparse.csr_matrix(cells.X), obs=obs, var=cells.var[[]], obsm={"X_hvg": dense(cells.X).astype(np.float32)}
+        sparse.csr_matrix(cells.X),
+        obs=obs,
+        var=cells.var[[]].rename_axis(None),
+        obsm={"X_hvg": dense(cells.X).astype(np.float32)},
     )
 
 

@@ -3,7 +3,7 @@
     python benchmarks/cpu_speed.py --peer ENVIRONMENT --work FOLDER --json benchmarks/results/cpu_speed.json
         [--data ../shared/data] [--threads 2] [--only embed] [--rounds 2]
 
-ENVIRONMENT is one of Python's in which `pip install arc-state` was run (with the CPU build of torch); it is used through
+ENVIRONMENT is one of Python's in which `pip install arc-state` was run (the CPU build of torch); it is used through
 its command line alone. Every call is a process of its own that reads a file and writes one; calls of both take turns.
 Processor time is given beside the time on the clock, which says little on a busy machine.
 
