@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numba
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy import sparse
 
 # Rows whose distances to the other set are in memory at one time.
 _CHUNK = 1024
@@ -175,3 +177,18 @@ def _two_sets(predicted: ArrayLike, observed: ArrayLike) -> tuple[np.ndarray, np
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
         raise ValueError(f"predicted {x.shape} and observed {y.shape} must be cells x the same genes.")
     return x, y
+
+
+def sums_over_cells(matrix: sparse.csr_matrix) -> np.ndarray:
+    """Sum and sum of squares of each gene over cells, in float64, (2, n_genes)."""
+    out = np.zeros((2, matrix.shape[1]))
+    _add(matrix.indices, matrix.data, out)
+    return out
+
+
+@numba.njit(nogil=True, cache=True)
+def _add(genes: np.ndarray, values: np.ndarray, out: np.ndarray) -> None:
+    for i in range(len(genes)):
+        x, gene = np.float64(values[i]), genes[i]
+        out[0, gene] += x
+        out[1, gene] += x * x

@@ -10,6 +10,7 @@ from scipy import sparse
 
 from virtualcell._settings import settings
 from virtualcell.data._expression import Expression
+from virtualcell.metrics._cells import sums_over_cells
 
 _ENTRY = 8  # bytes of a column and a value
 
@@ -66,13 +67,7 @@ class Cells:
     @cached_property
     def moments(self) -> dict[str, np.ndarray]:
         """Mean and mean square of each group, (2, n_genes)."""
-        out = {}
-        for name in self.names:
-            cells = self.group(name)
-            genes, values = cells.indices.astype(np.intp), cells.data.astype(np.float64)
-            sums = [np.bincount(genes, x, self.n_genes) for x in (values, np.square(values))]
-            out[name] = np.stack(sums) / self.size[name]
-        return out
+        return {name: sums_over_cells(self.group(name)) / self.size[name] for name in self.names}
 
 
 class CellsOnDisk(Cells):
