@@ -6,8 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from virtualcell._threads import torch_threads_kept
+
+# The same examples in every run. `pytest --hypothesis-profile=search` looks for others, and for more of them.
+_EXAMPLES = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "database": None}
+settings.register_profile("fixed", derandomize=True, max_examples=60, **_EXAMPLES)
+settings.register_profile("search", derandomize=False, max_examples=2000, print_blob=True, **_EXAMPLES)
+settings.load_profile("fixed")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

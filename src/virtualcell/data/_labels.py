@@ -126,7 +126,7 @@ def canonical(label: object, controls: Sequence[str], separator: str | None = JO
         return controls[0]
     found = _with_controls_whole(pieces(label, separator), controls, separator)
     if len(found) > 1:
-        found = sorted(name for name in found if name not in controls and not _CONTROL.fullmatch(name))
+        found = sorted(name for name in found if name not in controls and not looks_like_control(name))
     if not found:
         return controls[0]
     return JOIN.join(without_version(name) if len(pieces(name)) == 1 else f"[{name}]" for name in found)
@@ -138,7 +138,7 @@ def _with_controls_whole(found: list[str], controls: Sequence[str], separator: s
     while at < len(found):
         for end in range(len(found), at, -1):
             name = found[at] if end == at + 1 else separator.join(found[at:end])
-            if end == at + 1 or name in controls or _CONTROL.fullmatch(name):
+            if end == at + 1 or name in controls or looks_like_control(name):
                 break
         out.append(name)
         at = end
@@ -181,6 +181,11 @@ class Known:
         if name not in self.code:
             name = self._written.get(tuple(sorted(parts(name, self.control))), name)
         return parts(name, self.control, self.code)
+
+
+def looks_like_control(name: str) -> bool:
+    """Tell whether a name is one that screens call control cells by, such as `non-targeting_2`."""
+    return _CONTROL.fullmatch(name) is not None
 
 
 def looks_combined(name: str, known: Container[str]) -> tuple[str, list[str]] | None:

@@ -13,7 +13,7 @@ from mudata import MuData
 
 from virtualcell._threads import torch_threads_kept
 from virtualcell.data._dask import as_dask
-from virtualcell.data._labels import expression_modality, looks_combined, obs_column, parts
+from virtualcell.data._labels import expression_modality, looks_combined, looks_like_control, obs_column, parts
 from virtualcell.data._screen import Screen
 
 logger = logging.getLogger(__name__)
@@ -65,6 +65,18 @@ def with_known_batches(screen: Screen) -> Screen:
     return screen.with_split(np.where(unknown, "test", screen.split))
 
 
+def _warn_of_controls(screen: Screen) -> None:
+    """Warn of names of perturbations that are called like control cells: their guides target nothing."""
+    found = [name for name in screen.perturbation_names if looks_like_control(name)]
+    if found:
+        every = [*screen.design.controls, *screen.spelled(found)]
+        logger.warning(
+            "%d perturbations are called like control cells, and are learned as if they targeted something: %s%s. If "
+            "they do not, say control=%r.",
+            *(len(found), ", ".join(found[:10]), " ..." if len(found) > 10 else "", every),
+        )
+
+
 def _warn_of_separators(screen: Screen) -> None:
     """Warn of names that look like combinations of others: each is learned as a perturbation of its own."""
     known = {*screen.perturbation_names, screen.design.control}
@@ -86,6 +98,7 @@ def prepared(screen: Screen, *, min_cells: int, has_features: bool, val_fraction
     """
     screen.require_unique_names()
     screen.require_control()
+    _warn_of_controls(screen)
     _warn_of_separators(screen)
     screen = with_known_batches(with_enough_cells(screen, min_cells, has_features=has_features))
     is_seen = screen.split != "test"
