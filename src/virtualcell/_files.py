@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from virtualcell._reading import as_damaged
+
 if TYPE_CHECKING:
     import pandas as pd
     from anndata import AnnData
@@ -26,16 +28,17 @@ def read_cells(path: Path) -> AnnData | MuData:
     """Read an h5ad, h5mu or zarr store."""
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist.")
-    if path.suffix == ".h5mu":
-        import mudata
+    with as_damaged(path, f"{path.suffix.removeprefix('.')} file"):
+        if path.suffix == ".h5mu":
+            import mudata
 
-        return mudata.read_h5mu(path)
-    import anndata
+            return mudata.read_h5mu(path)
+        import anndata
 
-    if path.suffix == ".h5ad":
-        return anndata.read_h5ad(path)
-    if path.suffix == ".zarr":
-        return anndata.read_zarr(path)
+        if path.suffix == ".h5ad":
+            return anndata.read_h5ad(path)
+        if path.suffix == ".zarr":
+            return anndata.read_zarr(path)
     raise ValueError(f"{path} must end in .h5ad, .h5mu or .zarr, which say how it is read.")
 
 

@@ -77,8 +77,9 @@ def test_sentences_of_a_device_are_those_of_the_cpu(
     on_device = DeviceSentences(cells, torch.device("cpu"), most_bytes=1 << 20, refuse=refuse)
     for rows, batch in on_device.batches(rng.permutation(n_cells), 7):
         n = batch["tokens"].shape[1]
-        for name in ("tokens", "expression"):
-            assert torch.equal(batch[name], wanted[name][torch.from_numpy(rows), :n])
+        cells_of = torch.from_numpy(rows)
+        assert torch.equal(batch["tokens"], wanted["tokens"][cells_of, :n])
+        torch.testing.assert_close(batch["expression"], wanted["expression"][cells_of, :n], rtol=1e-6, atol=0)
 
 
 # -- counts -----------------------------------------------------------------------------------------------------------
@@ -105,16 +106,14 @@ def test_counts_that_are_drawn(seed: int, n_cells: int, n_genes: int, sampling: 
     depths, genes = rng.integers(0, 500, n_cells), [f"g{i}" for i in rng.permutation(n_genes)]
     drawn = depth_matched_counts(log, depths, genes=genes, sampling=sampling, seed=1)
     assert whole(drawn)
-    np.testing.assert_array_equal(drawn.sum(axis=1).A1 if hasattr(drawn.sum(axis=1), "A1") else drawn.sum(axis=1), depths)
-    assert not drawn[log.toarray() == 0].any()  # what is not expressed is not drawn
+    np.testing.assert_array_equal(drawn.toarray().sum(axis=1), depths)
+    assert not drawn.toarray()[log.toarray() == 0].any()  # what is not expressed is not drawn
     if sampling == "systematic":  # to within one count of what is expected
         share = np.expm1(log.toarray().astype(float))
         expected = depths[:, None] * share / share.sum(axis=1, keepdims=True)
         assert (np.abs(drawn.toarray() - expected) < 1 + 1e-4).all()
     order = rng.permutation(n_genes)
-    again = depth_matched_counts(
-        log[:, order], depths, genes=[genes[i] for i in order], sampling=sampling, seed=1
-    )
+    again = depth_matched_counts(log[:, order], depths, genes=[genes[i] for i in order], sampling=sampling, seed=1)
     np.testing.assert_array_equal(again.toarray(), drawn[:, order].toarray())
 
 
@@ -133,9 +132,10 @@ def test_counts_that_are_changed(seed: int, n_cells: int, n_genes: int, panel: b
     totals, before, after = np.asarray(got.sum(axis=1)).ravel(), counts.toarray(), got.toarray()
     assert (totals <= library).all() if panel else (totals == library).all()
     if panel:
-        np.testing.assert_array_equal(after[:, change == 0], before[:, change == 0])
+        some = totals < library  # what does not fit into a cell is taken from all of its genes
+        np.testing.assert_array_equal(after[some][:, change == 0], before[some][:, change == 0])
         assert (after[:, change < 0] <= before[:, change < 0]).all()
-        assert (after[:, change > 0] >= before[:, change > 0]).all()
+        assert (after[some][:, change > 0] >= before[some][:, change > 0]).all()
     options["dispersion"] = options["dispersion"][order]
     again = emit_counts(counts[:, order], library, change[order], genes=[genes[i] for i in order], **options)
     np.testing.assert_array_equal(again.toarray(), after[:, order])
@@ -152,7 +152,7 @@ def test_other_totals(seed: int, n_cells: int, n_genes: int) -> None:
     got = with_totals(counts, totals, genes=genes)
     assert whole(got)
     np.testing.assert_array_equal(np.asarray(got.sum(axis=1)).ravel(), totals)
-    assert not got[counts.toarray() == 0].any()
+    assert not got.toarray()[counts.toarray() == 0].any()
     fewer = totals <= np.asarray(counts.sum(axis=1)).ravel()
     assert (got.toarray()[fewer] <= counts.toarray()[fewer]).all()
     np.testing.assert_array_equal(with_totals(got, totals, genes=genes).toarray(), got.toarray())  # done is done

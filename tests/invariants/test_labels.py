@@ -48,7 +48,9 @@ def test_combinations_have_no_order(of: list[str], order: list[int], separator: 
     assert Known([name], CONTROLS[0]).parts("+".join(turned)) == [name]
 
 
-@given(st.lists(names, min_size=1, max_size=3, unique=True), st.integers(0, 3), st.sampled_from(["ctrl", "NT", "NegCtrl0"]))
+@given(
+    st.lists(names, min_size=1, max_size=3, unique=True), st.integers(0, 3), st.sampled_from(["ctrl", "NT", "NegCtrl0"])
+)
 def test_a_control_beside_a_target_says_nothing(of: list[str], at: int, control: str) -> None:
     with_control = [*of[:at], control, *of[at:]]
     assert canonical("+".join(with_control), CONTROLS) == canonical("+".join(of), CONTROLS)

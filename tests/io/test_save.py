@@ -239,15 +239,17 @@ def test_a_file_that_was_cut_off(tmp_path: Path, kept: int) -> None:
     save(NESTED, tmp_path)
     content = (tmp_path / FILE).read_bytes()[:kept]
     (tmp_path / FILE).write_bytes(content)
-    with pytest.raises(ValueError, match=rf"{FILE} is cut off, damaged or no model: .* Save the model again"):
+    with pytest.raises(
+        ValueError, match=rf"{FILE} is no model of virtualcell, or it is cut off or damaged .* Save the model again"
+    ):
         read_state(tmp_path)
-    with pytest.raises(ValueError, match=r"uns is cut off"):
+    with pytest.raises(ValueError, match=r"uns is no model of virtualcell"):
         unpack(np.frombuffer(content, np.uint8))
 
 
 def test_files_of_others(tmp_path: Path) -> None:
     torch.save({"weight": torch.ones(2)}, tmp_path / FILE)  # a pickle
-    with pytest.raises(ValueError, match=r"is cut off, damaged or no model"):
+    with pytest.raises(ValueError, match=r"is no model of virtualcell"):
         read_state(tmp_path)
     safetensors.torch.save_file({"weight": torch.ones(2)}, tmp_path / FILE)
     with pytest.raises(ValueError, match=r"holds tensors, but no model of virtualcell"):

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 import virtualcell as vc
+from virtualcell import _reading
 from virtualcell.models._features import PerturbationTable
 from virtualcell.pp import _relations
 
@@ -135,9 +136,9 @@ def test_large_files_are_read_in_parts_and_must_end_somewhere(tmp_path, monkeypa
     monkeypatch.setattr(_relations, "_MOST_ROWS", 20)
     with pytest.raises(ValueError, match=r"edges\.tsv has more than 20 rows"):
         vc.pp.gene_features(tmp_path / "edges.tsv")
-    monkeypatch.setattr(_relations, "_MOST_CHARACTERS", 200)
-    with pytest.raises(ValueError, match=r"sets\.gmt\.gz is too large for a file of its kind, at line \d"):
-        vc.pp.gene_features(write(tmp_path / "sets.gmt.gz", gmt(pathways())))
+    monkeypatch.setattr(_reading, "_ALWAYS", 200)
+    with pytest.raises(ValueError, match=r"sets\.gmt\.gz unfolds to more than 100 times its size"):
+        vc.pp.gene_features(write(tmp_path / "sets.gmt.gz", ["A\t\t" + "G\t" * 100_000]))
 
 
 @pytest.mark.parametrize("kind", ["sets.gmt", "edges.tsv.gz"])
@@ -242,10 +243,10 @@ def test_missing_broken_and_foreign_files_are_refused(tmp_path):
         vc.pp.gene_features(tmp_path / "sets.gmt")
     path = write(tmp_path / "sets.gmt.gz", gmt(pathways(n=200)))
     path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(ValueError, match=r"sets\.gmt\.gz cannot be read.*Is the download complete\?"):
+    with pytest.raises(ValueError, match=r"sets\.gmt\.gz is no list of gene sets.*Is the download complete\?"):
         vc.pp.gene_features(path)
     path.write_bytes(b"<html>")
-    with pytest.raises(ValueError, match=r"sets\.gmt\.gz cannot be read.*Is the download complete\?"):
+    with pytest.raises(ValueError, match=r"sets\.gmt\.gz is no list of gene sets.*Is the download complete\?"):
         vc.pp.gene_features(path)
     lines = [f"9606.P{i} 9606.P{i + 1} 900" for i in range(9)]
     links = write(tmp_path / "links.txt", ["protein1 protein2 combined_score", *lines])

@@ -223,3 +223,18 @@ def test_repeated_genes_and_wrong_numbers(screen, read):
     screen.var_names = ["same"] * screen.n_vars
     with pytest.raises(ValueError, match=r"^var_names repeats \[.same.*\]\. Run `adata\.var_names_make_unique\(\)`"):
         chosen(read(), 5)
+
+
+def test_guides_that_are_called_like_control_cells_are_named(screen, design, caplog):
+    labels = screen.obs["target_gene"].astype(str).to_numpy()
+    at = np.flatnonzero(labels == "non-targeting")
+    labels[at] = [f"non-targeting_{i % 3 + 1}" for i in range(len(at))]
+    screen.obs["guide"] = labels
+    guides = [f"non-targeting_{i}" for i in (1, 2, 3)]
+    options = {**design, "perturbation_key": "guide"}
+    prepared(Screen.from_anndata(screen, Design(**{**options, "control": guides[0]})), min_cells=5, has_features=False)
+    assert "2 perturbations are called like control cells" in caplog.text
+    assert f"say control={guides}" in caplog.text
+    caplog.clear()  # the remedy works
+    prepared(Screen.from_anndata(screen, Design(**{**options, "control": guides})), min_cells=5, has_features=False)
+    assert not caplog.text

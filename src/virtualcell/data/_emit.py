@@ -36,7 +36,7 @@ def emit_counts(
 
     Where `counts` is the whole library, each cell keeps its total: what it has too much or too little is taken from or
     given to all its genes in proportion, see :func:`with_totals`. Changes that do not add up to none are thereby made
-    to, and then also move the genes without change.
+    to, and then also move the genes without change. Where it is a part, no cell gets more than its library.
 
     Parameters
     ----------
@@ -77,7 +77,10 @@ def emit_counts(
     indptr, cells, values = result
     out = sparse.csc_matrix((values, cells, indptr), shape=counts.shape).tocsr()
     if is_whole_library(counts, library):
-        out = with_totals(out, library, genes=genes, instead=counts, key=key, seed=seed)
+        return with_totals(out, library, genes=genes, instead=counts, key=key, seed=seed)
+    sums = np.asarray(out.sum(axis=1, dtype=np.float64)).ravel()
+    if (sums > library).any():
+        out = with_totals(out, np.minimum(sums, np.floor(library)), genes=genes, key=key, seed=seed)
     return out
 
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 from virtualcell._lazy import attach
 
 if TYPE_CHECKING:
+    from virtualcell._unpickle import UnsafePickleError
     from virtualcell.io._download import download
     from virtualcell.io._load import load
     from virtualcell.io._save import save
-    from virtualcell.io._unpickle import UnsafePickleError
 
 __all__ = ["UnsafePickleError", "download", "load", "save"]
 

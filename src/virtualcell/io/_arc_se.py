@@ -16,6 +16,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from virtualcell._unpickle import read_torch
 from virtualcell.data._screen import scvi_registry
 from virtualcell.data._tables import as_table
 from virtualcell.io._arc import (
@@ -25,8 +26,9 @@ from virtualcell.io._arc import (
     named_parameters,
     plain_config,
     read_config,
+    require_sizes,
+    whole_number,
 )
-from virtualcell.io._unpickle import read_torch
 from virtualcell.modules import SEConfig, SENetwork
 
 logger = logging.getLogger(__name__)
@@ -67,7 +69,7 @@ def read_se(
             raise ValueError(f"{source} has {key}: false. Models without it are not supported.")
 
     def size(key: str) -> int:
-        return int(config_value(config, key, source=source))
+        return whole_number(config_value(config, key, source=source), key, source=source)
 
     classes = state.get("dataset_encoder.4.weight")
     sizes = SEConfig(
@@ -80,6 +82,7 @@ def read_se(
         n_datasets=1 if classes is None else len(classes),
         dropout=float(config["model"].get("dropout", 0.1)),
     )
+    require_sizes(asdict(sizes), state.values(), source=source)
     with torch.device("meta"):
         network = SENetwork(sizes)
     state = checked_parameters(state, network, known_extras=KNOWN_EXTRAS, source=str(path))
@@ -196,4 +199,6 @@ def _gene_table(folder: Path, given: pd.DataFrame | None, content: Mapping) -> t
         )
     if not isinstance(table, (dict, OrderedDict)) or len({getattr(v, "shape", None) for v in table.values()}) != 1:
         raise ValueError(f"{source} must hold {{gene: vector}}, with vectors of one length.")
+    if not all(isinstance(v, Tensor | np.ndarray) and v.ndim == 1 for v in table.values()):
+        raise ValueError(f"{source} must hold {{gene: vector}}, with vectors of numbers.")
     return [str(g) for g in table], torch.stack([torch.as_tensor(v).detach().float() for v in table.values()])

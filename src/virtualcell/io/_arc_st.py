@@ -14,9 +14,18 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from virtualcell._reading import mapping_of, require_bounded
+from virtualcell._unpickle import read_pickle, read_torch
 from virtualcell.data._screen import scvi_registry
-from virtualcell.io._arc import OURS, checked_parameters, config_value, named_parameters, read_config
-from virtualcell.io._unpickle import read_pickle, read_torch
+from virtualcell.io._arc import (
+    OURS,
+    checked_parameters,
+    config_value,
+    named_parameters,
+    read_config,
+    require_sizes,
+    whole_number,
+)
 from virtualcell.modules import STConfig, STNetwork
 
 logger = logging.getLogger(__name__)
@@ -45,6 +54,7 @@ def read_st(
     data, ours, sizes, h = _hyper_parameters(folder, content)
     state = named_parameters(content["state_dict"], source=str(file))
     config = st_config(h, state, source=str(file))
+    require_sizes(asdict(config), state.values(), source=str(file))
     with torch.device("meta"):
         network = STNetwork(config)
     state = checked_parameters(state, network, known_extras=KNOWN_EXTRAS, source=str(file))
@@ -79,7 +89,12 @@ def read_st(
         "rep": {},
     }
     arguments = {
-        "sizes": {"set_size": int(config_value(h, "cell_set_len", source=str(file))), "preset": "published"},
+        "sizes": {
+            "set_size": whole_number(
+                config_value(h, "cell_set_len", source=str(file)), "cell_set_len", source=str(file)
+            ),
+            "preset": "published",
+        },
         "config": asdict(config),
         "table": {"names": names, "seen": [n for n in names if n != control], "has_features": not one_hot},
     }
@@ -93,7 +108,11 @@ def st_config(h: Mapping, state: Mapping[str, Tensor], *, source: str) -> STConf
     def value(key: str) -> Any:
         return config_value(h, key, source=source)
 
-    backbone = value("transformer_backbone_kwargs")
+    def size(key: str, otherwise: int | None = None) -> int:
+        found = value(key) if otherwise is None else h.get(key, otherwise)
+        return whole_number(found, key, source=source)
+
+    backbone = mapping_of(value("transformer_backbone_kwargs"), f"{source}: transformer_backbone_kwargs")
     wrong = [f"{k}={h[k]!r}" for k in _UNSUPPORTED if h.get(k)]
     wrong += [f"{k}={backbone[k]!r}" for k in ("use_rotary_embeddings", "rotary_dim") if backbone.get(k)]
     if h.get("transformer_backbone_key", "llama").lower() != "llama":
@@ -108,32 +127,34 @@ def st_config(h: Mapping, state: Mapping[str, Tensor], *, source: str) -> STConf
     if wrong:
         raise ValueError(f"{source} uses {', '.join(wrong)}, which virtualcell does not implement.")
 
-    n_hidden, n_heads = int(value("hidden_dim")), int(value("transformer_backbone_kwargs.num_attention_heads"))
+    n_hidden, n_heads = size("hidden_dim"), size("transformer_backbone_kwargs.num_attention_heads")
     in_genes = h.get("embed_key") in GENE_SPACE
     decoder = h.get("decoder_cfg") if h.get("gene_decoder_bool", True) and not in_genes else None
     head = "none"
     if h.get("predict_residual", True):
         head = "all" if h.get("output_space") == "all" else "level"
     return STConfig(
-        n_input=int(value("input_dim")),
-        n_output=int(value("output_dim")),
-        n_perturbation=int(value("pert_dim")),
+        n_input=size("input_dim"),
+        n_output=size("output_dim"),
+        n_perturbation=size("pert_dim"),
         n_hidden=n_hidden,
-        n_layers=int(value("transformer_backbone_kwargs.num_hidden_layers")),
+        n_layers=size("transformer_backbone_kwargs.num_hidden_layers"),
         n_heads=n_heads,
-        head_dim=int(backbone.get("head_dim") or n_hidden // n_heads),
-        n_feedforward=int(value("transformer_backbone_kwargs.intermediate_size")),
-        n_encoder_layers=int(h.get("n_encoder_layers", _N_LAYERS)),
-        n_decoder_layers=int(h.get("n_decoder_layers", _N_LAYERS)),
+        head_dim=whole_number(backbone.get("head_dim") or n_hidden // max(n_heads, 1), "head_dim", source=source),
+        n_feedforward=size("transformer_backbone_kwargs.intermediate_size"),
+        n_encoder_layers=size("n_encoder_layers", _N_LAYERS),
+        n_decoder_layers=size("n_decoder_layers", _N_LAYERS),
         dropout=float(h.get("dropout", 0.1)),
         head=head,
         relu=in_genes or decoder is None,
         control_projection=bool(h.get("use_basal_projection", True)),
-        n_batches=int(value("batch_dim")) if h.get("batch_encoder") else 0,
+        n_batches=size("batch_dim") if h.get("batch_encoder") else 0,
         batch_token="batch_token" in state,
         confidence_token=bool(h.get("confidence_token")) or "confidence_token.confidence_token" in state,
-        n_genes=int(decoder["gene_dim"]) if decoder else 0,
-        decoder_hidden=tuple(int(n) for n in decoder["hidden_dims"]) if decoder else (),
+        n_genes=whole_number(decoder["gene_dim"], "gene_dim", source=source) if decoder else 0,
+        decoder_hidden=tuple(whole_number(n, "hidden_dims", source=source) for n in decoder["hidden_dims"])
+        if decoder
+        else (),
         decoder_residual=bool(decoder.get("residual_decoder")) if decoder else False,
         decoder_dropout=float(decoder.get("dropout", 0.1)) if decoder else 0.1,
     )
@@ -158,12 +179,16 @@ def _hyper_parameters(folder: Path | None, content: Mapping) -> tuple[dict, dict
     if folder is not None and (folder / "config.yaml").exists():
         config = read_config(folder / "config.yaml")
         ours = {k: config.get(OURS, {}).get(k) for k in ("context_key", "batch_key") if OURS in config}
-        data = dict(config_value(config, "data.kwargs", source=str(folder / "config.yaml")))
-        model = dict(config_value(config, "model.kwargs", source=str(folder / "config.yaml")))
+        source = str(folder / "config.yaml")
+        data = mapping_of(config_value(config, "data.kwargs", source=source), f"data.kwargs of {source}")
+        model = mapping_of(config_value(config, "model.kwargs", source=source), f"model.kwargs of {source}")
     if folder is not None and (folder / "var_dims.pkl").exists():
-        sizes = dict(read_pickle(folder / "var_dims.pkl"))
+        sizes = mapping_of(read_pickle(folder / "var_dims.pkl"), str(folder / "var_dims.pkl"))
     known = {k: data[k] for k in ("embed_key", "output_space", "control_pert") if k in data}
-    return data, ours, sizes, {**sizes, **known, **model, **content.get("hyper_parameters", {})}
+    own = mapping_of(content.get("hyper_parameters", {}), "hyper_parameters of the checkpoint")
+    found = {**sizes, **known, **model, **own}
+    require_bounded(found, "hyper_parameters of the checkpoint")
+    return data, ours, sizes, found
 
 
 def _gene_names(given: Sequence[str] | None, sources: Sequence[Mapping], config: STConfig, *, source: str) -> list[str]:
@@ -235,7 +260,10 @@ def _names_in_order(folder: Path | None, stem: str) -> list[str]:
         file = None if folder is None else folder / f"{stem}.{suffix}"
         if file is None or not file.exists():
             continue
-        codes = {str(name): int(torch.as_tensor(vector).argmax()) for name, vector in read(file).items()}
+        codes = {
+            str(name): int(torch.as_tensor(vector).argmax())
+            for name, vector in mapping_of(read(file), str(file)).items()
+        }
         if sorted(codes.values()) != list(range(len(codes))):
             raise ValueError(f"{file} is no one-hot map: its rows point at {sorted(codes.values())[:5]} ...")
         return sorted(codes, key=codes.get)

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import safetensors
 import safetensors.torch
 from torch import Tensor
 
 from virtualcell._files import put_in_place
+from virtualcell._reading import as_damaged, mapping_of, require_bounded
 
 FORMAT = 2
 FILE = "model.safetensors"
@@ -109,18 +109,20 @@ def _packed(state: State) -> bytes:
 
 
 def _unpack(content: bytes, *, source: str) -> State:
-    try:
+    with as_damaged(source, "model of virtualcell", "Save the model again."):
         tensors = safetensors.torch.load(content)
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    except (safetensors.SafetensorError, ValueError) as error:
-        raise ValueError(f"{source} is cut off, damaged or no model: {error}. Save the model again.") from error
     described = header.get("__metadata__", {}).get(_ENTRY)
     if described is None:
         raise ValueError(f"{source} holds tensors, but no model of virtualcell.")
-    meta = json.loads(described)
-    if meta["format"] > FORMAT:
-        raise ValueError(f"{source} has format {meta['format']}, newer than {FORMAT}: update virtualcell.")
-    return _restore(meta, "", tensors)
+    with as_damaged(source, "model of virtualcell", "Save the model again."):
+        meta = mapping_of(json.loads(described), source)
+        version = int(meta["format"])
+    if version > FORMAT:
+        raise ValueError(f"{source} has format {version}, newer than {FORMAT}: update virtualcell.")
+    with as_damaged(source, "model of virtualcell", "Save the model again."):
+        require_bounded(meta, source)
+        return _restore(meta, "", tensors)
 
 
 def _describe(state: State, prefix: str, tensors: dict[str, Tensor]) -> dict:
@@ -144,7 +146,7 @@ def _memory(tensor: Tensor) -> int:
 def _restore(described: dict, prefix: str, tensors: dict[str, Tensor]) -> State:
     own = {name: tensors[f"{prefix}{name}"] for name in described["tensors"]}
     parts = {name: _restore(part, f"{prefix}{name}/", tensors) for name, part in described["parts"].items()}
-    return State(described["class"], described["meta"], own, parts)
+    return State(str(described["class"]), mapping_of(described["meta"], "the description of a model"), own, parts)
 
 
 def _plain(value: object) -> object:

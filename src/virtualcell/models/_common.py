@@ -15,21 +15,24 @@ from scvi.model._utils import parse_device_args
 from scvi.model.base import BaseModelClass
 from torch import Tensor
 
+from virtualcell._reading import as_damaged
 from virtualcell.data._screen import Screen
+from virtualcell.io._arc import checked_parameters
 from virtualcell.io._save import State, read_state
 
 KINDS: dict[str, Any] = {}  # classes that can be read from a file, by name; each enters itself
 NETWORK = "network."  # beginning of the names of a network's tensors in a file
 
 
-def model_of(state: State) -> BaseModelClass:
+def model_of(state: State, source: str = "the file") -> BaseModelClass:
     """Build a saved model, of whatever class it is."""
     models = importlib.import_module("virtualcell.models")  # which imports this file
     for name in models.__all__:
         getattr(models, name)  # a class enters itself when its file is imported
     if state.kind not in KINDS:
         raise ValueError(f"this file holds a model of the class {state.kind!r}; known are {sorted(KINDS)}.")
-    return KINDS[state.kind].from_state(state)
+    with as_damaged(source, f"saved {state.kind}", "Save the model again.", checked=True):
+        return KINDS[state.kind].from_state(state)
 
 
 def load_model(
@@ -65,6 +68,7 @@ def network_tensors(module: torch.nn.Module) -> dict[str, Tensor]:
 def load_network(module: torch.nn.Module, tensors: dict[str, Tensor], *, assign: bool = False) -> None:
     """Put tensors of a file into a network; with `assign` they become its own, without a copy."""
     own = {k.removeprefix(NETWORK): v for k, v in tensors.items() if k.startswith(NETWORK)}
+    own = checked_parameters(own, module, known_extras=(), source="the file")
     module.load_state_dict(own, assign=assign)
 
 

@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from virtualcell.io._arc import require_sizes
 from virtualcell.io._arc_se import read_se, write_se
 from virtualcell.io._save import State
 from virtualcell.models._common import load_network, meta_of, network_tensors, restore_meta
@@ -31,8 +32,9 @@ def state_of(self: SE) -> State:
 
 def from_state(cls: type[SE], state: State) -> SE:
     """Build the model that :meth:`state` described."""
-    model = _from_arguments(cls, state.meta["arguments"], state.tensors, state.meta["registry"])
-    load_network(model.module, state.tensors)
+    with torch.device("meta"):  # without weights of its own to throw away
+        model = _from_arguments(cls, state.meta["arguments"], state.tensors, state.meta["registry"])
+    load_network(model.module, state.tensors, assign=True)
     restore_meta(model, state.meta)
     return model
 
@@ -49,6 +51,7 @@ def _arguments(self: SE) -> dict:
 
 
 def _from_arguments(cls: type[SE], arguments: dict, tensors: dict[str, Tensor], registry: dict) -> SE:
+    require_sizes(arguments["config"], tensors.values(), source="the file")
     table = pd.DataFrame(tensors["gene_embeddings"].numpy(), index=arguments["genes"])
     options = {k: v for k, v in arguments.items() if k not in ("genes", "config")}
     return cls(gene_embeddings=table, registry=registry, **options, **arguments["config"])

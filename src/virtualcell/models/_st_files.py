@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from virtualcell.io._arc import require_sizes
 from virtualcell.io._arc_st import read_st
 from virtualcell.io._save import State
 from virtualcell.io._write_arc_st import write_st
@@ -56,8 +57,9 @@ def state_of(model: ST) -> State:
 def from_state(cls: type[ST], state: State) -> ST:
     """Build the model that :meth:`state` described."""
     meta, tensors = state.meta, state.tensors
-    model = _from_arguments(cls, meta, tensors, meta["registry"], transfer=meta["mixture"]["transferred"])
-    load_network(model.module, tensors)
+    with torch.device("meta"):  # without weights of its own to throw away
+        model = _from_arguments(cls, meta, tensors, meta["registry"], transfer=meta["mixture"]["transferred"])
+    load_network(model.module, tensors, assign=True)
     restore_meta(model, meta)
     model.batches = meta["batches"]
     mixture = meta["mixture"]
@@ -93,8 +95,13 @@ def _vectors(table: PerturbationTable) -> dict[str, Tensor]:
 def _from_arguments(
     cls: type[ST], arguments: dict, tensors: dict[str, Tensor], registry: dict, *, transfer: bool = False
 ) -> ST:
+    sizes = {**arguments["config"], "n_networks": arguments["sizes"].get("n_networks", 1)}
+    require_sizes(sizes, tensors.values(), source="the file")
     vectors = tensors.get(_VECTORS)
-    vectors = torch.eye(len(arguments["table"]["names"])) if vectors is None else vectors
+    if vectors is None:
+        n = len(arguments["table"]["names"])
+        require_sizes({"n_perturbation": n}, tensors.values(), source="the file")
+        vectors = torch.eye(n, device="cpu")
     table = PerturbationTable(vectors=vectors, control=registry["setup_args"]["control"], **arguments["table"])
     return cls(registry=registry, table=table, transfer=transfer, **arguments["sizes"], **arguments["config"])
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import gzip
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from virtualcell._reading import lines_of
 from virtualcell.pp._genes import ENSEMBL_VERSION
 
 logger = logging.getLogger(__name__)
@@ -17,6 +17,7 @@ _GENE_NAME = (re.compile(r"\sgene_symbol:(\S+)"), re.compile(r"\sGN=(\S+)"), re.
 # The 20 amino acids, U and O, the ambiguous B and Z, and X: every residue that ESM-2 has a token for.
 _RESIDUES = frozenset("ACDEFGHIKLMNPQRSTVWYUOBZX")
 _NO_TOKEN = str.maketrans("*J", "XX")
+_PIECES = 10_000
 
 
 def isoforms_of_genes(sequences: str | Path | Mapping[str, str | Sequence[str]]) -> dict[str, list[str]]:
@@ -80,13 +81,14 @@ def _named_records(path: Path) -> Iterator[tuple[str, str]]:
 def _records(path: Path) -> Iterator[tuple[str, str]]:
     """Yield (header, sequence) of every record."""
     header, lines = None, []
-    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
-        for line in map(str.strip, file):
-            if line.startswith(">"):
-                if header is not None:
-                    yield header, "".join(lines)
-                header, lines = line[1:], []
-            else:
-                lines.append(line)
+    for _, line in lines_of(path, "FASTA file"):
+        if line.startswith(">"):
+            if header is not None:
+                yield header, "".join(lines)
+            header, lines = line[1:].strip(), []
+        elif line := line.strip():
+            lines.append(line)
+            if len(lines) > _PIECES:  # of a file with few letters a line, which would take more memory than the letters
+                lines = ["".join(lines)]
     if header is not None:
         yield header, "".join(lines)

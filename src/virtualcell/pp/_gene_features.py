@@ -96,13 +96,10 @@ def gene_features(
     known = {".gmt": read_sets, ".gaf": read_annotations, ".txt": read_edges, ".tsv": read_edges, ".csv": read_edges}
     if suffix not in known:
         raise ValueError(f"path={str(path)!r} has an unknown suffix. Known: {', '.join(known)}, each also with .gz.")
-    try:
-        if known[suffix] is read_edges:
-            genes, vectors = _of_network(read_edges(path, names, min_score), n_comps, path.name)
-        else:
-            genes, vectors = _of_sets(known[suffix](path), n_comps, min_genes, max_genes, path.name)
-    except (EOFError, UnicodeDecodeError, OSError) as error:
-        raise ValueError(f"{path.name} cannot be read: {error}. Is the download complete?") from error
+    if known[suffix] is read_edges:
+        genes, vectors = _of_network(read_edges(path, names, min_score), n_comps, path.name)
+    else:
+        genes, vectors = _of_sets(known[suffix](path), n_comps, min_genes, max_genes, path.name)
     prefix = "network" if known[suffix] is read_edges else "set"
     columns = [f"{prefix}_{i}" for i in range(vectors.shape[1])]
     return pd.DataFrame(vectors.astype(np.float32), index=pd.Index(genes, name="gene"), columns=columns)

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import logging
+import math
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import IO
 
 import anndata
+import h5py
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import torch
 from anndata import AnnData
 from scipy import sparse
 
 from virtualcell._errors import unknown_name
+from virtualcell._reading import DamagedFileError, as_damaged, open_text, require_room
+from virtualcell._unpickle import read_torch
 from virtualcell.data._labels import column_of, var_of
 
 logger = logging.getLogger(__name__)
@@ -221,7 +228,8 @@ def read_gene_embeddings(path: str | Path) -> pd.DataFrame:
     missing = frame.index.isna() | (frame.index == "")
     if missing.any():
         raise ValueError(f"{path.name} has {int(missing.sum())} rows without the name of a gene.")
-    frame = frame.astype(np.float32)
+    with as_damaged(path, "table of gene vectors"):
+        frame = frame.astype(np.float32)
     frame.index = frame.index.astype(str).rename("gene")
     frame.columns = frame.columns.astype(str)
     _check_unique(frame.index, path.name)
@@ -237,18 +245,23 @@ def read_gene_embeddings(path: str | Path) -> pd.DataFrame:
 
 
 def _read_pt(path: Path) -> pd.DataFrame:
-    table = torch.load(path, map_location="cpu", weights_only=True)
+    table = read_torch(path)
     if not isinstance(table, dict) or not all(isinstance(v, torch.Tensor) and v.ndim == 1 for v in table.values()):
         raise ValueError(f"{path.name} must hold a dictionary {{gene: vector}} of one-dimensional tensors.")
     lengths = {len(v) for v in table.values()}
     if len(lengths) > 1:
         raise ValueError(f"{path.name} holds vectors of different lengths: {sorted(lengths)[:5]}.")
-    vectors = torch.stack(list(table.values())).float().numpy() if table else np.empty((0, 0))
+    require_room(path, 4 * sum(len(v) for v in table.values()))
+    with as_damaged(path, "table of gene vectors"):
+        vectors = torch.stack(list(table.values())).float().numpy() if table else np.empty((0, 0))
     return pd.DataFrame(vectors, index=pd.Index(table))
 
 
 def _read_parquet(path: Path) -> pd.DataFrame:
-    frame = pd.read_parquet(path)
+    with as_damaged(path, "parquet file"):
+        described = pq.read_metadata(path)
+        require_room(path, 4 * described.num_rows * described.num_columns)
+        frame = pd.read_parquet(path)
     if "gene" in frame:
         return frame.set_index("gene")
     if pd.api.types.is_numeric_dtype(frame.index):
@@ -257,23 +270,46 @@ def _read_parquet(path: Path) -> pd.DataFrame:
 
 
 def _read_csv(path: Path) -> pd.DataFrame:
-    header = pd.read_csv(path, nrows=0).columns
-    gene = "gene" if "gene" in header else header[0]
-    # A converter keeps a gene called NA from being read as a missing value.
-    return pd.read_csv(path, converters={gene: str}).set_index(gene)
+    with as_damaged(path, "table of gene vectors"):
+        with open_text(path) as file:
+            header = pd.read_csv(file, nrows=0).columns
+        gene = "gene" if "gene" in header else header[0]
+        with open_text(path) as file:  # a converter keeps a gene called NA from being read as a missing value
+            return pd.read_csv(file, converters={gene: str}).set_index(gene)
 
 
 def _read_npz(path: Path) -> pd.DataFrame:
-    with np.load(path, allow_pickle=False) as arrays:
-        if not {"genes", "embeddings"} <= set(arrays.files):
-            raise ValueError(f"{path.name} must hold arrays 'genes' and 'embeddings', but holds {arrays.files}.")
-        return pd.DataFrame(arrays["embeddings"], index=pd.Index(arrays["genes"]))
+    with as_damaged(path, "npz file"):
+        with zipfile.ZipFile(path) as entries:
+            require_room(path, sum(entry.file_size for entry in entries.infolist()))
+            names = [name.removesuffix(".npy") for name in entries.namelist()]
+            if not {"genes", "embeddings"} <= set(names):
+                raise DamagedFileError(f"{path.name} must hold arrays 'genes' and 'embeddings', but holds {names}.")
+            for name in ("genes", "embeddings"):
+                with entries.open(f"{name}.npy") as entry:
+                    require_room(path, _n_bytes(entry))
+        with np.load(path, allow_pickle=False) as arrays:
+            return pd.DataFrame(arrays["embeddings"], index=pd.Index(arrays["genes"]))
+
+
+def _n_bytes(file: IO[bytes]) -> int:
+    """Size of an array in a `.npy` file, by its header."""
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(file)
+    return math.prod(shape) * dtype.itemsize
 
 
 def _read_h5ad(path: Path) -> pd.DataFrame:
-    table = anndata.read_h5ad(path)
-    vectors = table.X.toarray() if sparse.issparse(table.X) else np.asarray(table.X)
-    return pd.DataFrame(vectors, index=table.obs_names, columns=table.var_names)
+    with as_damaged(path, "h5ad file"):
+        with h5py.File(path) as file:
+            arrays: list[h5py.Dataset] = []
+            file.visititems(lambda _, found: arrays.append(found) if isinstance(found, h5py.Dataset) else None)
+            require_room(path, sum(array.size * array.dtype.itemsize for array in arrays))
+        table = anndata.read_h5ad(path)
+        require_room(path, 4 * table.n_obs * table.n_vars)
+        vectors = table.X.toarray() if sparse.issparse(table.X) else np.asarray(table.X)
+        return pd.DataFrame(vectors, index=table.obs_names, columns=table.var_names)
 
 
 _READERS: dict[str, Callable[[Path], pd.DataFrame]] = {

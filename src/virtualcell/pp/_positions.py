@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import logging
 import re
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from virtualcell._reading import as_damaged, lines_of, open_text
 from virtualcell.pp._genes import ENSEMBL_VERSION
 
 logger = logging.getLogger(__name__)
@@ -23,6 +23,7 @@ _ID = ("gene_id", "ensembl_id")
 _TABLES = {".tsv": "\t", ".txt": "\t", ".csv": ","}
 # Starts this close to one another make no difference to what is near them.
 _SAME_PLACE = 500
+_PLACE = re.compile(r"[0-9]{1,12}")
 
 
 def gene_positions(gtf: str | Path | pd.DataFrame) -> pd.DataFrame:
@@ -77,8 +78,10 @@ def _read(path: Path) -> pd.DataFrame:
     if suffix == ".gtf":
         return _of_annotation(path)
     if suffix in _TABLES:
-        # a gene may be called NA
-        return _of_table(pd.read_csv(path, sep=_TABLES[suffix], dtype=str, keep_default_na=False, na_values=[""]))
+        how = {"sep": _TABLES[suffix], "dtype": str, "keep_default_na": False, "na_values": [""]}  # a gene called NA
+        with as_damaged(path, "table of genes", "Is the download complete?"), open_text(path) as file:
+            table = pd.read_csv(file, **how)
+        return _of_table(table)
     raise ValueError(
         f"gtf={str(path)!r} is neither an annotation (.gtf) nor a table ({', '.join(_TABLES)}), each perhaps with .gz "
         "behind. GENCODE and Ensembl offer GTF beside GFF3; or read the file into a DataFrame and give that."
@@ -101,21 +104,20 @@ def _of_annotation(path: Path) -> pd.DataFrame:
 
 def _genes_of(path: Path) -> Iterator[tuple]:
     """Yield name, chromosome, start, strand and id of every gene."""
-    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
-        for number, line in enumerate(file, 1):
-            if line.startswith("#") or "\tgene\t" not in line:
-                continue
-            fields = line.rstrip("\n").split("\t")
-            if len(fields) != 9 or fields[6] not in "+-" or not (fields[3].isdigit() and fields[4].isdigit()):
-                raise ValueError(
-                    f"{path.name}, line {number}: a gene needs nine fields between tabs, with whole numbers in the "
-                    "fourth and fifth and a strand, + or -, in the seventh. Take the file from its source again."
-                )
-            if fields[2] != "gene":
-                continue
-            name, gene_id = (_attribute(fields[8], key) for key in ("gene_name", "gene_id"))
-            if name or gene_id:
-                yield name or gene_id, fields[0], int(fields[3 if fields[6] == "+" else 4]), fields[6], gene_id
+    for number, line in lines_of(path, "annotation"):
+        if line.startswith("#") or "\tgene\t" not in line:
+            continue
+        fields = line.split("\t")
+        if len(fields) != 9 or fields[6] not in ("+", "-") or not all(_PLACE.fullmatch(f) for f in fields[3:5]):
+            raise ValueError(
+                f"{path.name}, line {number}: a gene needs nine fields between tabs, with whole numbers in the "
+                "fourth and fifth and a strand, + or -, in the seventh. Take the file from its source again."
+            )
+        if fields[2] != "gene":
+            continue
+        name, gene_id = (_attribute(fields[8], key) for key in ("gene_name", "gene_id"))
+        if name or gene_id:
+            yield name or gene_id, fields[0], int(fields[3 if fields[6] == "+" else 4]), fields[6], gene_id
 
 
 def _attribute(text: str, key: str) -> str | None:

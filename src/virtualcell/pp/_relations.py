@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import csv
-import gzip
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
 import pandas as pd
 
+from virtualcell._reading import as_damaged, lines_of, open_text
+
 _MOST_ROWS = 200_000_000  # STRING has 14 million links for human; more is a broken or hostile file
-_MOST_CHARACTERS = 4_000_000_000
-_LONGEST_LINE = 10_000_000
 _ROWS_AT_A_TIME = 1_000_000
 _STRING_HEADER = ("protein1", "protein2")
 _INFO_ID, _INFO_NAME = "string_protein_id", "preferred_name"
@@ -23,7 +21,9 @@ _SYMBOL, _QUALIFIER, _TERM = 2, 3, 4  # columns of a GAF file
 def read_sets(path: Path) -> dict[str, set[str]]:
     """Read gene sets from GMT: name, description, and genes, separated by tabs; sets of one name are joined."""
     sets: dict[str, set[str]] = {}
-    for number, line in _lines(path):
+    for number, line in lines_of(path, "list of gene sets"):
+        if not line:
+            continue
         name, *rest = line.split("\t")
         if len(rest) < 2:
             raise ValueError(f"Line {number} of {path.name} is no gene set: name, description and genes, with tabs.")
@@ -34,8 +34,8 @@ def read_sets(path: Path) -> dict[str, set[str]]:
 def read_annotations(path: Path) -> dict[str, set[str]]:
     """Read the genes of each term from GAF, the format of the Gene Ontology; what a gene is *not* is left out."""
     terms: dict[str, set[str]] = {}
-    for number, line in _lines(path):
-        if line.startswith("!"):
+    for number, line in lines_of(path, "list of annotations"):
+        if not line or line.startswith("!"):
             continue
         fields = line.split("\t")
         if len(fields) < 15:
@@ -52,15 +52,11 @@ def read_edges(path: Path, names: Path | None, min_score: float) -> pd.DataFrame
     # a gene may be called NA or nan; only what is empty is missing
     how = {"sep": separator, "keep_default_na": False, "na_values": [""], "chunksize": _ROWS_AT_A_TIME}
     kept, n_rows = [], 0
-    try:
-        with _opened(path) as file, pd.read_csv(file, **how) as chunks:
-            for chunk in chunks:
-                n_rows += len(chunk)
-                if n_rows > _MOST_ROWS:
-                    raise ValueError(f"{path.name} has more than {_MOST_ROWS:,} rows.")
-                kept.append(_edges(chunk, path, is_string, min_score))
-    except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        raise ValueError(f"{path.name} is no table of pairs: {error}") from error
+    for chunk in _chunks(path, **how):
+        n_rows += len(chunk)
+        if n_rows > _MOST_ROWS:
+            raise ValueError(f"{path.name} has more than {_MOST_ROWS:,} rows.")
+        kept.append(_edges(chunk, path, is_string, min_score))
     edges = pd.concat(kept, ignore_index=True)
     if is_string:
         edges = _named(edges, path, names)
@@ -68,6 +64,15 @@ def read_edges(path: Path, names: Path | None, min_score: float) -> pd.DataFrame
     first, second = np.sort(edges[["a", "b"]].to_numpy(dtype=str), axis=1).T.astype(object)
     pairs = pd.DataFrame({"a": first, "b": second, "weight": edges["weight"].to_numpy()})
     return pairs.groupby(["a", "b"], sort=True, as_index=False)["weight"].max()
+
+
+def _chunks(path: Path, **how: object) -> Iterator[pd.DataFrame]:
+    with (
+        as_damaged(path, "table of pairs", "Is the download complete?"),
+        open_text(path) as file,
+        pd.read_csv(file, **how) as chunks,
+    ):
+        yield from chunks
 
 
 def _edges(chunk: pd.DataFrame, path: Path, is_string: bool, min_score: float) -> pd.DataFrame:
@@ -110,7 +115,7 @@ def _named(edges: pd.DataFrame, path: Path, names: Path | None) -> pd.DataFrame:
             f"{path.name} goes by proteins. Give names=, the file protein.info of the same release and species "
             "(such as 9606.protein.info.v12.0.txt.gz), which stands beside it at https://string-db.org/cgi/download."
         )
-    with _opened(names) as file:
+    with as_damaged(names, "table of proteins"), open_text(names) as file:
         used = {"usecols": lambda column: column.lstrip("#") in (_INFO_ID, _INFO_NAME), "nrows": _MOST_ROWS}
         info = pd.read_csv(file, sep="\t", keep_default_na=False, quoting=csv.QUOTE_NONE, **used)
     info.columns = [c.lstrip("#") for c in info.columns]
@@ -124,21 +129,3 @@ def _named(edges: pd.DataFrame, path: Path, names: Path | None) -> pd.DataFrame:
             f"{edges['a'].iloc[0]!r}: it is of another release or species."
         )
     return named
-
-
-def _opened(path: Path) -> TextIO:
-    return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield number and text of each line that is not empty; raise where a file is larger than any of its kind."""
-    n_characters = 0
-    with _opened(path) as file:
-        number = 0
-        while line := file.readline(_LONGEST_LINE):
-            number += 1
-            n_characters += len(line)
-            if n_characters > _MOST_CHARACTERS or len(line) == _LONGEST_LINE:
-                raise ValueError(f"{path.name} is too large for a file of its kind, at line {number}.")
-            if stripped := line.rstrip("\r\n"):
-                yield number, stripped

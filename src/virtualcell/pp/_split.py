@@ -18,6 +18,7 @@ from mudata import MuData
 from virtualcell import _keys
 from virtualcell._errors import unknown_name
 from virtualcell._keys import SPLITS
+from virtualcell._reading import as_damaged, read_json, require_bounded
 from virtualcell._settings import seed_of
 from virtualcell.data._design import OF_LABELS, Design, note_design, require_columns
 from virtualcell.data._doses import drug_and_dose
@@ -281,10 +282,15 @@ def apply_split(
     >>> bool((again.obs["replayed"] == again.obs["split"]).all())
     True
     """
-    manifest = json.loads(Path(path).read_text())
-    saved = {cell: name for name, members in manifest.pop("cells").items() for cell in members}
+    manifest = read_json(Path(path), "split that `vc.pp.save_split` wrote")
+    with as_damaged(path, "split that `vc.pp.save_split` wrote"):
+        require_bounded({k: v for k, v in manifest.items() if k != "cells"}, str(path))
+        saved = {cell: name for name, members in manifest.pop("cells").items() for cell in members}
+        if not set(saved.values()) <= set(SPLITS):
+            raise ValueError(f"its parts are {sorted(set(saved.values()))[:5]}, not {SPLITS}")
+        design = {k: manifest[k] for k in ("perturbation_key", "control", "kind")}
     stated = {k: manifest[k] for k in ("context_key", "combination_separator", "dose_key") if k in manifest}
-    cells = _cells(adata, Design(manifest["perturbation_key"], manifest["control"], **stated), modality)
+    cells = _cells(adata, Design(design["perturbation_key"], design["control"], **stated), modality)
     assigned = pd.Series(cells.index.map(saved), index=cells.index)
     missing = assigned.index[assigned.isna()]
     if len(missing):

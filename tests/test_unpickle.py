@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from virtualcell.io import _unpickle
-from virtualcell.io._unpickle import UnsafePickleError, read_pickle, read_torch
+from virtualcell import _unpickle
+from virtualcell._unpickle import UnsafePickleError, read_pickle, read_torch
 
 
 class Calls:

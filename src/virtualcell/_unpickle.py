@@ -11,16 +11,20 @@ import io
 import logging
 import math
 import pickle
+import pickletools
 import re
+import reprlib
 import warnings
 import zipfile
 from collections import OrderedDict, defaultdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from virtualcell._reading import as_damaged, require_room
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +39,8 @@ _RENAMED = {
 _HOSTILE_MODULES = frozenset(
     {"os", "posix", "nt", "sys", "subprocess", "shutil", "socket", "ctypes", "importlib", "runpy", "pty", "webbrowser"}
 )
+# Deeper ones are hashed and compared without end by C code, which then takes the process down.
+_DEEPEST = 500
 _HOSTILE_BUILTINS = frozenset({"eval", "exec", "compile", "open", "input", "breakpoint", "__import__"})
 
 
@@ -266,11 +272,11 @@ class _Archive:
 
     def storage(self, pid: object) -> _Opaque:
         if not (isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage" and isinstance(pid[1], _Opaque)):
-            raise UnsafePickleError(f"refers to data by {pid!r}")
+            raise UnsafePickleError(f"refers to data by {reprlib.repr(pid)}")
         _, dtype, key, _, n = pid
         dtype = dtype.value
         if not (isinstance(dtype, torch.dtype) and isinstance(key, str) and type(n) is int and n >= 0):
-            raise UnsafePickleError(f"refers to data by {pid!r}")
+            raise UnsafePickleError(f"refers to data by {reprlib.repr(pid)}")
         if (key, dtype) not in self.storages:
             raw = self._entry(f"{self.prefix}data/{key}")
             if n * dtype.itemsize > len(raw):
@@ -293,7 +299,9 @@ class _Archive:
 def read_pickle(path: str | Path) -> Any:
     """Read a plain pickle of containers, numbers, text, arrays and tensors; anything else is refused by its name."""
     path = Path(path)
-    return _load(path, _Unpickler(io.BytesIO(path.read_bytes())))
+    content = path.read_bytes()
+    _look_through(path, io.BytesIO(content))
+    return _load(path, _Unpickler(io.BytesIO(content)))
 
 
 def read_torch(path: str | Path, *, stand_ins: bool = False) -> Any:
@@ -304,13 +312,17 @@ def read_torch(path: str | Path, *, stand_ins: bool = False) -> Any:
     """
     path = Path(path)
     _check_whole(path)
+    is_zip = zipfile.is_zipfile(path)
+    _look_into_zip(path) if is_zip else _look_through_row(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # about formats that are refused below
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            return _of_plain_tensors(torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip))
+    except UnsafePickleError as error:
+        raise UnsafePickleError(f"{path.name} {error}.") from error
     except Exception as error:  # a file that is made up can raise anything
         logger.debug("%s is more than tensors: %s", path.name, error)
-    if not zipfile.is_zipfile(path):
+    if not is_zip:
         return _refuse_legacy(path)
     try:
         archive = _Archive(path)
@@ -318,7 +330,10 @@ def read_torch(path: str | Path, *, stand_ins: bool = False) -> Any:
     except (UnsafePickleError, zipfile.BadZipFile) as error:
         raise UnsafePickleError(f"{path.name} {error}.") from error
     unpickler = _Unpickler(file, stand_ins=stand_ins, archive=archive)
-    content = _load(path, unpickler)
+    try:
+        content = _of_plain_tensors(_load(path, unpickler))
+    except UnsafePickleError as error:
+        raise UnsafePickleError(str(error) if path.name in str(error) else f"{path.name} {error}.") from error
     if unpickler.replaced:
         names = sorted(".".join(key) for key in unpickler.replaced)
         logger.info("%s: left out %d foreign classes: %s.", path.name, len(names), ", ".join(names))
@@ -335,6 +350,96 @@ def _check_whole(path: Path) -> None:
         raise ValueError(f"{path} is a pointer of git LFS and not the file. Fetch the file: `git lfs pull`.")
     if start.startswith(b"PK") and not zipfile.is_zipfile(path):
         raise ValueError(f"{path} is cut off or damaged. Fetch it again.")
+
+
+def _look_into_zip(path: Path) -> None:
+    """Raise for an archive that unfolds to far more than its size, and look through its pickles."""
+    with as_damaged(path, "file of torch"), zipfile.ZipFile(path) as archive:
+        require_room(path, sum(entry.file_size for entry in archive.infolist()))
+        pickles = [archive.read(name) for name in archive.namelist() if name.endswith(".pkl")]
+    for content in pickles:
+        _look_through(path, io.BytesIO(content))
+
+
+def _look_through_row(path: Path) -> None:
+    """Look through a row of pickles, in torch's format of before 1.6; what follows them are numbers."""
+    with path.open("rb") as file:
+        for _ in range(5):
+            start = file.read(1)
+            if start != pickle.PROTO:  # numbers, or the end
+                return
+            file.seek(-1, io.SEEK_CUR)
+            _look_through(path, file)
+
+
+def _look_through(path: Path, file: IO[bytes]) -> None:
+    """Raise for a pickle that would take more memory than it has bytes, or the process down, before it is run.
+
+    Python's own reader fills memory up to the highest number that a pickle gives an object, and reserves what a byte
+    array says that it will hold; objects within objects it goes through by recursion without a limit.
+    """
+    try:
+        deepest, numbers = _depth_of(file)
+    except UnsafePickleError as error:
+        raise UnsafePickleError(f"{path.name} {error}. It was not read, and nothing in it was run.") from error
+    except Exception as error:  # the tools of the standard library raise what they like
+        raise UnsafePickleError(f"{path.name} cannot be read as data: {error}") from error
+    if deepest > _DEEPEST:
+        raise UnsafePickleError(f"{path.name} holds objects nested more than {_DEEPEST} deep. It was not read.")
+    if numbers > path.stat().st_size:
+        raise UnsafePickleError(f"{path.name} numbers an object {numbers:,}, and cannot hold so many. It was not read.")
+
+
+def _depth_of(file: IO[bytes]) -> tuple[int, int]:
+    """Follow a pickle without building anything: how deep its objects are nested, and the highest number of one."""
+    stack: list[int] = []  # depth of what a reader would have there
+    marks: list[int] = []  # where it would have marks
+    memo: dict[int, int] = {}
+    deepest = highest = 0
+    for op, argument, _ in pickletools.genops(file):
+        if op.name == "MARK":
+            marks.append(len(stack))
+        elif op.name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            number = len(memo) if op.name == "MEMOIZE" else int(argument)
+            memo[number], highest = stack[-1], max(highest, number)
+        elif op.name in ("GET", "BINGET", "LONG_BINGET"):
+            stack.append(memo[int(argument)])
+        elif op.name == "DUP":
+            stack.append(stack[-1])
+        elif op.name not in ("PROTO", "FRAME", "STOP"):
+            takes_mark = pickletools.markobject in op.stack_before
+            start = marks.pop() if takes_mark else len(stack)
+            start -= sum(one not in (pickletools.markobject, pickletools.stackslice) for one in op.stack_before)
+            if start < 0:
+                raise UnsafePickleError("takes objects that it has not given")
+            inside = stack[start:]
+            del stack[start:]
+            if op.stack_after:
+                stack += [1 + max(inside, default=0)] * len(op.stack_after)
+                deepest = max(deepest, stack[-1])
+    return deepest, highest
+
+
+def _of_plain_tensors(content: Any) -> Any:
+    """Return what was read, if its tensors have the numbers that they say: views can repeat one a billion times."""
+    todo, seen = [content], set()
+    while todo:
+        value = todo.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
+                raise UnsafePickleError(f"has a tensor of layout {value.layout} on {value.device}, not plain numbers")
+            if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+                raise UnsafePickleError(f"has a tensor of {value.numel():,} values, and fewer numbers for it")
+        elif isinstance(value, dict):
+            todo += [*value.keys(), *value.values()]
+        elif isinstance(value, list | tuple | set | frozenset):
+            todo += value
+        elif isinstance(value, _StandIn):
+            todo += [value.arguments, getattr(value, "state", None)]
+    return content
 
 
 def _load(path: Path, unpickler: _Unpickler) -> object:
