@@ -37,6 +37,7 @@ from virtualcell._unpickle import UnsafePickleError, read_pickle, read_torch
 from virtualcell.pp._fasta import isoforms_of_genes
 
 CORPUS = Path(__file__).parent / "corpus"
+STORED = Path(__file__).parents[1] / "stored" / "format_2"
 # What a reader may say, each in a sentence of ours.
 ALLOWED = (ValueError, KeyError, FileNotFoundError, UnsafePickleError)
 
@@ -120,15 +121,30 @@ def of_corpus(name: str) -> Callable[[], bytes]:
     return lambda: (CORPUS / name).read_bytes()
 
 
+def of_stored(name: str) -> Callable[[], bytes]:
+    return lambda: (STORED / name / "model.safetensors").read_bytes()
+
+
 def gene_features(path: Path) -> pd.DataFrame:
     return vc.pp.gene_features(path, n_comps=2, min_genes=2)
 
 
+def load_here(path: Path) -> object:
+    return vc.io.load(path.parent, accelerator="cpu")
+
+
+def unpacked(content: bytes) -> object:
+    from virtualcell.io._save import unpack
+    from virtualcell.models._common import model_of
+
+    return model_of(unpack(np.frombuffer(content, np.uint8)))
+
+
 READERS: dict[str, Reader] = {
-    "model": Reader("model.safetensors", of_corpus("st/model.safetensors"), vc.io.load, "st"),
-    "se": Reader("model.safetensors", of_corpus("se/model.safetensors"), vc.io.load, "se"),
-    "baseline": Reader("model.safetensors", of_corpus("additive/model.safetensors"), vc.io.load, "additive"),
-    "uns": Reader("uns.bin", of_corpus("additive/model.safetensors"), lambda p: unpacked(p.read_bytes())),
+    "model": Reader("model.safetensors", of_stored("st"), load_here),
+    "se": Reader("model.safetensors", of_stored("se"), load_here),
+    "baseline": Reader("model.safetensors", of_stored("additive"), load_here),
+    "uns": Reader("uns.bin", of_stored("additive"), lambda p: unpacked(p.read_bytes())),
     "arc st checkpoint": Reader(
         "checkpoints/final.ckpt", of_corpus("arc_st/checkpoints/final.ckpt"), vc.models.ST.from_arc, "arc_st"
     ),
@@ -161,13 +177,6 @@ READERS: dict[str, Reader] = {
     "links": Reader("x.txt", lambda: LINKS, lambda p: vc.pp.gene_features(p, names=CORPUS / "info.txt", n_comps=2)),
     "split": Reader("x.json", split, apply_split),
 }
-
-
-def unpacked(content: bytes) -> object:
-    from virtualcell.io._save import unpack
-    from virtualcell.models._common import model_of
-
-    return model_of(unpack(np.frombuffer(content, np.uint8)))
 
 
 # -- changes ----------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from virtualcell._lazy import attach
 if TYPE_CHECKING:
     from virtualcell.models._baselines import Additive, ContextMean, NearestContext, NoChange, PerturbationMean
     from virtualcell.models._feature_baselines import NearestPerturbations, Ridge
+    from virtualcell.models._fitted_on import FittedOn
     from virtualcell.models._se import SE
     from virtualcell.models._se_options import SETrainOptions
     from virtualcell.models._st import ST
@@ -23,6 +24,7 @@ __all__ = [
     "ST",
     "Additive",
     "ContextMean",
+    "FittedOn",
     "NearestContext",
     "NearestPerturbations",
     "NoChange",

@@ -20,6 +20,7 @@ from virtualcell.data._labels import Known, expression_modality
 from virtualcell.data._screen import Screen
 from virtualcell.io._save import State, save
 from virtualcell.models._common import KINDS, forget_data, load_model, summary
+from virtualcell.models._fitted_on import FittedOn
 from virtualcell.models._from_start import (
     control_sets,
     error_from,
@@ -139,6 +140,7 @@ class PerturbationModel(BaseModelClass):
         else:
             super().__init__(data, registry)
         self.screen = data if isinstance(data, Screen) else None
+        self.fitted_on: FittedOn | None = None  # comes with training
         if self.adata is not None:
             setup = self.registry["setup_args"]
             modality = setup.get("modality") or "rna"

@@ -23,6 +23,7 @@ from virtualcell.models._base import PerturbationModel
 from virtualcell.models._closed_forms import AdditiveFit, NearestContextFit, additive, nearest_context
 from virtualcell.models._common import meta_of, restore_meta, training_screen
 from virtualcell.models._effects import Effects
+from virtualcell.models._fitted_on import FittedOn
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +73,7 @@ class Baseline(PerturbationModel):
             raise ValueError(f"effects= has {n} genes, this model {len(self.genes)}. Measure them on the same genes.")
         self._remember(effects.perturbations, effects.contexts, self._fit(effects))
         self.is_trained_ = True
+        self.fitted_on = None if self.screen is None else FittedOn.of(self.screen)
 
     def _remember(self, known: Sequence[str], contexts: Sequence[str], arrays: dict[str, np.ndarray]) -> None:
         self.known, self.known_contexts = list(known), list(contexts)

@@ -19,6 +19,7 @@ from virtualcell._reading import as_damaged
 from virtualcell.data._screen import Screen
 from virtualcell.io._arc import checked_parameters
 from virtualcell.io._save import State, read_state
+from virtualcell.models._fitted_on import FittedOn
 
 KINDS: dict[str, Any] = {}  # classes that can be read from a file, by name; each enters itself
 NETWORK = "network."  # beginning of the names of a network's tensors in a file
@@ -84,12 +85,15 @@ def meta_of(model: BaseModelClass) -> dict:
         "registry": model.registry,
         "is_trained": bool(model.is_trained_),
         "history": history,
+        "fitted_on": None if getattr(model, "fitted_on", None) is None else model.fitted_on.to_plain(),
     }
 
 
 def restore_meta(model: BaseModelClass, meta: dict) -> None:
     """Give a model what :func:`meta_of` described."""
     model.is_trained_ = meta["is_trained"]
+    if meta.get("fitted_on") is not None:
+        model.fitted_on = FittedOn.from_plain(meta["fitted_on"])
     model.history_ = {
         k: pd.DataFrame({k: v["values"]}, index=pd.Index(v["index"], name="step")) for k, v in meta["history"].items()
     }

@@ -23,6 +23,7 @@ from virtualcell.models._common import put_on, training_screen
 from virtualcell.models._crispri import CRISPRi, check_modality
 from virtualcell.models._effects import Effects
 from virtualcell.models._features import PerturbationTable
+from virtualcell.models._fitted_on import FittedOn
 from virtualcell.models._mixture import Mixture
 from virtualcell.models._set_batches import SetBatches, SetSource, validation_steps
 from virtualcell.models._st_files import from_arc, from_state, state_of, to_arc
@@ -262,6 +263,7 @@ class ST(PerturbationModel):
             data=None if options.checkpoint_dir is None else learned_from(screen, self.table, self.set_size),
         )
         self.is_trained_, self.n_steps = True, options.max_steps
+        self.fitted_on = FittedOn.of(screen)
         put_on(self, options.accelerator)
         shown = range(0, options.max_steps, max(1, options.max_steps // _WEIGHING_STEPS))
         self.mixture = self.mixture.weighed(self.networks, (training.step(i, 0, 1, self.device) for i in shown))

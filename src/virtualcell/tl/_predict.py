@@ -40,6 +40,7 @@ from virtualcell.tl._predict_checks import (
     design_of_data,
     names_of,
     shared_genes,
+    tell_of_changed_cells,
 )
 from virtualcell.tl._predicted import Predictions
 
@@ -187,8 +188,10 @@ def predict_perturbation(
         n_contexts = len(controls.controls())
         check_not_too_many(len(names), controls.n_cells if n_cells is None else n_cells * n_contexts)
     genes, columns = shared_genes(model, design, expression.var_names, min_gene_coverage)
+    starting = list(starts_of(controls.select(genes), model))
+    tell_of_changed_cells(model, [start for _, start in starting], genes)
     predictions = Predictions(
-        model, asked, list(starts_of(controls.select(genes), model)), controls.design, genes, columns,
+        model, asked, starting, controls.design, genes, columns,
         var_of(expression), emit, n_cells, n_samples, seed,
     )  # fmt: skip
     if to is None:

@@ -18,6 +18,7 @@ from virtualcell._errors import UnknownNameError, unknown_name
 from virtualcell.data._design import Design
 from virtualcell.data._labels import expression_modality, is_several, obs_column, text
 from virtualcell.models._base import PerturbationModel
+from virtualcell.models._start import Start
 
 logger = logging.getLogger(__name__)
 
@@ -166,3 +167,17 @@ def common_genes(here: pd.Index, wanted: Sequence[str], min_coverage: float | No
         how = "left out of the result" if min_coverage is None else "filled with 0"
         logger.warning("%d of the model's genes are %s.", len(wanted) - len(genes), how)
     return genes
+
+
+def tell_of_changed_cells(model: PerturbationModel, starting: Sequence[Start], genes: Sequence[str]) -> None:
+    """Say where control cells are called like those that a model was fitted on, and have other values."""
+    if model.fitted_on is None:
+        return
+    compared = [model.fitted_on.changed(start.context, start.names, start.cells, genes) for start in starting]
+    changed, n = (sum(counts) for counts in zip(*compared, strict=True)) if compared else (0, 0)
+    if changed:
+        logger.info(
+            "%d of %d control cells that were compared have other values than those of the same name had when %s was "
+            "fitted: from another layer or matrix, with other genes in the library sizes, or they are other cells.",
+            *(changed, n, type(model).__name__),
+        )
