@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from virtualcell._reading import as_damaged
+from virtualcell._reading import as_damaged, check_h5
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,6 +28,8 @@ def read_cells(path: Path) -> AnnData | MuData:
     """Read an h5ad, h5mu or zarr store."""
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist.")
+    if path.suffix in (".h5ad", ".h5mu"):
+        check_h5(path)
     with as_damaged(path, f"{path.suffix.removeprefix('.')} file"):
         if path.suffix == ".h5mu":
             import mudata

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import PickleError
 from typing import TextIO
 
 # Text and tables shrink to a tenth or so when they are compressed; what unfolds to more was made to fill the memory.
 _MOST_TIMES, _ALWAYS = 100, 100_000_000
 _LONGEST_LINE = 10_000_000
+_OF_THE_SYSTEM = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+_OF_THE_DISK = (errno.EIO, errno.ENOSPC, errno.EMFILE, errno.ESTALE)
 _MOST_VALUES, _DEEPEST = 10_000_000, 100  # of a configuration
 
 
@@ -38,8 +42,8 @@ def as_damaged(path: str | Path, what: str, remedy: str = "", *, checked: bool =
     except (DamagedFileError, ImportError):
         raise
     except Exception as error:
-        is_ours = checked and isinstance(error, ValueError | KeyError) and not _is_bare(error)
-        if is_ours or (isinstance(error, OSError) and error.errno is not None):  # no such file, no permission
+        is_ours = checked and isinstance(error, ValueError | KeyError | PickleError) and not _is_bare(error)
+        if is_ours or isinstance(error, _OF_THE_SYSTEM) or getattr(error, "errno", None) in _OF_THE_DISK:
             raise
         told = f"{type(error).__name__}: {str(error)[:300]}" if str(error) else type(error).__name__
         raise DamagedFileError(
@@ -55,6 +59,25 @@ def _is_bare(error: Exception) -> bool:
 def most_bytes(path: Path) -> int:
     """Return what the content of a compressed file may come to."""
     return _MOST_TIMES * path.stat().st_size + _ALWAYS
+
+
+def check_h5(path: Path, *, most_times: int = 2000) -> None:
+    """Raise for an HDF5 file that does not hang together, or whose arrays are far larger than what is stored of them.
+
+    Its library reserves the size of an array before it finds nothing there, and may not come back from a file whose
+    parts are damaged. Zeros compress by a factor of a thousand, and no more.
+    """
+    import h5py
+
+    with as_damaged(path, "HDF5 file"), h5py.File(path) as file:
+        sizes: list[int] = []
+
+        def look(_: str, found: h5py.Dataset | h5py.Group) -> None:
+            if isinstance(found, h5py.Dataset):
+                sizes.append(found.size * found.dtype.itemsize if found.shape is not None else 0)
+
+        file.visititems(look)
+        require_room(path, sum(sizes) * _MOST_TIMES // most_times)
 
 
 def require_room(path: Path, n_bytes: int) -> None:

@@ -312,7 +312,8 @@ def read_torch(path: str | Path, *, stand_ins: bool = False) -> Any:
     """
     path = Path(path)
     _check_whole(path)
-    is_zip = zipfile.is_zipfile(path)
+    with as_damaged(path, "file of torch"):
+        is_zip = zipfile.is_zipfile(path)
     _look_into_zip(path) if is_zip else _look_through_row(path)
     try:
         with warnings.catch_warnings():
@@ -327,7 +328,7 @@ def read_torch(path: str | Path, *, stand_ins: bool = False) -> Any:
     try:
         archive = _Archive(path)
         file = io.BytesIO(archive.zip.read(f"{archive.prefix}data.pkl"))
-    except (UnsafePickleError, zipfile.BadZipFile) as error:
+    except (UnsafePickleError, zipfile.BadZipFile, OSError, KeyError) as error:
         raise UnsafePickleError(f"{path.name} {error}.") from error
     unpickler = _Unpickler(file, stand_ins=stand_ins, archive=archive)
     try:
@@ -348,7 +349,9 @@ def _check_whole(path: Path) -> None:
         raise ValueError(f"{path} is empty. Fetch it again.")
     if start.startswith(b"version https://git-lfs"):
         raise ValueError(f"{path} is a pointer of git LFS and not the file. Fetch the file: `git lfs pull`.")
-    if start.startswith(b"PK") and not zipfile.is_zipfile(path):
+    with as_damaged(path, "file of torch", "Fetch it again."):
+        is_cut = start.startswith(b"PK") and not zipfile.is_zipfile(path)
+    if is_cut:
         raise ValueError(f"{path} is cut off or damaged. Fetch it again.")
 
 
@@ -379,23 +382,21 @@ def _look_through(path: Path, file: IO[bytes]) -> None:
     array says that it will hold; objects within objects it goes through by recursion without a limit.
     """
     try:
-        deepest, numbers = _depth_of(file)
+        highest = _highest_number(file)
     except UnsafePickleError as error:
         raise UnsafePickleError(f"{path.name} {error}. It was not read, and nothing in it was run.") from error
     except Exception as error:  # the tools of the standard library raise what they like
         raise UnsafePickleError(f"{path.name} cannot be read as data: {error}") from error
-    if deepest > _DEEPEST:
-        raise UnsafePickleError(f"{path.name} holds objects nested more than {_DEEPEST} deep. It was not read.")
-    if numbers > path.stat().st_size:
-        raise UnsafePickleError(f"{path.name} numbers an object {numbers:,}, and cannot hold so many. It was not read.")
+    if highest > path.stat().st_size:
+        raise UnsafePickleError(f"{path.name} numbers an object {highest:,}, and cannot hold so many. It was not read.")
 
 
-def _depth_of(file: IO[bytes]) -> tuple[int, int]:
-    """Follow a pickle without building anything: how deep its objects are nested, and the highest number of one."""
+def _highest_number(file: IO[bytes]) -> int:
+    """Follow a pickle without building anything; return the highest number of an object, and raise for deep ones."""
     stack: list[int] = []  # depth of what a reader would have there
     marks: list[int] = []  # where it would have marks
     memo: dict[int, int] = {}
-    deepest = highest = 0
+    highest = 0
     for op, argument, _ in pickletools.genops(file):
         if op.name == "MARK":
             marks.append(len(stack))
@@ -416,8 +417,9 @@ def _depth_of(file: IO[bytes]) -> tuple[int, int]:
             del stack[start:]
             if op.stack_after:
                 stack += [1 + max(inside, default=0)] * len(op.stack_after)
-                deepest = max(deepest, stack[-1])
-    return deepest, highest
+                if stack[-1] > _DEEPEST:
+                    raise UnsafePickleError(f"holds objects nested more than {_DEEPEST} deep")
+    return highest
 
 
 def _of_plain_tensors(content: Any) -> Any:

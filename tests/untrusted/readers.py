@@ -113,7 +113,7 @@ FASTA = b">ENSP1 pep gene:ENSG1.2 gene_symbol:JAK2 x\nMKV\nLLA*\n>sp|P1|A OS=Hom
 GTF = b'##x\n1\tHAVANA\tgene\t10\t90\t.\t-\t.\tgene_id "ENSG00000000001.2"; gene_name "JAK2";\n'
 GMT = "".join(f"SET{i}\tx\t" + "\t".join(f"G{j}" for j in range(i, i + 8)) + "\n" for i in range(6)).encode()
 GAF = "!gaf\n" + "".join("\t".join(["U", "x", f"G{j}", "", f"GO:{j % 2}"] + ["x"] * 10) + "\n" for j in range(12))
-EDGES = ("a,b,score\n" + "".join(f"G{i},G{j},0.{i + 1}\n" for i in range(6) for j in range(i))).encode()
+EDGES = ("a,b,score\n" + "".join(f"G{i},G{j},0.9\n" for i in range(8) for j in range(i))).encode()
 LINKS = b"protein1 protein2 combined_score\n" + b"".join(b"9.P%d 9.P%d 900\n" % (i, i + 1) for i in range(6))
 
 
@@ -240,13 +240,17 @@ def quiet() -> None:
     logging.disable(logging.CRITICAL)
 
 
-def run_at_random(reader: Reader, seconds: float, seed: int) -> tuple[Counter, dict[str, bytes]]:
+def run_at_random(
+    reader: Reader, seconds: float, seed: int, keep: Path | None = None
+) -> tuple[Counter, dict[str, bytes]]:
     """Change the valid file for so long; count what came of it, and keep one file of each kind of failure."""
     rng, valid, found, failures = np.random.default_rng(seed), reader.valid(), Counter(), {}
     end = time.monotonic() + seconds
     with workplace(reader) as folder:
         while time.monotonic() < end:
             content, start = changed(valid, rng), time.monotonic()
+            if keep:  # where the process does not come back
+                (keep / "latest").write_bytes(content)
             try:
                 found[reader(content, folder)] += 1
             except Exception as error:
@@ -292,19 +296,20 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="folder for files that make a reader fail")
     options = parser.parse_args()
     quiet()
+    if options.keep:
+        options.keep.mkdir(parents=True, exist_ok=True)
     for name in READERS if options.reader == "all" else [options.reader]:
         reader = READERS[name]
         if options.atheris:
             with workplace(reader) as folder:
                 run_atheris(reader, options.seconds, folder)
             return
-        found, failures = run_at_random(reader, options.seconds, options.seed)
+        found, failures = run_at_random(reader, options.seconds, options.seed, options.keep)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
         print(f"{name}: {sum(found.values())} inputs, {dict(found)}, largest memory {peak} MB", flush=True)
         for i, (kind, content) in enumerate(failures.items()):
             print(f"  {kind}")
             if options.keep:
-                options.keep.mkdir(parents=True, exist_ok=True)
                 (options.keep / f"{name.replace(' ', '_')}_{i}").write_bytes(content)
 
 

@@ -16,6 +16,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from virtualcell._reading import mapping_of
 from virtualcell._unpickle import read_torch
 from virtualcell.data._screen import scvi_registry
 from virtualcell.data._tables import as_table
@@ -92,10 +93,12 @@ def read_se(
             f"gene_embeddings has {vectors.shape[1]} dimensions, but this model was trained on {sizes.n_token}. Give "
             "the table that it was trained with."
         )
-    dataset, ours = config["dataset"], config.get(OURS, {})
+    dataset, ours = mapping_of(config["dataset"], f"dataset of {source}"), mapping_of(config.get(OURS, {}), source)
     arguments = {
         "length": size("dataset.pad_length") - 1,  # the first place is [CLS]
-        "n_targets": [int(dataset.get("P", 512)), int(dataset.get("N", 256)), int(dataset.get("S", 512))],
+        "n_targets": [
+            whole_number(dataset.get(k, n), k, source=source) for k, n in (("P", 512), ("N", 256), ("S", 512))
+        ],
         "cls_expression_gene": ours.get("cls_expression_gene", size("dataset.cls_token_idx")),
         "fill_sentences": ours.get("fill_sentences", True),
         "genes": names,

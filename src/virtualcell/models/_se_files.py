@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from virtualcell._reading import as_damaged
 from virtualcell.io._arc import require_sizes
 from virtualcell.io._arc_se import read_se, write_se
 from virtualcell.io._save import State
@@ -84,7 +85,8 @@ def from_arc(
         If a file asks for anything but data.
     """
     path = Path(folder)
-    arguments, tensors, registry = read_se(path, gene_embeddings=gene_embeddings, checkpoint=checkpoint)
+    with as_damaged(path, "folder of an SE model", checked=True):
+        arguments, tensors, registry = read_se(path, gene_embeddings=gene_embeddings, checkpoint=checkpoint)
     with torch.device("meta"):  # without weights of its own to throw away
         model = _from_arguments(cls, arguments, tensors, registry)
     load_network(model.module, tensors, assign=True)

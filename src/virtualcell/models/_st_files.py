@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from virtualcell._reading import as_damaged
 from virtualcell.io._arc import require_sizes
 from virtualcell.io._arc_st import read_st
 from virtualcell.io._save import State
@@ -140,9 +141,10 @@ def from_arc(
         If a file asks for anything but data.
     """
     path = Path(run_folder)
-    arguments, tensors, registry = read_st(
-        path, checkpoint=checkpoint, gene_names=gene_names, perturbations=perturbations
-    )
+    with as_damaged(path, "run folder of an ST model", checked=True):
+        arguments, tensors, registry = read_st(
+            path, checkpoint=checkpoint, gene_names=gene_names, perturbations=perturbations
+        )
     with torch.device("meta"):  # without weights of its own to throw away
         model = _from_arguments(cls, arguments, tensors, registry)
     load_network(model.module, tensors, assign=True)

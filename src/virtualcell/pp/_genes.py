@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import IO
 
 import anndata
-import h5py
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
@@ -19,7 +18,7 @@ from anndata import AnnData
 from scipy import sparse
 
 from virtualcell._errors import unknown_name
-from virtualcell._reading import DamagedFileError, as_damaged, open_text, require_room
+from virtualcell._reading import DamagedFileError, as_damaged, check_h5, open_text, require_room
 from virtualcell._unpickle import read_torch
 from virtualcell.data._labels import column_of, var_of
 
@@ -302,10 +301,7 @@ def _n_bytes(file: IO[bytes]) -> int:
 
 def _read_h5ad(path: Path) -> pd.DataFrame:
     with as_damaged(path, "h5ad file"):
-        with h5py.File(path) as file:
-            arrays: list[h5py.Dataset] = []
-            file.visititems(lambda _, found: arrays.append(found) if isinstance(found, h5py.Dataset) else None)
-            require_room(path, sum(array.size * array.dtype.itemsize for array in arrays))
+        check_h5(path, most_times=100)
         table = anndata.read_h5ad(path)
         require_room(path, 4 * table.n_obs * table.n_vars)
         vectors = table.X.toarray() if sparse.issparse(table.X) else np.asarray(table.X)
