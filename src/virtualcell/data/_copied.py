@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,6 +31,8 @@ _VERSION = 1
 _PARTS = ("genes", "values", "indptr")  # the last one says that a block is finished
 _BYTES_PER_ENTRY = 6  # at most: a gene of 16 bits, a value of 32
 
+# Copies that are in use, by their folders.
+_OPEN: weakref.WeakValueDictionary[Path, CopiedRows] = weakref.WeakValueDictionary()
 # Copies of what nothing tells apart after this process, by what tells it apart in it.
 _OF_SESSION: dict[str, tempfile.TemporaryDirectory] = {}
 
@@ -49,7 +52,9 @@ def copy_of(matrix: LazyMatrix, *, make: bool) -> CopiedRows | None:
         return None
     if not CopiedRows.is_whole(folder):
         _make(matrix, folder)
-    return CopiedRows(folder)
+    if (copy := _OPEN.get(folder)) is None:  # whoever maps files twice has their pages twice
+        _OPEN[folder] = copy = CopiedRows(folder)
+    return copy
 
 
 def _folder_of(matrix: LazyMatrix, *, make: bool) -> Path | None:

@@ -88,8 +88,8 @@ class DaskRows(LazyMatrix):
         return _rows_of(self._stored[start:stop].compute(scheduler="synchronous"))
 
     def sample(self) -> bytes:
-        """Return the name of the array, which is of what dask was told, and some rows."""
-        return self._stored.name.encode() + super().sample()
+        """Return the name of the array, which is of what dask was told, and some rows where that is not all."""
+        return self._stored.name.encode() + (super().sample() if self.source is None else b"")
 
 
 class DaskColumns(ByColumns):

@@ -24,7 +24,7 @@ from virtualcell.data._scales import (
     is_one_total,
     rounded,
 )
-from virtualcell.data._stored import BLOCK, columns_of, row_numbers, row_sums
+from virtualcell.data._stored import BLOCK, columns_of, pieces_of, row_numbers, row_sums
 from virtualcell.data._threads import in_threads
 
 Unit = Literal["log1p", "log_counts", "counts"]
@@ -32,7 +32,6 @@ Unit = Literal["log1p", "log_counts", "counts"]
 MOST_EXPRESSION = np.float32(np.log1p(1e4))  # log1p CP10k of a cell that holds one gene only
 
 _SAMPLE = 1000  # cells whose totals are looked at
-_GROUPS = 256  # groups whose sums are held at a time
 
 
 class Moments(NamedTuple):
@@ -198,6 +197,11 @@ class Expression:
         """Whether the matrix is in memory, and not read from elsewhere."""
         return self._matrix.in_memory
 
+    @property
+    def is_lazy(self) -> bool:
+        """Whether rows are slow to read but for one pass in the order of the file."""
+        return self._matrix.is_lazy
+
     def at_hand(self, *, make: bool = True) -> Expression:
         """Return the same cells from where they are quick to read in any order: from memory, or from a copy on disk.
 
@@ -238,7 +242,7 @@ class Expression:
         shape = (len(groups), len(self.genes))
         mean, variance = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
         before = np.zeros((2, shape[1]))  # sums of the group that goes on in the next pieces
-        for pieces in _pieces(n):
+        for pieces in pieces_of(n):
             group = np.array([g for g, _, _ in pieces])
             ends = np.cumsum([0, *(stop - start for _, start, stop in pieces)])
             member = sparse.csr_matrix((np.ones(ends[-1]), np.arange(ends[-1]), ends), shape=(len(pieces), ends[-1]))
@@ -382,18 +386,3 @@ class _Found:
     sizes: np.ndarray | None = None
     is_checked: bool = False
     is_noisy: bool = False
-
-
-def _pieces(lengths: np.ndarray) -> Iterator[list[tuple[int, int, int]]]:
-    """Cut groups into pieces (group, start, stop) of at most `BLOCK` cells, and yield as many as go together."""
-    pieces, size = [], 0
-    for g, length in enumerate(lengths.tolist()):
-        for start in range(0, length, BLOCK):
-            stop = min(start + BLOCK, length)
-            if pieces and (size + stop - start > BLOCK or len(pieces) == _GROUPS):
-                yield pieces
-                pieces, size = [], 0
-            pieces.append((g, start, stop))
-            size += stop - start
-    if pieces:
-        yield pieces

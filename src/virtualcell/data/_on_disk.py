@@ -18,7 +18,7 @@ from virtualcell._settings import settings
 from virtualcell.data._copied import copy_of
 from virtualcell.data._stored import StoredMatrix, canonical_rows, compressed
 
-_GAP = 32  # rows that are read although nobody asked for them, rather than to go to the file once more
+_GAP = 32
 _MOST_CELLS = 1 << 14  # in a block
 _COPIES = 4  # of a block that are in memory at a time, on its way
 ENTRY = 8  # bytes of a column and a value
@@ -49,6 +49,11 @@ class LazyMatrix(StoredMatrix):
         return 1
 
     @property
+    def gap(self) -> int:
+        """Rows that are rather read although nobody asked for them than the storage is gone to once more."""
+        return self.shape[0]
+
+    @property
     def cells_at_once(self) -> int:
         """Rows that memory allows to read at a time."""
         fits = int(settings.max_memory * 2**30 / (_COPIES * max(self.bytes_per_cell, 1)))
@@ -70,7 +75,7 @@ class LazyMatrix(StoredMatrix):
         wanted, back = np.unique(index, return_inverse=True)
         if not len(wanted):
             return sparse.csr_matrix((0, self.shape[1]), dtype=np.float32)
-        is_new = (np.diff(wanted) > _GAP) | (np.diff(np.searchsorted(self.edges, wanted, side="right")) > 0)
+        is_new = (np.diff(wanted) > self.gap) | (np.diff(np.searchsorted(self.edges, wanted, side="right")) > 0)
         parts = np.split(wanted, np.flatnonzero(is_new) + 1)
         found = stacked([self.read(int(part[0]), int(part[-1]) + 1)[part - part[0]] for part in parts])
         return found if np.array_equal(back, np.arange(found.shape[0])) else found[back]
@@ -116,6 +121,11 @@ class CSROnDisk(LazyMatrix):
     def bytes_per_cell(self) -> float:
         """Memory that a row takes while it is read."""
         return self.entries_per_cell * (ENTRY + self._data.dtype.itemsize)
+
+    @property
+    def gap(self) -> int:
+        """Rows that are rather read although nobody asked for them; in zarr, chunks would be decompressed again."""
+        return _GAP if isinstance(self._data, h5py.Dataset) else self.shape[0]
 
     @property
     def source(self) -> tuple | None:

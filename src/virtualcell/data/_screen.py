@@ -288,10 +288,6 @@ class Screen:
         """Return the same cells with their expression in another unit."""
         return dataclasses.replace(self, expression=self.expression.read_as(unit))
 
-    def at_hand(self) -> Screen:
-        """Return the same cells from where they are quick to read in any order; a lazy matrix is copied for that."""
-        return self if self.expression.in_memory else dataclasses.replace(self, expression=self.expression.at_hand())
-
     def with_split(self, split: np.ndarray) -> Screen:
         """Return the same cells in other parts."""
         return dataclasses.replace(self, split=split)

@@ -38,6 +38,10 @@ class Sentences:
         self.expression, self.length, self.cls_gene, self.fill = expression, length, cls_gene, fill
         self.n_genes = len(expression.genes)
 
+    def at_hand(self) -> Sentences:
+        """Return the same sentences of cells that are quick to read in any order."""
+        return Sentences(self.expression.at_hand(), self.length, cls_gene=self.cls_gene, fill=self.fill)
+
     def rows(self, index: np.ndarray) -> dict[str, Tensor]:
         """Return the sentences of some cells, genes of the same value in the order of the tokens."""
         return self.of(self.expression.rows(index))

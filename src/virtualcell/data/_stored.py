@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pandas as pd
@@ -11,6 +11,7 @@ from scipy import sparse
 
 from virtualcell._errors import unknown_name
 
+GROUPS = 256  # groups whose sums are held at a time
 BLOCK = 1024  # cells read at a time, few enough that copies of them are small beside any matrix
 
 
@@ -136,3 +137,18 @@ def columns_of(names: pd.Index, genes: Sequence[str]) -> np.ndarray | None:
         remedy = f"{len(missing)} of {len(genes)} genes are missing; they are matched by name."
         raise unknown_name("genes", missing[0], index, remedy)
     return None if len(where) == len(index) and (where == np.arange(len(index))).all() else where
+
+
+def pieces_of(lengths: np.ndarray) -> Iterator[list[tuple[int, int, int]]]:
+    """Cut groups into pieces (group, start, stop) of at most `BLOCK` cells, and yield as many as go together."""
+    pieces, size = [], 0
+    for g, length in enumerate(lengths.tolist()):
+        for start in range(0, length, BLOCK):
+            stop = min(start + BLOCK, length)
+            if pieces and (size + stop - start > BLOCK or len(pieces) == GROUPS):
+                yield pieces
+                pieces, size = [], 0
+            pieces.append((g, start, stop))
+            size += stop - start
+    if pieces:
+        yield pieces

@@ -19,6 +19,7 @@ from virtualcell._progress import Bar
 from virtualcell._threads import own_threads
 from virtualcell.data._device_sentences import DeviceSentences
 from virtualcell.data._labels import expression_modality
+from virtualcell.data._stored import row_sums
 from virtualcell.models._se_data import Cells, check_not_empty, refuse_empty
 from virtualcell.modules import SENetwork
 from virtualcell.modules._transformer import add_norm
@@ -105,15 +106,30 @@ def sentence_batches(
     """
     rows, sentences = cells.in_order(), cells.sentences
     if device.type in SENTENCES_ON and not sentences.fill and sentences.cls_gene is None:
+        sentences = sentences.at_hand()
         most_bytes = _free_memory(device) // 3
         made = DeviceSentences(
             sentences, device, most_bytes=most_bytes, refuse=lambda empty: refuse_empty(cells.names[empty])
         )
         yield from made.batches(rows, batch_size)
         return
+    if sentences.expression.is_lazy:
+        yield from _in_one_pass(cells, batch_size, device)
+        return
     check_not_empty(cells)
     for part in np.split(rows, range(batch_size, len(rows), batch_size)):
         yield part, {name: value.to(device) for name, value in sentences.rows(part).items()}
+
+
+def _in_one_pass(cells: Cells, batch_size: int, device: torch.device) -> Iterator[tuple[np.ndarray, dict[str, Tensor]]]:
+    """Yield the same of cells that are read once, in the blocks and in the order of their file."""
+    for rows, block in cells.sentences.expression.blocks():
+        is_empty = row_sums(block) <= 0
+        if is_empty.any():
+            refuse_empty(cells.names[rows[is_empty]])
+        for part in np.split(np.arange(len(rows)), range(batch_size, len(rows), batch_size)):
+            sentences = cells.sentences.of(block[part])
+            yield rows[part], {name: value.to(device) for name, value in sentences.items()}
 
 
 def _free_memory(device: torch.device) -> int:

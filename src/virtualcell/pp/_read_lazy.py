@@ -25,6 +25,8 @@ from virtualcell.data._stored import canonical_rows
 
 logger = logging.getLogger(__name__)
 
+_CHUNK = 4096  # cells at most
+
 
 def read_lazy(paths: str | os.PathLike | Sequence[str | os.PathLike], *, label: str | None = None) -> AnnData:
     """Open h5ad and zarr files as one data set that is larger than memory: matrices are read when they are needed.
@@ -184,7 +186,8 @@ def _stacked(files: list[_File], place: str, genes: pd.Index) -> Any:
         columns = None if np.array_equal(where, np.arange(len(file.var))) else where
         pieces.append(_Piece(file.path.resolve(), place, first, columns))
         with _opened(file.path) as group:
-            chunks += np.diff(_matrix(group, place).edges).tolist()
+            edges = np.unique([*range(0, len(file.obs), _CHUNK), *_matrix(group, place).edges])
+            chunks += np.diff(edges).tolist()
             known.append((place_of(group[place]), where.tobytes()))
         first += len(file.obs)
     name = OF_FILES + hashlib.sha256(repr(known).encode()).hexdigest()

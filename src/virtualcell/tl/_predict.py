@@ -269,6 +269,7 @@ def controls_of(screen: Screen, context: str | None) -> Screen:
         if without := sorted(set(screen.context_names) - with_controls):
             logger.warning("No prediction for %s, which has no control cells to start from.", ", ".join(without))
     controls = screen.take(np.sort(rows))
+    controls = dataclasses.replace(controls, expression=controls.expression.at_hand(make=False))
     if not controls.names.is_unique:
         raise ValueError("obs_names repeats control cells. Run `adata.obs_names_make_unique()` first.")
     controls.check_embedding()

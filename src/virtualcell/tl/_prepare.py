@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from numbers import Integral
 
@@ -106,7 +107,8 @@ def prepared(screen: Screen, *, min_cells: int, has_features: bool, val_fraction
     screen = screen if is_seen.all() else screen.take(is_seen)
     if screen.design.split_key is None:
         screen = screen.hold_out(val_fraction, seed)
-    return screen.at_hand()  # what follows reads rows many times, in any order
+    # what follows reads rows many times, in any order
+    return dataclasses.replace(screen, expression=screen.expression.at_hand())
 
 
 _TOTALS = ("total_counts", "n_counts", "ncounts", "ncount_rna", "n_umi", "n_umis", "total_umis", "library_size")
