@@ -142,8 +142,11 @@ class Watch(threading.Thread):
 
 
 def tiny_se(cells):
+    import torch
+
     import virtualcell as vc
 
+    torch.manual_seed(0)
     table = vc.pp.expression_gene_embeddings(cells, n_comps=32)
     vc.models.SE.setup_anndata(cells)
     se = vc.models.SE(cells, table, **SE)

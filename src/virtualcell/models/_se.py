@@ -250,6 +250,7 @@ class SE(BaseModelClass):
         source = training_source(self)
         dataset = source.dataset_codes(self.setup["dataset_key"], self.datasets)
         cells = read_cells(self, source)
+        cells = cells._replace(sentences=cells.sentences.at_hand())  # steps draw cells from everywhere
         check_not_empty(cells)
         training, validation = batches(cells, dataset, self.n_targets, options)
         self.history_ = fit(
