@@ -128,6 +128,17 @@ def test_what_is_stored_by_columns_is_turned_when_it_is_read() -> None:
     assert adata.X.format == "csc"
 
 
+def test_row_starts_of_64_bits_do_not_make_every_read_a_pass() -> None:
+    adata = make_cells()
+    expected = adata.X.toarray()[[3, 1]]
+    adata.X.indptr = adata.X.indptr.astype(np.int64)
+    matrix = stored_matrix(adata, None, "X")
+    np.testing.assert_array_equal(matrix.rows(np.array([3, 1])).toarray(), expected)
+    assert matrix._stored.indptr.dtype == matrix._stored.indices.dtype
+    assert np.shares_memory(matrix._stored.data, adata.X.data)
+    assert adata.X.indptr.dtype == np.int64  # the data are left as they are
+
+
 def test_row_sums_are_exact() -> None:
     rng = np.random.default_rng(0)
     values = rng.random((5, 9000)).astype(np.float32)

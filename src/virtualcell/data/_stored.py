@@ -74,6 +74,9 @@ class InMemory(StoredMatrix):
         if not self.is_sparse:
             return compressed(np.asarray(self._stored if index is None else self._stored[index]))
         self._stored = block = sparse.csr_matrix(self._stored)  # shares memory with what is CSR already
+        if block.indptr.dtype != block.indices.dtype and block.nnz < 1 << 31:
+            # as some files have it: scipy would go through all indices whenever rows are taken
+            block.indptr, block.indices = block.indptr.astype(np.int32), block.indices.astype(np.int32, copy=False)
         if isinstance(index, slice):
             block = _section(block, *index.indices(block.shape[0]))
         elif index is not None:
