@@ -12,6 +12,7 @@ from pooch.utils import unique_file_name
 from requests.exceptions import RequestException
 
 from virtualcell._files import read_cells
+from virtualcell._interrupted import told_when_interrupted
 from virtualcell._settings import settings
 
 _SUFFIXES = (".h5ad", ".h5mu")
@@ -48,6 +49,7 @@ def fetch(url: str, *, known_hash: str | None, folder: str | Path | None = None)
     return read_cells(retrieve(url, name=unique_file_name(url), known_hash=known_hash, folder=folder))
 
 
+@told_when_interrupted("The download was interrupted: the same call fetches the file again.")
 def retrieve(url: str, *, name: str, known_hash: str | None, folder: str | Path | None = None) -> Path:
     """Return the path of a file under `name` in `folder`, downloaded unless one with that checksum is there."""
     folder = settings.cache_dir if folder is None else Path(folder)

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 from virtualcell._errors import unknown_name
+from virtualcell._interrupted import told_when_interrupted
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ _RUN_FILES = ("config.yaml", "var_dims.pkl", "*_onehot_map.*")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
+@told_when_interrupted("The download was interrupted: files that are whole stay, and the same call fetches the others.")
 def download(
     repo: str,
     *,

@@ -16,6 +16,7 @@ from mudata import MuData
 from scipy import sparse
 
 from virtualcell import _settings
+from virtualcell._interrupted import told_when_interrupted
 from virtualcell._progress import Bar
 from virtualcell._threads import count_threads, own_threads
 from virtualcell.data._design import Design, Scale, check_library_sizes
@@ -67,6 +68,7 @@ class _Settings:
 
 @describes_design
 @own_threads()
+@told_when_interrupted("The benchmark was interrupted, and nothing of it is kept: call it again.")
 def benchmark(
     adata: AnnData | MuData,
     models: Sequence[str] | Mapping[str, Spec],

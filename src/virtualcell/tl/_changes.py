@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 from anndata import AnnData
 from mudata import MuData
 
+from virtualcell._tasks import in_tasks
 from virtualcell.data._labels import expression_modality
 from virtualcell.data._screen import Screen
 from virtualcell.models._base import PerturbationModel
@@ -22,6 +25,9 @@ from virtualcell.models._start import Start
 from virtualcell.tl._emit import beyond_error
 from virtualcell.tl._predict import checked_model, controls_of, starts_of, stored_model
 from virtualcell.tl._predict_checks import check_columns, design_of_data, names_of, shared_genes
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 LOG2 = float(np.log(2))  # changes of natural logarithms are divided by it
 _AT_ONCE = 64  # perturbations
@@ -160,25 +166,36 @@ class Setting:
             raise ValueError(f"perturbations={perturbations!r} holds nothing but the control to predict.")
         return names
 
-    def chunks(self, names: Sequence[str], *, n_cells: int | None, seed: int) -> Iterator[Changes]:
+    def chunks(
+        self, names: Sequence[str], *, n_cells: int | None, seed: int, client: Client | None = None
+    ) -> Iterator[Changes]:
         """Yield the predicted changes of some perturbations at a time, all from the same control cells."""
         n_cells = len(self.start.names) if n_cells is None else n_cells
         sets = self.model.control_sets(self.start, n_cells=n_cells, seed=seed)
+        portions = [list(names[at : at + _AT_ONCE]) for at in range(0, len(names), _AT_ONCE)]
+        if client is None:
+            yield from (self.changes(some, sets) for some in portions)
+            return
+        # without the data, of which a prediction needs no more than where it starts
+        shared = dataclasses.replace(self, screen=None), sets
+        for found in in_tasks(client, _changes_of, shared, portions):
+            yield dataclasses.replace(found, setting=self)
+
+    def changes(self, names: list[str], sets: Sequence[np.ndarray]) -> Changes:
+        """Return the predicted changes of some perturbations, from sets of control cells."""
         before = np.stack([self.in_genes.dense(rows).mean(axis=0, dtype=np.float64) for rows in sets])
-        for at in range(0, len(names), _AT_ONCE):
-            some = list(names[at : at + _AT_ONCE])
-            changes, errors, parts = [], [], []
-            for name, found in zip(some, self.model.means_from(self.start, some, sets), strict=True):
-                moved = SetMeans(found.means[..., self.columns] - before[:, None], found.weights)
-                change = np.einsum("p,spg->g", moved.weights, moved.means) / len(sets)
-                change = beyond_error(change, self.model, self.start, name, columns=self.columns)
-                shared = np.asarray(self.model.shared_error(name, self.context))
-                shared = shared[self.columns] if shared.ndim else shared
-                error = np.hypot(standard_error(moved.means, moved.weights, averaged=True), shared)
-                changes.append(change)
-                errors.append(error if self.model.knows_error else np.full_like(change, np.nan))
-                parts.append(moved)
-            yield Changes(self, some, np.stack(changes) / LOG2, np.stack(errors) / LOG2, parts)
+        changes, errors, parts = [], [], []
+        for name, found in zip(names, self.model.means_from(self.start, names, sets), strict=True):
+            moved = SetMeans(found.means[..., self.columns] - before[:, None], found.weights)
+            change = np.einsum("p,spg->g", moved.weights, moved.means) / len(sets)
+            change = beyond_error(change, self.model, self.start, name, columns=self.columns)
+            shared = np.asarray(self.model.shared_error(name, self.context))
+            shared = shared[self.columns] if shared.ndim else shared
+            error = np.hypot(standard_error(moved.means, moved.weights, averaged=True), shared)
+            changes.append(change)
+            errors.append(error if self.model.knows_error else np.full_like(change, np.nan))
+            parts.append(moved)
+        return Changes(self, names, np.stack(changes) / LOG2, np.stack(errors) / LOG2, parts)
 
     def measured(self, wanted: np.ndarray) -> Effects:
         """Measure the effects of the marked cells of this context against its control cells.
@@ -187,3 +204,8 @@ class Setting:
         """
         here = (self.screen.context == self.context) & (wanted | self.screen.is_control)
         return Effects.measure(self.screen.take(here))
+
+
+def _changes_of(shared: tuple[Setting, Sequence[np.ndarray]], names: list[str]) -> Changes:
+    setting, sets = shared
+    return dataclasses.replace(setting.changes(names, sets), setting=None)  # which the caller has

@@ -4,26 +4,39 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from hashlib import blake2b
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 from anndata import AnnData
 from mudata import MuData
 
 from virtualcell import _keys
+from virtualcell._interrupted import told_when_interrupted
 from virtualcell._progress import Bar
+from virtualcell._tasks import check_client, in_tasks, n_threads_of
 from virtualcell.data._design import Scale
-from virtualcell.data._labels import expression_modality, obs_of
+from virtualcell.data._labels import expression_modality, obs_of, var_of
 from virtualcell.data._results import require_results
 from virtualcell.io._cell_store import CellStore
 from virtualcell.io._save import pack
 from virtualcell.models import SE
 from virtualcell.models._se_inference import Precision
 
+if TYPE_CHECKING:
+    from distributed import Client
+
 _PORTION = 1 << 14  # cells that are embedded and written together
 
+_INTERRUPTED = (
+    "Embedding was interrupted: adata is as it was. With to= the same call goes on behind the cells that are written."
+)
 
+
+@told_when_interrupted(_INTERRUPTED)
 def embed(
     adata: AnnData | MuData,
     model: SE,
@@ -36,6 +49,7 @@ def embed(
     precision: Precision = "auto",
     modality: str = "rna",
     to: str | os.PathLike | None = None,
+    client: Client | None = None,
 ) -> None:
     """Write the cell vectors of an SE model to `obsm["X_state"]`: cell embedding and dataset embedding side by side.
 
@@ -64,6 +78,9 @@ def embed(
         An h5ad file or a zarr store to write the vectors to, in place of `adata`: an AnnData with the same `obs`, the
         vectors in `obsm`, and no genes. Cells are embedded some at a time, and after a process has died the same call
         goes on behind those that were written.
+    client
+        A `dask.distributed.Client` (`pip install "virtualcell[dask]"`): its workers embed some cells at a time, and
+        what a worker did not finish another one does.
 
     Raises
     ------
@@ -87,15 +104,19 @@ def embed(
             "or a saved one, `vc.models.SE.load(folder)`."
         )
     expression = expression_modality(adata, modality)
+    check_client(client)
     if to is not None:
-        _embed_to_disk(expression, model, to, key_added=key_added, how=how)
+        _embed_to_disk(expression, model, to, key_added=key_added, how=how, client=client)
         return
     require_results(expression)
-    expression.obsm[key_added] = model.get_latent_representation(adata, modality=modality, **how)
+    if client is None:
+        expression.obsm[key_added] = model.get_latent_representation(adata, modality=modality, **how)
+        return
+    expression.obsm[key_added] = np.concatenate(list(_embedded(expression, model, how, client)))
 
 
 def _embed_to_disk(
-    adata: AnnData, model: SE, to: str | os.PathLike, *, key_added: str, how: Mapping[str, object]
+    adata: AnnData, model: SE, to: str | os.PathLike, *, key_added: str, how: Mapping[str, Any], client: Client | None
 ) -> None:
     """Embed some cells at a time, and write their vectors; cells that are there already are not embedded again."""
     made_for = blake2b(json.dumps([key_added, {**how, "batch_size": None}, adata.shape], default=str).encode())
@@ -105,9 +126,31 @@ def _embed_to_disk(
     name, width = f"obsm/{key_added}", model.config.n_output + model.config.n_dataset
     store = CellStore(to, made_for=made_for.hexdigest(), dense={name: width})
     with Bar("SE: embedding the cells", adata.n_obs, unit="cell", done=store.n_cells) as bar:
-        for start in range(store.n_cells, adata.n_obs, _PORTION):
-            part = adata[start : start + _PORTION]
-            vectors = model.get_latent_representation(part, progress_bar=False, **how)
-            store.add({name: vectors}, pd.DataFrame(index=part.obs_names), {})
-            bar.show(start + len(vectors))
+        for vectors in _embedded(adata, model, how, client, first=store.n_cells):
+            names = adata.obs_names[store.n_cells : store.n_cells + len(vectors)]
+            store.add({name: vectors}, pd.DataFrame(index=names), {})
+            bar.show(store.n_cells)
     store.finish(AnnData(obs=obs_of(adata)))
+
+
+def _embedded(
+    adata: AnnData, model: SE, how: Mapping[str, Any], client: Client | None, *, first: int = 0
+) -> Iterator[np.ndarray]:
+    """Yield the vectors of some cells at a time, from number `first` on, in the order of the cells."""
+    size = _PORTION if client is None else max(1, min(_PORTION, adata.n_obs // (4 * n_threads_of(client))))
+    parts = (adata[start : start + size] for start in range(first, adata.n_obs, size))
+    if client is None:
+        yield from (model.get_latent_representation(part, progress_bar=False, **how) for part in parts)
+        return
+    layer, sent = how["layer"], {**how, "layer": None}
+    yield from in_tasks(client, partial(_vectors, how=sent), model, (_bare(part, layer) for part in parts))
+
+
+def _vectors(model: SE, cells: AnnData, how: Mapping[str, Any]) -> np.ndarray:
+    return model.get_latent_representation(cells, progress_bar=False, **how)
+
+
+def _bare(part: AnnData, layer: str | None) -> AnnData:
+    """Return cells in memory, with nothing but their expression: what is sent to a worker."""
+    matrix = part.X if layer is None else part.layers[layer]
+    return AnnData(matrix, obs=pd.DataFrame(index=part.obs_names), var=var_of(part)).to_memory()

@@ -16,6 +16,7 @@ from anndata import AnnData
 from mudata import MuData
 
 from virtualcell import _keys
+from virtualcell._interrupted import told_when_interrupted
 from virtualcell._settings import say
 from virtualcell._threads import own_threads
 from virtualcell.data._design import Design, Scale, check_library_sizes
@@ -45,12 +46,17 @@ from virtualcell.train._checkpoint import refuse_used
 
 logger = logging.getLogger(__name__)
 
+_INTERRUPTED = (
+    "The fit was interrupted: adata holds an ST only if one was fitted to the end. With checkpoint_dir= and "
+    "resume=True the same call goes on where it was."
+)
 _SE_FOLLOWS = (
     "ST is fitted, and `vc.tl.predict_perturbation` has all that it needs, also if what follows is interrupted: SE is "
     "trained to embed the cells (obsm['X_state']). Predictions of genes do not use it; se=False leaves it out."
 )
 
 
+@told_when_interrupted(_INTERRUPTED)
 @own_threads()
 def fit_state(
     adata: AnnData | MuData,

@@ -7,7 +7,7 @@ import logging
 import os
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import Literal, Unpack
+from typing import TYPE_CHECKING, Literal, Unpack
 
 import numpy as np
 import pandas as pd
@@ -17,7 +17,9 @@ from scipy import sparse
 
 from virtualcell import _keys
 from virtualcell._errors import UnknownNameError
+from virtualcell._interrupted import told_when_interrupted
 from virtualcell._settings import say, seed_of
+from virtualcell._tasks import check_client
 from virtualcell._threads import own_threads
 from virtualcell.data._design import Design
 from virtualcell.data._design_arguments import DesignArguments, takes_design
@@ -44,10 +46,16 @@ from virtualcell.tl._predict_checks import (
 )
 from virtualcell.tl._predicted import Predictions
 
+if TYPE_CHECKING:
+    from distributed import Client
+
 logger = logging.getLogger(__name__)
+
+_INTERRUPTED = "Predicting was interrupted. With to= the same call goes on behind the cells that are written."
 
 
 @takes_design("they are then as the model was fitted")
+@told_when_interrupted(_INTERRUPTED)
 @own_threads()
 def predict_perturbation(
     adata: AnnData | MuData,
@@ -66,6 +74,7 @@ def predict_perturbation(
     seed: int | None = None,
     modality: str = "rna",
     to: str | os.PathLike | None = None,
+    client: Client | None = None,
     **stated: Unpack[DesignArguments],
 ) -> AnnData:
     """Predict the cells that a perturbation would make of the control cells.
@@ -119,6 +128,9 @@ def predict_perturbation(
     to
         An h5ad file or a zarr store to write the prediction to, some groups at a time, where it may be larger than
         memory. After a process has died, the same call goes on behind the last groups that were written.
+    client
+        A `dask.distributed.Client` (`pip install "virtualcell[dask]"`): its workers predict some groups at a time,
+        and what a worker did not finish another one does. The result is the same.
     scale
         Whether the expression is "counts" (raw) or "log1p" (of counts per 10,000). Models of
         :meth:`virtualcell.models.ST.from_arc` expect the latter unless "counts" is stated.
@@ -168,6 +180,7 @@ def predict_perturbation(
     check_emit(emit)
     seed = seed_of(seed)
     check_numbers(context, n_cells, n_samples, seed)
+    check_client(client)
     path = None if to is None else checked_path(to)
     expression = expression_modality(adata, modality)
     model = checked_model(stored_model(expression) if model is None else model)
@@ -192,7 +205,7 @@ def predict_perturbation(
     tell_of_changed_cells(model, [start for _, start in starting], genes)
     predictions = Predictions(
         model, asked, starting, controls.design, genes, columns,
-        var_of(expression), emit, n_cells, n_samples, seed,
+        var_of(expression), emit, n_cells, n_samples, seed, client,
     )  # fmt: skip
     if to is None:
         store, out = None, predictions.joined(is_sparse=_is_sparse(expression, design))

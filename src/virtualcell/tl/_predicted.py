@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import anndata as ad
 import numpy as np
@@ -18,6 +21,7 @@ from scipy import sparse
 
 from virtualcell import _keys
 from virtualcell._progress import Bar
+from virtualcell._tasks import in_tasks
 from virtualcell.data._design import Design
 from virtualcell.data._threads import in_threads
 from virtualcell.io._cell_store import CellStore
@@ -28,7 +32,11 @@ from virtualcell.tl._doses import Asked
 from virtualcell.tl._effect_tables import EffectTables
 from virtualcell.tl._emit import Effect, Emit, emitted_cells
 
+if TYPE_CHECKING:
+    from distributed import Client
+
 _PORTION = 8192  # cells that are written together
+_TASK = 4  # groups that a worker predicts at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +68,7 @@ class Predictions:
         Genes that are predicted, and their places among the model's.
     var
         Genes of the data, in whose order they come.
-    emit, n_cells, n_samples, seed
+    emit, n_cells, n_samples, seed, client
         As in :func:`virtualcell.tl.predict_perturbation`.
     """
 
@@ -75,6 +83,7 @@ class Predictions:
     n_cells: int | None
     n_samples: int | None
     seed: int
+    client: Client | None = None
 
     @property
     def order(self) -> pd.Index:
@@ -85,10 +94,17 @@ class Predictions:
         return len(self.asked) * len(self.starts)
 
     def groups(self, first: int = 0, *, with_control: bool = True) -> Iterator[Group]:
-        """Yield one group after the other, perturbation by perturbation, from number `first` on.
+        """Yield one group after the other, perturbation by perturbation, from number `first` on."""
+        if self.client is None:
+            yield from self.some_groups(range(first, len(self)), with_control=with_control)
+            return
+        numbers = [range(start, min(start + _TASK, len(self))) for start in range(first, len(self), _TASK)]
+        made = partial(_groups_of, with_control=with_control)
+        for groups in in_tasks(self.client, made, dataclasses.replace(self, client=None), numbers):
+            yield from groups
 
-        The model predicts in the caller's thread; cells are made in others, meanwhile.
-        """
+    def some_groups(self, numbers: Iterable[int], *, with_control: bool) -> Iterator[Group]:
+        """Yield groups by their numbers: the model predicts in the caller's thread, and others make cells meanwhile."""
         place = self.order.get_indexer(pd.Index(self.genes))
         in_order = np.array_equal(place, np.arange(len(place)))
 
@@ -109,10 +125,10 @@ class Predictions:
                 cells.obs[_keys.EXPECTED_ERROR] = np.sqrt(2 / np.pi) * error.mean()
             return Group(cells, question.name, start.context, effect.change, error)
 
-        yield from in_threads(made, self._effects(first))
+        yield from in_threads(made, self._effects(numbers))
 
-    def _effects(self, first: int) -> Iterator[tuple[Asked, Start, Start, Effect, np.ndarray]]:
-        for number in range(first, len(self)):
+    def _effects(self, numbers: Iterable[int]) -> Iterator[tuple[Asked, Start, Start, Effect, np.ndarray]]:
+        for number in numbers:
             question, (start, in_genes) = self._group(number)
             effect = question.effect(
                 self.model, start, in_genes, columns=self.columns, n_cells=self.n_cells, seed=self.seed
@@ -201,6 +217,10 @@ class Predictions:
                 for array in (one.data, one.indices, one.indptr) if sparse.issparse(one) else (one,):
                     digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
+
+
+def _groups_of(predictions: Predictions, numbers: range, *, with_control: bool) -> list[Group]:
+    return list(predictions.some_groups(numbers, with_control=with_control))
 
 
 def _portions(groups: Iterator[Group]) -> Iterator[list[Group]]:

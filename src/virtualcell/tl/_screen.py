@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Literal, Unpack
+from typing import TYPE_CHECKING, Literal, Unpack
 
 import numpy as np
 import pandas as pd
@@ -13,12 +13,16 @@ from mudata import MuData
 
 from virtualcell._progress import Bar
 from virtualcell._settings import seed_of
+from virtualcell._tasks import check_client
 from virtualcell._threads import own_threads
 from virtualcell.data._design_arguments import DesignArguments, takes_design
 from virtualcell.models._base import PerturbationModel
 from virtualcell.tl._changes import Changes, Setting
 from virtualcell.tl._objective import EffectSize, Objective, Target, effect_size, objective_of
 from virtualcell.tl._predict_checks import check_numbers
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +46,7 @@ def screen(
     seed: int | None = None,
     modality: str = "rna",
     progress_bar: bool | None = None,
+    client: Client | None = None,
     **stated: Unpack[DesignArguments],
 ) -> pd.DataFrame:
     """Predict many perturbations of the control cells of one context, and rank them.
@@ -83,6 +88,9 @@ def screen(
         Expression modality of a MuData.
     progress_bar
         Whether to show a bar; by default as `vc.settings.progress` says.
+    client
+        A `dask.distributed.Client` (`pip install "virtualcell[dask]"`): its workers predict some perturbations at a
+        time, and what a worker did not finish another one does. The result is the same.
     **stated
         The design of `adata`, where it is another than that of the data that the model was fitted on.
 
@@ -130,6 +138,7 @@ def screen(
     >>> target = {"down": list(fitted.var_names[:5])}  # a signature
     >>> table = vc.tl.screen(fitted, context="type_3", objective="toward", target=target)
     """
+    check_client(client)
     seed = seed_of(seed)
     check_numbers(context, n_cells, None, seed)
     if not 0 < alpha < 1:
@@ -140,7 +149,7 @@ def screen(
     names, goal = setting.names(perturbations, stated), objective_of(objective, target, setting)
     tables, alike = [], _Alike()
     with Bar("Screen", len(names), unit="perturbation", shown=progress_bar) as bar:
-        for changes in setting.chunks(names, n_cells=n_cells, seed=seed):
+        for changes in setting.chunks(names, n_cells=n_cells, seed=seed, client=client):
             tables.append(_table(changes, goal, alpha))
             alike.add(changes.change)
             bar.show(bar.done + len(changes.names))

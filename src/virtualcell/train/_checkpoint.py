@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from virtualcell._interrupted import tell
 from virtualcell.io._save import State, read_file, write_state
 from virtualcell.train._options import TrainOptions
 from virtualcell.train._plan import LOOK_EVERY, TrainingPlan
@@ -211,7 +212,7 @@ class Checkpoints(pl.Callback):
                 if self.file is None
                 else f"The same call with resume=True goes on from {self.file.path}."
             )
-            logger.warning("%s %d. %s", at, plan.options.max_steps, remedy)
+            tell(f"{at} {plan.options.max_steps}. {remedy}")
         if told == signal.SIGINT:
             raise KeyboardInterrupt
         raise SystemExit(128 + told)
