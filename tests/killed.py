@@ -20,6 +20,7 @@ import virtualcell as vc
 from virtualcell._files import write_cells
 from virtualcell.io._save import FILE, read_file, read_state, save
 from virtualcell.models import SE, ST
+from virtualcell.tl import _embed
 
 DESIGN = {"perturbation_key": "target_gene", "control": "non-targeting", "context_key": "cell_type"}
 NETWORK = {"n_hidden": 32, "n_feedforward": 64, "n_layers": 1, "set_size": 8, "dropout": 0.2}
@@ -69,10 +70,18 @@ def fit(folder: Path, n_steps: int = 16) -> None:
 
 
 def embed(folder: Path) -> None:
-    for number in range(MODELS):
+    _embed._PORTION = 8
+    if not (folder.parent / "se" / FILE).exists():  # models that are set up anew are others
+        save(model(0), folder.parent / "se", overwrite=True)
+    if not (folder / "embedded.zarr").exists():  # it was killed after its end
+        vc.tl.embed(cells(), SE.load(folder.parent / "se"), to=folder / "embedded.zarr")
+
+
+def write_again(folder: Path) -> None:
+    for number in range(8):
         adata = cells().copy()
-        vc.tl.embed(adata, model(number))
-        write_cells(adata, folder / "embedded.h5ad")
+        adata.obsm["X_state"] = np.full((adata.n_obs, 500), number % MODELS, np.float32)
+        write_cells(adata, folder / "written.h5ad")
 
 
 def save_again(folder: Path) -> None:
@@ -94,6 +103,19 @@ def steps_on_disk(folder: Path) -> int:
     return done
 
 
+def cells_on_disk(folder: Path) -> int:
+    """Return how many cells of an embedding are there."""
+    if (folder / "embedded.zarr").exists():
+        return ad.read_zarr(folder / "embedded.zarr").n_obs
+    progress = folder / "embedded.zarr.part" / "progress.json"
+    return json.loads(progress.read_text())["cells"] if progress.exists() else 0
+
+
+def result_of_embedding(folder: Path) -> list[list[float]]:
+    """Return the vectors."""
+    return ad.read_zarr(folder / "embedded.zarr").obsm["X_state"].tolist()
+
+
 def result_of_fit(folder: Path) -> dict[str, str]:
     """Return digests of all that came of a fit."""
     st, adata = ST.load(folder / "fit"), ad.read_h5ad(folder / "fitted.h5ad")
@@ -105,14 +127,12 @@ def result_of_fit(folder: Path) -> dict[str, str]:
     return {**found, "verdict": st.verdict, "rest": json.dumps([history, scores, repr(st.mixture)], default=str)}
 
 
-def which_is_embedded(folder: Path) -> int:
-    """Return the number of the model that the cells on disk were embedded by, -1 for none."""
-    if not (folder / "embedded.h5ad").exists():
+def which_is_written(folder: Path) -> int:
+    """Return the number of the cells on disk, -1 for none."""
+    if not (folder / "written.h5ad").exists():
         return -1
-    found = ad.read_h5ad(folder / "embedded.h5ad").obsm["X_state"]
-    numbers = [i for i in range(MODELS) if np.array_equal(found, model(i).get_latent_representation(cells()))]
-    assert len(numbers) == 1, "these vectors are of no model"
-    return numbers[0]
+    (number,) = np.unique(ad.read_h5ad(folder / "written.h5ad").obsm["X_state"])
+    return int(number)
 
 
 def which_is_saved(folder: Path) -> int:
@@ -129,21 +149,29 @@ def which_is_saved(folder: Path) -> int:
 # -- killing ----------------------------------------------------------------------------------------------------------
 
 
-def kill_fits(folder: Path, n: int, *, seed: int, n_steps: int = 16) -> dict[str, object]:
-    """Kill fits that go on from one another, `n` times, and compare what comes of it with a fit that nobody killed."""
-    work, rng = functools.partial(fit, n_steps=n_steps), np.random.default_rng(seed)
+def kill_goers_on(
+    work: Callable[[Path], None],
+    progress: Callable[[Path], int],
+    result: Callable[[Path], object],
+    folder: Path,
+    n: int,
+    *,
+    seed: int,
+) -> dict[str, object]:
+    """Kill a work that goes on from where it was, `n` times, and compare its result with one that nobody killed."""
+    rng = np.random.default_rng(seed)
     whole, n_killed, n_finished = seconds(work, folder), 0, 0
-    expected = result_of_fit(folder / "whole")
+    expected = result(folder / "whole")
     while n_killed < n:
         attempt, done, was_killed = folder / f"killed_{n_finished}", 0, True
         attempt.mkdir()
         while was_killed:
             was_killed = run(work, attempt, rng.uniform(0, whole) if n_killed < n else None)
-            n_killed, before, done = n_killed + was_killed, done, steps_on_disk(attempt)
-            assert done >= before, "steps that were kept are lost"
+            n_killed, before, done = n_killed + was_killed, done, progress(attempt)
+            assert done >= before, "something that was kept is lost"
         n_finished += 1
-        assert result_of_fit(attempt) == expected, "the result is another one"
-    return {"kills": n_killed, "fits that came to their end, bit for bit equal": n_finished, "seconds of one": whole}
+        assert result(attempt) == expected, "the result is another one"
+    return {"kills": n_killed, "came to their end, bit for bit equal": n_finished, "seconds of one": whole}
 
 
 def kill_writers(

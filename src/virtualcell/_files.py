@@ -111,9 +111,10 @@ def put_in_place(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def _not_written(path: Path, error: OSError) -> OSError:
+    why = str(error).splitlines()[0] if error.errno is None else os.strerror(error.errno)
     said = (
-        f"{path} is not written, and what was there is as it was: {error.strerror or error}. Free some space, see who "
-        "may write into its folder, or name another one"
+        f"{path} is not written, and what was there is as it was: {why}. Free some space, see who may write into its "
+        "folder, or name another one"
     )
     return OSError(said) if error.errno is None else OSError(error.errno, said)
 

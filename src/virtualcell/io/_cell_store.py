@@ -179,11 +179,11 @@ class CellStore:
             shutil.rmtree(self.folder)
             return
         _write_rest(self._root, rest)
+        self.folder.replace(self.path)  # before anything is removed that going on would need
         for i in range(self.n_portions):
-            (self.folder / f"{i}.parquet").unlink(missing_ok=True)
-            (self.folder / f"{i}.npz").unlink(missing_ok=True)
-        (self.folder / _PROGRESS).unlink()
-        self.folder.replace(self.path)
+            (self.path / f"{i}.parquet").unlink(missing_ok=True)
+            (self.path / f"{i}.npz").unlink(missing_ok=True)
+        (self.path / _PROGRESS).unlink()
 
 
 def checked_path(path: str | os.PathLike) -> Path:
