@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TABLES = (".csv", ".parquet")
+_NOT_WRITTEN = (
+    "is not written, and what was there is as it was: {}. Free some space, see who may write into its folder, or name "
+    "another one"
+)
 _LEFT_OVER = 3600  # seconds since a half-written file last grew, after which its writer is taken for dead
 
 
@@ -104,19 +108,13 @@ def put_in_place(path: Path, write: Callable[[Path], None]) -> None:
             os.fsync(file.fileno())  # or a computer that crashes has the new name and none of its content
         part.replace(path)
     except OSError as error:
-        raise _not_written(path, error) from error
+        number = error.errno
+        why = str(error).splitlines()[0] if number is None else os.strerror(number)
+        said = f"{path} {_NOT_WRITTEN.format(why)}"
+        raise (OSError(said) if number is None else OSError(number, said)) from error
     finally:
         with contextlib.suppress(OSError):  # of a folder that could not be made
             part.unlink(missing_ok=True)
-
-
-def _not_written(path: Path, error: OSError) -> OSError:
-    why = str(error).splitlines()[0] if error.errno is None else os.strerror(error.errno)
-    said = (
-        f"{path} is not written, and what was there is as it was: {why}. Free some space, see who may write into its "
-        "folder, or name another one"
-    )
-    return OSError(said) if error.errno is None else OSError(error.errno, said)
 
 
 def _remove_leftovers(path: Path) -> None:
