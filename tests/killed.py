@@ -18,7 +18,8 @@ import torch
 
 import virtualcell as vc
 from virtualcell._files import write_cells
-from virtualcell.io._save import FILE, read_file, read_state, save
+from virtualcell._state import read_file
+from virtualcell.io._save import FILE, read_state, save
 from virtualcell.models import SE, ST
 from virtualcell.tl import _embed
 

@@ -15,7 +15,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from virtualcell.io._save import FILE, FORMAT, State, pack, read_state, save, unpack
+from virtualcell._state import FORMAT, State
+from virtualcell.io._save import FILE, pack, read_state, save, unpack
 
 TENSORS = {
     "weight": torch.arange(6, dtype=torch.float32).reshape(2, 3) / 7,
@@ -195,7 +196,8 @@ def test_an_interrupted_write_leaves_the_old_model_or_none(
 
 KILLED = """
 import os, signal, sys, torch
-from virtualcell.io._save import State, save
+from virtualcell._state import State
+from virtualcell.io._save import save
 class Model:
     def state(self):
         return State("SE", {}, {"weight": torch.ones(1000)})

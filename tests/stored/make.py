@@ -16,7 +16,7 @@ import pandas as pd
 from scipy import sparse
 
 import virtualcell as vc
-from virtualcell.io._save import FORMAT
+from virtualcell._state import FORMAT
 
 HERE = Path(__file__).parent
 DESIGN = {"perturbation_key": "pert", "control": "NT", "context_key": "ctx"}

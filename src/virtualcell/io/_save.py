@@ -1,34 +1,18 @@
-"""Our own model format: one safetensors file, with the numbers as tensors and everything else as JSON in its header."""
+"""Models as one file in a folder, or as bytes in `uns`."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import safetensors.torch
-from torch import Tensor
 
-from virtualcell._files import put_in_place
-from virtualcell._reading import as_damaged, mapping_of, require_bounded
+from virtualcell._state import State, packed, read_file, unpacked, write_state
 
-FORMAT = 2
 FILE = "model.safetensors"
-_ENTRY = "virtualcell"  # of the file's header
-
-
-@dataclass
-class State:
-    """What a model is: the name of its class, what JSON can hold, tensors, and the models that it carries by name."""
-
-    kind: str
-    meta: dict
-    tensors: dict[str, Tensor]
-    parts: dict[str, State] = field(default_factory=dict)
 
 
 class Saved(Protocol):
@@ -71,12 +55,6 @@ def save(model: Saved, folder: str | os.PathLike, *, overwrite: bool = False) ->
     write_state(model.state(), folder / FILE)
 
 
-def write_state(state: State, path: Path) -> None:
-    """Write a state as one file, which is put in place when it is whole."""
-    content = _packed(state)
-    put_in_place(path, lambda part: part.write_bytes(content))
-
-
 def read_state(folder: str | os.PathLike) -> State:
     """Read what :func:`save` wrote. Nothing is unpickled."""
     path = Path(folder) / FILE
@@ -85,74 +63,13 @@ def read_state(folder: str | os.PathLike) -> State:
     return read_file(path)
 
 
-def read_file(path: Path) -> State:
-    """Read what :func:`write_state` wrote."""
-    return _unpack(path.read_bytes(), source=str(path))
-
-
 def pack(model: Saved, *, without: Sequence[str] = ()) -> np.ndarray:
     """Return the file as bytes, (n,) uint8, which `uns` of an h5ad or zarr can hold, without some carried models."""
     state = model.state()
     state = replace(state, parts={name: part for name, part in state.parts.items() if name not in without})
-    return np.frombuffer(_packed(state), dtype=np.uint8)
+    return np.frombuffer(packed(state), dtype=np.uint8)
 
 
-def unpack(packed: np.ndarray, *, source: str = "uns") -> State:
+def unpack(content: np.ndarray, *, source: str = "uns") -> State:
     """Read what :func:`pack` packed."""
-    return _unpack(np.asarray(packed, dtype=np.uint8).tobytes(), source=source)
-
-
-def _packed(state: State) -> bytes:
-    tensors: dict[str, Tensor] = {}
-    described = json.dumps({"format": FORMAT, **_describe(state, "", tensors)}, default=_plain)
-    return safetensors.torch.save(tensors, {_ENTRY: described})
-
-
-def _unpack(content: bytes, *, source: str) -> State:
-    with as_damaged(source, "model of virtualcell", "Save the model again."):
-        tensors = safetensors.torch.load(content)
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    described = header.get("__metadata__", {}).get(_ENTRY)
-    if described is None:
-        raise ValueError(f"{source} holds tensors, but no model of virtualcell.")
-    with as_damaged(source, "model of virtualcell", "Save the model again."):
-        meta = mapping_of(json.loads(described), source)
-        version = int(meta["format"])
-    if version > FORMAT:
-        raise ValueError(f"{source} has format {version}, newer than {FORMAT}: update virtualcell.")
-    with as_damaged(source, "model of virtualcell", "Save the model again."):
-        require_bounded(meta, source)
-        return _restore(meta, "", tensors)
-
-
-def _describe(state: State, prefix: str, tensors: dict[str, Tensor]) -> dict:
-    """Collect the tensors under names of their own, and return the rest."""
-    held = {_memory(tensor) for tensor in tensors.values()}
-    for name, tensor in state.tensors.items():
-        if f"{prefix}{name}" in tensors:
-            raise ValueError(f"tensor {prefix}{name} is there twice: once of a model, and once of one that it carries.")
-        tensor = tensor.detach().cpu().contiguous()
-        # the file has no room for two names of one memory, such as tied weights
-        tensors[f"{prefix}{name}"] = tensor.clone() if _memory(tensor) in held else tensor
-        held.add(_memory(tensor))
-    parts = {name: _describe(part, f"{prefix}{name}/", tensors) for name, part in state.parts.items()}
-    return {"class": state.kind, "meta": state.meta, "tensors": list(state.tensors), "parts": parts}
-
-
-def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
-
-
-def _restore(described: dict, prefix: str, tensors: dict[str, Tensor]) -> State:
-    own = {name: tensors[f"{prefix}{name}"] for name in described["tensors"]}
-    parts = {name: _restore(part, f"{prefix}{name}/", tensors) for name, part in described["parts"].items()}
-    return State(str(described["class"]), mapping_of(described["meta"], "the description of a model"), own, parts)
-
-
-def _plain(value: object) -> object:
-    """Turn numpy values into what JSON knows."""
-    if isinstance(value, np.ndarray):
-        return value.tolist()
-    if isinstance(value, np.generic):
-        return value.item()
-    raise TypeError(f"{type(value).__name__} does not belong into the description of a model")
+    return unpacked(np.asarray(content, dtype=np.uint8).tobytes(), source=source)

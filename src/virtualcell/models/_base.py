@@ -14,11 +14,12 @@ from mudata import MuData
 from scvi.model.base import BaseModelClass
 
 from virtualcell._settings import seed_of
+from virtualcell._state import State
 from virtualcell.data._design import Scale
 from virtualcell.data._design_arguments import describes_design
 from virtualcell.data._labels import Known, expression_modality
 from virtualcell.data._screen import Screen
-from virtualcell.io._save import State, save
+from virtualcell.io._save import save
 from virtualcell.models._common import KINDS, forget_data, load_model, summary
 from virtualcell.models._fitted_on import FittedOn
 from virtualcell.models._from_start import (

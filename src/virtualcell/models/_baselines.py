@@ -15,10 +15,10 @@ from mudata import MuData
 from torch import nn
 
 from virtualcell._errors import unknown_name
+from virtualcell._state import State
 from virtualcell.data._expression import MOST_EXPRESSION
 from virtualcell.data._labels import Known
 from virtualcell.data._screen import Screen
-from virtualcell.io._save import State
 from virtualcell.models._base import PerturbationModel
 from virtualcell.models._closed_forms import AdditiveFit, NearestContextFit, additive, nearest_context
 from virtualcell.models._common import meta_of, restore_meta, training_screen

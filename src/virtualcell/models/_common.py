@@ -16,9 +16,10 @@ from scvi.model.base import BaseModelClass
 from torch import Tensor
 
 from virtualcell._reading import as_damaged
+from virtualcell._state import State
 from virtualcell.data._screen import Screen
 from virtualcell.io._arc import checked_parameters
-from virtualcell.io._save import State, read_state
+from virtualcell.io._save import read_state
 from virtualcell.models._fitted_on import FittedOn
 
 KINDS: dict[str, Any] = {}  # classes that can be read from a file, by name; each enters itself

@@ -12,8 +12,8 @@ import pandas as pd
 from anndata import AnnData
 from mudata import MuData
 
+from virtualcell._state import State
 from virtualcell.data._screen import Screen
-from virtualcell.io._save import State
 from virtualcell.models._baselines import Baseline
 from virtualcell.models._closed_forms import additive
 from virtualcell.models._effects import Effects

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from virtualcell._reading import as_damaged
+from virtualcell._state import State
 from virtualcell.io._arc import require_sizes
 from virtualcell.io._arc_se import read_se, write_se
-from virtualcell.io._save import State
 from virtualcell.models._common import load_network, meta_of, network_tensors, restore_meta
 
 if TYPE_CHECKING:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from virtualcell._reading import as_damaged
+from virtualcell._state import State
 from virtualcell.io._arc import require_sizes
 from virtualcell.io._arc_st import read_st
-from virtualcell.io._save import State
 from virtualcell.io._write_arc_st import write_st
 from virtualcell.models._common import load_network, meta_of, model_of, network_tensors, restore_meta
 from virtualcell.models._crispri import CRISPRi

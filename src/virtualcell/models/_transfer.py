@@ -16,10 +16,10 @@ from mudata import MuData
 
 from virtualcell._errors import unknown_name
 from virtualcell._keys import AGREEMENT
+from virtualcell._state import State
 from virtualcell.data._design import Design, Scale
 from virtualcell.data._design_arguments import describes_design
 from virtualcell.data._screen import Screen, scvi_registry
-from virtualcell.io._save import State
 from virtualcell.models._baselines import Baseline
 from virtualcell.models._common import training_screen
 from virtualcell.models._effects import Effects

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from virtualcell._interrupted import tell
-from virtualcell.io._save import State, read_file, write_state
+from virtualcell._state import State, read_file, write_state
 from virtualcell.train._options import TrainOptions
 from virtualcell.train._plan import LOOK_EVERY, TrainingPlan
 

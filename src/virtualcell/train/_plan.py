@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from virtualcell.io._save import State
+from virtualcell._state import State
 from virtualcell.train._quiet import random_state_kept, random_states, set_random_states, set_seed, silence
 from virtualcell.train._step import Step
 
