@@ -17,8 +17,10 @@ class _Calls:
     was_told = False  # in the outermost
 
 
-def tell(sentence: str) -> None:
-    """Say once, of a call that is ended, what there is and what to do."""
+def tell(sentence: str, *, unless_inside: bool = False) -> None:
+    """Say once, of a call that is ended, what there is and what to do, or leave it to the call that it is a part of."""
+    if unless_inside and _Calls.depth:
+        return
     if not _Calls.was_told:
         logger.warning(sentence)
     _Calls.was_told = _Calls.depth > 0

@@ -212,7 +212,7 @@ class Checkpoints(pl.Callback):
                 if self.file is None
                 else f"The same call with resume=True goes on from {self.file.path}."
             )
-            tell(f"{at} {plan.options.max_steps}. {remedy}")
+            tell(f"{at} {plan.options.max_steps}. {remedy}", unless_inside=self.file is None)
         if told == signal.SIGINT:
             raise KeyboardInterrupt
         raise SystemExit(128 + told)
