@@ -6,6 +6,7 @@ import errno
 import gzip
 import io
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,8 +74,10 @@ def check_h5(path: Path, *, most_times: int = 2000) -> None:
         sizes: list[int] = []
 
         def look(_: str, found: h5py.Dataset | h5py.Group) -> None:
-            if isinstance(found, h5py.Dataset):
-                sizes.append(found.size * found.dtype.itemsize if found.shape is not None else 0)
+            texts = [found.attrs.get_id(name) for name in found.attrs]
+            sizes.extend(math.prod(text.shape or ()) * text.dtype.itemsize for text in texts)
+            if isinstance(found, h5py.Dataset) and found.shape is not None:  # a piece is read as a whole
+                sizes.append(max(found.size, math.prod(found.chunks or ())) * found.dtype.itemsize)
 
         file.visititems(look)
         require_room(path, sum(sizes) * _MOST_TIMES // most_times)
