@@ -425,6 +425,18 @@ def test_stored_and_read_it_is_the_same_to_the_bit(n_perturbations):
             assert len(set(distances)) == 1
 
 
+def test_no_error_is_nothing_however_few_contexts_there_are():
+    rng = np.random.default_rng(0)
+    n_contexts, n_genes, deviation = 6, 2000, 0.1
+    c, p = np.arange(n_contexts), np.zeros(n_contexts, int)
+    truth = 0.5 * rng.normal(size=(1, n_genes)) + deviation * rng.normal(size=(n_contexts, n_genes))
+    controls = (3 + rng.gamma(2, size=(n_contexts, n_genes))).astype(np.float32)
+    effects = with_error(rng, truth, c, p, error=0.1, controls=controls)
+    error = Transferred.fit(effects).error_of(effects.perturbations[0], "a context never seen", control=CONTROL)
+    assert error.min() > 0.02
+    assert 1 < np.sqrt(np.square(error).mean()) / deviation < 1.6  # that of the mean of six is in it too
+
+
 def test_the_error_of_a_sum_of_genes_is_that_of_the_gene_alone():
     effects = many(np.random.default_rng(0))
     fit = Transferred.fit(effects)

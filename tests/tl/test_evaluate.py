@@ -296,6 +296,21 @@ def test_predictions_of_the_package_are_scored_with_its_own_design(screen, fit, 
     assert scores.attrs["n_genes"] == predicted.n_vars
 
 
+def test_the_genes_that_a_model_predicts_are_scored_unless_others_are_named(screen, fit, targets, design, caplog):
+    st = fit(screen, n_top_genes=50)
+    predicted = vc.tl.predict_perturbation(screen, targets, model=st, context="type_3")
+    assert predicted.n_vars < screen.n_vars
+    quick = {"suite": ["mae"], "scale": "counts"}
+    with caplog.at_level("INFO", logger="virtualcell"):
+        scores = vc.tl.evaluate(predicted, screen, **quick)
+    assert f"Scored are the {len(st.genes)} genes that the model predicts, of 90 in observed." in caplog.text
+    named = vc.tl.evaluate(predicted, screen, **quick, genes=st.genes)
+    assert scores["value"].tolist() == named["value"].tolist()
+    predicted.uns.clear()  # of somebody else, who may have lost genes
+    with pytest.raises(KeyError, match="predicted lacks"):
+        vc.tl.evaluate(predicted, screen, **design, scale="counts")
+
+
 def test_one_bar_shows_what_is_scored(halves, capfd):
     vc.tl.evaluate(*halves, **KEYS, scale="log1p", suite=["mae"], ceiling=True)
     (line,) = capfd.readouterr().err.rstrip("\n").split("\n")

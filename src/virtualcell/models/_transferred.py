@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Self
 
 import numpy as np
+from scipy.stats import norm
 
 from virtualcell.data._labels import Known
 from virtualcell.models._axes import leading_axes, single_genes
@@ -377,5 +378,18 @@ def worth_elsewhere(effects: Effects, on_scale: Effects) -> tuple[float, np.ndar
         return 1.0, np.sqrt(np.median(effects.variance, axis=0))
     worth = float(np.clip(products.sum() / max(squares.sum(), 1e-30), 0, 1))
     logger.info("Effects of other contexts are transferred times %.2f, their worth for contexts left out.", worth)
-    left = observed - 2 * worth * products + worth**2 * squares - noise
-    return worth, np.sqrt(np.maximum(left, 0) / n).astype(np.float32)
+    residual = (observed - 2 * worth * products + worth**2 * squares) / n
+    error = np.maximum(residual, noise / n) * np.sqrt(2 / n)
+    return worth, np.sqrt(_not_negative(residual - noise / n, error)).astype(np.float32)
+
+
+def _not_negative(estimate: np.ndarray, error: np.ndarray) -> np.ndarray:
+    """Return the mean of variances of which is known that they are not negative, given normal estimates of them.
+
+    Of few rows an estimate is often below 0, and no variance at all would be claimed to be known for certain.
+    """
+    known = error > 0
+    at = np.clip(estimate[known] / error[known], -30, None)
+    out = np.maximum(estimate, 0)
+    out[known] = error[known] * (at + np.exp(norm.logpdf(at) - norm.logcdf(at)))
+    return out

@@ -83,7 +83,8 @@ def evaluate(
     predicted_scale
         Scale of `predicted`, whose expression is in its `X`.
     genes
-        Names of the genes to score. Without it, both sides must have the same genes, in any order.
+        Names of the genes to score; by default those that the model predicts, where `predicted` is a prediction of this
+        package. Other predictions must then have the genes of `observed`, in any order.
     predicted_control
         Whether predicted effects are taken against control cells among the predicted ones: the convention of cell-eval.
     ceiling

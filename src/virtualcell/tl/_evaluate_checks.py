@@ -16,6 +16,7 @@ from virtualcell._errors import unknown_name
 from virtualcell._keys import ALL
 from virtualcell.data._design import Design, Scale
 from virtualcell.data._labels import obs_column, parts, text, without_version
+from virtualcell.data._results import ours
 from virtualcell.data._screen import Screen
 from virtualcell.tl._scores import METRICS, SUITES
 
@@ -120,6 +121,8 @@ def task_of(
             "baseline has other perturbations or contexts than predicted. Predict both for the same ones, because "
             "discrimination depends on which perturbations compete."
         )
+    if genes is None and not counts:
+        genes = _predicted_genes(given["model"], screens)
     shared = _shared_genes(screens, genes)
     if not counts:
         _warn_of_totals(screens)
@@ -219,6 +222,16 @@ def _contexts_of(groups: Iterable[tuple[str, str]], control: str) -> dict[str, l
     if not out:
         raise ValueError("predicted holds no perturbed cells.")
     return out
+
+
+def _predicted_genes(predicted: AnnData | MuData, screens: dict[str, Screen]) -> pd.Index | None:
+    """Return the genes of a prediction that a model made, which leaves genes out on purpose; `None` for any other."""
+    here, real = screens["model"].genes, screens["observed"].genes
+    made = isinstance(predicted, AnnData) and "predicted_by" in ours(predicted)
+    if not made or len(here) == len(real) or not here.isin(real).all():
+        return None
+    logger.info("Scored are the %d genes that the model predicts, of %d in observed.", len(here), len(real))
+    return here
 
 
 def _shared_genes(screens: dict[str, Screen], genes: Sequence[str] | None) -> pd.Index:
