@@ -27,10 +27,14 @@ class FittedOn:
 
     Parameters
     ----------
-    n_cells, n_genes
-        Number of the cells that were learned from, and of genes.
-    cells, genes
-        Fingerprints of their sorted names, in hexadecimal.
+    n_cells
+        Number of the cells that were learned from.
+    n_genes
+        Number of genes.
+    cells
+        Fingerprint of the sorted names of the cells, in hexadecimal.
+    genes
+        Fingerprint of the sorted names of the genes.
     sample
         Name, context, and two sums over genes of up to 64 control cells: of log(1 + counts per 10,000), and of that
         with weights that the names of the genes give.
@@ -81,8 +85,12 @@ class FittedOn:
         ----------
         context
             Name of the context.
-        names, cells, genes
-            Control cells of it, (n_cells, n_genes), log(1 + counts per 10,000).
+        names
+            Names of control cells of it.
+        cells
+            Their expression, (n_cells, n_genes), log(1 + counts per 10,000).
+        genes
+            Names of the genes.
         """
         wanted = {name: (a, b) for name, of, a, b in self.sample if of == context and not name.isdigit()}
         place = {name: i for i, name in enumerate(names)}
