@@ -191,7 +191,7 @@ def null_screen(seed: int, measured: bool) -> AnnData:
 
 
 @given(seeds, st.booleans())
-@settings(max_examples=10)
+@settings(max_examples=4)
 def test_no_effect_in_no_differential_expression_out_of_st(seed: int, measured: bool) -> None:
     adata = null_screen(seed, measured)
     training = {"max_steps": 30, "accelerator": "cpu", "progress_bar": False}
