@@ -99,7 +99,7 @@ def test_st_loss_of_each_set(st: tuple) -> None:
     found = energy_distance(out.heads[0], expected["target"])
     torch.testing.assert_close(found, expected["loss_per_set"], atol=5e-4, rtol=0)
     exact = [exact_energy(p, t) for p, t in zip(out.heads[0], expected["target"], strict=True)]
-    torch.testing.assert_close(found, torch.tensor(exact, dtype=torch.float32), atol=1e-4, rtol=0)
+    torch.testing.assert_close(found, torch.tensor(exact, dtype=torch.float32), atol=2e-6, rtol=0)
 
 
 def exact_energy(x: Tensor, y: Tensor) -> float:

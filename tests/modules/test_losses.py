@@ -118,6 +118,23 @@ def test_energy_keeps_its_digits_at_two_thousand_genes_far_from_the_origin() -> 
     assert abs((between - sum(within) / 2).item() - expected) > 3e-5
 
 
+def test_energy_keeps_its_digits_where_predictions_hardly_differ() -> None:
+    torch.manual_seed(0)
+    y = torch.randn(4, 6, 30)
+    x = 1 + 0.001 * torch.randn(4, 6, 30)
+    expected = torch.tensor([naive_energy(a, b) for a, b in zip(x, y, strict=True)], dtype=torch.float32)
+    torch.testing.assert_close(energy_distance(x, y), expected, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("n_cells", [8, 64])
+def test_energy_takes_copies_of_a_cell_for_the_same_cell(n_cells: int) -> None:
+    torch.manual_seed(n_cells)
+    x, y = torch.rand(2, n_cells, 500), torch.rand(2, n_cells, 500) + 0.1
+    x[:, : n_cells // 2] = x[:, :1]
+    expected = torch.tensor([naive_energy(a, b) for a, b in zip(x, y, strict=True)], dtype=torch.float32)
+    torch.testing.assert_close(energy_distance(x, y), expected, atol=5e-6, rtol=0)
+
+
 def test_energy_is_computed_in_float32_under_half_precision(sets: tuple) -> None:
     x, y = sets
     found = energy_distance(x.bfloat16(), y.bfloat16())
