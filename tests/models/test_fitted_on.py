@@ -94,3 +94,19 @@ def test_what_is_noted(cells, fitted) -> None:
     assert fewer.cells != noted.cells
     assert (noted.n_cells, noted.n_genes) == cells.shape
     assert repr(noted) == f"FittedOn({cells.n_obs} cells {noted.cells}, 40 genes {noted.genes})"
+
+
+def test_no_cell_is_read_to_note_it_in_a_fit(cells, fitted, monkeypatch) -> None:
+    """ST notes what it has packed, in folds too, and baselines that get measured effects tell of no cells."""
+    noted, of = [], vc.models.FittedOn.of
+    monkeypatch.setattr(vc.models.FittedOn, "of", lambda *args: noted.append(args) or of(*args))
+    training = {"max_steps": 2, "accelerator": "cpu", "progress_bar": False}
+    network = {"n_networks": 1, "set_size": 8}
+    st = vc.tl.fit_state(cells.copy(), **cells.uns["design"], se=False, training=training, network=network)
+    assert st.verdict is not None
+    assert noted
+    assert all(len(args) == 2 for args in noted)  # the screen, and what was read of it
+    assert [s[:2] for s in st.fitted_on.sample] == [s[:2] for s in fitted.fitted_on.sample]
+    places = [[sums[i] for sums in model.fitted_on.sample] for i in (2, 3) for model in (st, fitted)]
+    np.testing.assert_allclose(places[::2], places[1::2], rtol=1e-5)
+    assert st.fallback is None or st.fallback.fitted_on == st.fitted_on

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+from concurrent.futures import CancelledError
 
 import anndata as ad
 import numpy as np
@@ -88,6 +89,39 @@ def test_cells_are_predicted_by_workers_of_which_one_dies(fitted, client, killed
     on_disk = vc.tl.predict_perturbation(fitted, n_cells=20, n_samples=2, client=client, to=path)
     pd.testing.assert_frame_equal(on_disk.obs, expected.obs)
     assert (on_disk.X[:] != expected.X).nnz == 0
+
+
+@pytest.fixture
+def alone():
+    """A cluster of one worker, with which all that was sent is lost, and its client."""
+    options = {"processes": True, "dashboard_address": None, "silence_logs": logging.CRITICAL}
+    with (
+        distributed.LocalCluster(n_workers=1, threads_per_worker=1, **options) as cluster,
+        distributed.Client(cluster) as client,
+    ):
+        yield cluster, client
+
+
+def test_what_all_tasks_need_is_sent_again_where_it_died_with_its_worker(alone):
+    cluster, client = alone
+    pids = set()
+
+    def items():
+        for item in range(8):
+            if item in (3, 6):
+                pids.add(cluster.workers[0].process.pid)
+                os.kill(cluster.workers[0].process.pid, signal.SIGKILL)
+            yield item
+
+    found = list(_tasks.in_tasks(client, lambda shared, item: (shared, item), ("shared", [1]), items()))
+    assert found == [(("shared", [1]), item) for item in range(8)]
+    assert len(pids) == 2
+
+
+def test_a_task_of_which_workers_die_is_not_sent_forever(alone):
+    _, client = alone
+    with pytest.raises((distributed.KilledWorker, CancelledError)):
+        list(_tasks.in_tasks(client, lambda shared, _: os.kill(os.getpid(), shared), signal.SIGKILL, range(1)))
 
 
 def test_a_client_must_be_one(fitted, model):

@@ -61,10 +61,13 @@ class Baseline(PerturbationModel):
         Parameters
         ----------
         effects
-            Measured effects to learn from, where these are known already.
+            Measured effects to learn from, where these are known already. No cell is read then, and `fitted_on` does
+            not tell of any.
         """
+        self.fitted_on = None
         if effects is None:
             screen = training_screen(self)
+            self.fitted_on = FittedOn.of(screen)
             effects = Effects.measure(screen, screen.split != "test")
         if not effects.perturbations:
             raise ValueError(f"the training cells hold no perturbation, only {self.control!r}.")
@@ -73,7 +76,6 @@ class Baseline(PerturbationModel):
             raise ValueError(f"effects= has {n} genes, this model {len(self.genes)}. Measure them on the same genes.")
         self._remember(effects.perturbations, effects.contexts, self._fit(effects))
         self.is_trained_ = True
-        self.fitted_on = None if self.screen is None else FittedOn.of(self.screen)
 
     def _remember(self, known: Sequence[str], contexts: Sequence[str], arrays: dict[str, np.ndarray]) -> None:
         self.known, self.known_contexts = list(known), list(contexts)

@@ -10,6 +10,7 @@ from typing import Any, Self
 import numpy as np
 from scipy import sparse
 
+from virtualcell.data._packed import PackedRows
 from virtualcell.data._screen import Screen
 
 _SAMPLED = 64  # control cells
@@ -56,13 +57,22 @@ class FittedOn:
         return f"FittedOn({self.n_cells} cells {self.cells}, {self.n_genes} genes {self.genes})"
 
     @classmethod
-    def of(cls, screen: Screen) -> Self:
-        """Describe the cells of a screen that are not "test"."""
+    def of(cls, screen: Screen, packed: PackedRows | None = None) -> Self:
+        """Describe the cells of a screen that are not "test".
+
+        Parameters
+        ----------
+        screen
+            The cells.
+        packed
+            Their expression in the memory of the CPU, where it was read already; otherwise the sampled cells are read.
+        """
         learned = screen.in_order(screen.split != "test")
         controls = screen.in_order(screen.is_control & (screen.split != "test"))
         rows = controls[np.unique(np.linspace(0, len(controls) - 1, _SAMPLED).astype(int))] if len(controls) else []
         rows = np.asarray(rows, dtype=int)
-        sums = _sums(screen.expression.rows(rows), screen.genes)
+        cells = screen.expression.rows(rows) if packed is None else packed.rows(rows).numpy()
+        sums = _sums(cells, screen.genes)
         of_cell = zip(
             screen.names[rows].astype(str), np.asarray(screen.context[rows]).astype(str), *sums.T, strict=True
         )

@@ -238,7 +238,9 @@ class ST(PerturbationModel):
         if not len(train):
             raise ValueError("there is nothing to train on: no perturbed training cells with matching controls.")
         options = completed(options, train, self.set_size)
-        training, validation = self._batches(screen, train, held, options)
+        packed = PackedRows.pack(screen.expression)  # one copy for batches of training and of validation
+        fitted_on = FittedOn.of(screen, packed)
+        training, validation = self._batches(screen, packed, train, held, options)
         if self.config.head == "both":
             start_at_mean(self.networks, screen)
         silences = self.modality_of_perturbation is not None
@@ -263,17 +265,16 @@ class ST(PerturbationModel):
             data=None if options.checkpoint_dir is None else learned_from(screen, self.table, self.set_size),
         )
         self.is_trained_, self.n_steps = True, options.max_steps
-        self.fitted_on = FittedOn.of(screen)
+        self.fitted_on = fitted_on
         put_on(self, options.accelerator)
         shown = range(0, options.max_steps, max(1, options.max_steps // _WEIGHING_STEPS))
         self.mixture = self.mixture.weighed(self.networks, (training.step(i, 0, 1, self.device) for i in shown))
         logger.info(self.mixture.describe())
 
     def _batches(
-        self, screen: Screen, train: CellGroups, held: CellGroups | None, options: STTrainOptions
+        self, screen: Screen, packed: PackedRows, train: CellGroups, held: CellGroups | None, options: STTrainOptions
     ) -> tuple[SetBatches, SetBatches | None]:
         """Batches of training and of validation, from one copy of the rows."""
-        packed = PackedRows.pack(screen.expression)
         rows, genes = (packed, None) if screen.rep is None else (DenseRows(torch.from_numpy(screen.rep)), packed)
         codes = None
         if screen.batch is not None:

@@ -147,4 +147,5 @@ def _ask(
         logger.info(st.mixture.describe(asked.question))
     if found.outcome == "worse":
         st.fallback = trained_baseline(found.best, st.screen, effects, features)
+        st.fallback.fitted_on = st.fitted_on  # the same cells, whose effects are known
     return found
