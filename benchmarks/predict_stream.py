@@ -30,14 +30,14 @@ DESIGN = {"perturbation_key": "target_gene", "control": "non-targeting", "contex
 
 def prepare(folder: Path, n_perturbations: int, n_cells: int, n_genes: int) -> None:
     """Write control cells, and a model that was fitted on few cells of each perturbation."""
+    # targets are drawn from half of the genes: guides of two names for each make twice as many perturbations
     adata = vc.datasets.synthetic(
-        n_contexts=1,
-        n_perturbations=n_perturbations,
-        n_genes=n_genes,
-        n_cells_per_group=10,
-        n_control_cells=n_cells,
-        seed=0,
-    )
+        n_contexts=1, n_perturbations=n_perturbations // 2, n_genes=n_genes, n_cells_per_group=20,
+        n_control_cells=n_cells, seed=0,
+    )  # fmt: skip
+    target = adata.obs["target_gene"].astype(str)
+    is_second = (target != "non-targeting") & (adata.obs.groupby(target).cumcount() % 2 == 1)
+    adata.obs["target_gene"] = np.where(is_second, target + " (2)", target)
     quick = {"max_steps": 100, "val_fraction": 0.0, "progress_bar": False}
     st = vc.tl.fit_state(adata, **DESIGN, se=False, validate=False, n_top_genes=None, training=quick)
     st.save(folder / "model")
