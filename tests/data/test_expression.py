@@ -248,7 +248,7 @@ def test_reading_copies_some_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(_stored, "BLOCK", 100)
     monkeypatch.setattr(_expression, "_SAMPLE", 100)
     rng = np.random.default_rng(0)
-    counts = sparse.random(5000, 500, density=0.2, format="csr", dtype=np.float32, rng=rng)
+    counts = sparse.random(5000, 500, density=0.2, format="csr", dtype=np.float32, random_state=rng)
     counts.data = np.ceil(counts.data * 5)
     whole = counts.data.nbytes + counts.indices.nbytes
     logs = lognorm(AnnData(counts.copy()))

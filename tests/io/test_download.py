@@ -3,11 +3,13 @@ from __future__ import annotations
 import functools
 import hashlib
 import http.server
+import importlib
 import json
 import logging
 import os
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -72,8 +74,12 @@ def write_cache(cache: Path, repo: str, files: dict[str, bytes], commit: str | N
 
 
 @pytest.fixture
-def offline(monkeypatch) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+def offline(monkeypatch) -> Iterator[None]:
+    with monkeypatch.context() as patched:
+        patched.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        yield
+    # a client before 1.0 keeps its sessions, and with them that it was offline
+    getattr(importlib.import_module("huggingface_hub.utils"), "reset_sessions", lambda: None)()
 
 
 # -- from the cache ---------------------------------------------------------------------------------------------------
@@ -240,6 +246,8 @@ def listing(repo: str, files: dict[str, tuple[bytes, str]]) -> dict:
 @pytest.fixture
 def hub(monkeypatch):
     """A hub on this machine: what it serves, and which files were fetched from it."""
+    if int(huggingface_hub.__version__.split(".")[0]) < 1:
+        pytest.skip("a client of the hub before 1.0 reads the hub's address once, when it is imported")
     served = {
         SE: {name: (content, checksum(name, content)) for name, content in SE_FILES.items()},
         ST: {name: (content, checksum(name, content)) for name, content in ST_FILES.items()},

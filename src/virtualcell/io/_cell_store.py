@@ -16,8 +16,8 @@ import numpy as np
 import pandas as pd
 import zarr
 from anndata import AnnData
+from numcodecs import Blosc
 from scipy import sparse
-from zarr.codecs import BloscCodec
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +25,7 @@ SUFFIXES = (".h5ad", ".zarr")
 
 _CHUNK = 1 << 19  # entries
 _AT_ONCE = 1 << 22  # entries that are copied at a time
+_CODEC = Blosc(cname="lz4", clevel=1, shuffle=Blosc.BITSHUFFLE)
 _PROGRESS = "progress.json"
 _ARRAYS = {"data": np.float32, "indices": np.int32, "indptr": np.int64}
 
@@ -78,18 +79,16 @@ class CellStore:
             self._go_on(made_for)
             return
         shutil.rmtree(self.folder, ignore_errors=True)  # of a process that died before it had begun
-        self._root = zarr.open_group(self.folder, mode="w", zarr_format=3)
+        self._root = zarr.open_group(self.folder, mode="w", zarr_format=2)  # which every anndata reads and writes
         for name in self.matrices:
             group = self._root.require_group(name)
             group.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0"})
             for part, dtype in _ARRAYS.items():
-                codec = BloscCodec(cname="lz4", clevel=1, shuffle="bitshuffle", typesize=np.dtype(dtype).itemsize)
-                group.create_array(part, shape=(0,), dtype=dtype, chunks=(_CHUNK,), compressors=codec)
+                group.create_array(part, shape=(0,), dtype=dtype, chunks=(_CHUNK,), compressors=_CODEC)
             group["indptr"].append(np.zeros(1, np.int64))
         for name, width in (dense or {}).items():
             chunks = (max(_CHUNK // max(width, 1), 1), width)
-            codec = BloscCodec(cname="lz4", clevel=1, shuffle="shuffle", typesize=4)
-            array = self._root.create_array(name, shape=(0, width), dtype=np.float32, chunks=chunks, compressors=codec)
+            array = self._root.create_array(name, shape=(0, width), dtype=np.float32, chunks=chunks, compressors=_CODEC)
             array.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
         self._note()
 
@@ -212,12 +211,11 @@ def opened(path: Path) -> AnnData:
 
 def _write_rest(root: Any, rest: AnnData) -> None:
     """Write what is small."""
-    with ad.settings.override(auto_shard_zarr_v3=False):
-        for name in ("obs", "var"):
-            ad.io.write_elem(root, name, getattr(rest, name))
-        for name in ("obsm", "varm", "uns"):
-            if name not in root:
-                ad.io.write_elem(root, name, dict(getattr(rest, name)))
+    for name in ("obs", "var"):
+        ad.io.write_elem(root, name, getattr(rest, name))
+    for name in ("obsm", "varm", "uns"):
+        if name not in root:
+            ad.io.write_elem(root, name, dict(getattr(rest, name)))
     for name in ("layers", "obsm"):
         if name in root:
             root[name].attrs.update({"encoding-type": "dict", "encoding-version": "0.1.0"})

@@ -49,7 +49,7 @@ def embed(
     precision: Precision = "auto",
     modality: str = "rna",
     to: str | os.PathLike | None = None,
-    client: Client | None = None,
+    client: object | None = None,
 ) -> None:
     """Write the cell vectors of an SE model to `obsm["X_state"]`: cell embedding and dataset embedding side by side.
 

@@ -7,7 +7,7 @@ import logging
 import os
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Literal, Unpack
+from typing import Literal, Unpack
 
 import numpy as np
 import pandas as pd
@@ -46,9 +46,6 @@ from virtualcell.tl._predict_checks import (
 )
 from virtualcell.tl._predicted import Predictions
 
-if TYPE_CHECKING:
-    from distributed import Client
-
 logger = logging.getLogger(__name__)
 
 _INTERRUPTED = "Predicting was interrupted. With to= the same call goes on behind the cells that are written."
@@ -74,7 +71,7 @@ def predict_perturbation(
     seed: int | None = None,
     modality: str = "rna",
     to: str | os.PathLike | None = None,
-    client: Client | None = None,
+    client: object | None = None,
     **stated: Unpack[DesignArguments],
 ) -> AnnData:
     """Predict the cells that a perturbation would make of the control cells.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal, Unpack
+from typing import Literal, Unpack
 
 import numpy as np
 import pandas as pd
@@ -20,9 +20,6 @@ from virtualcell.models._base import PerturbationModel
 from virtualcell.tl._changes import Changes, Setting
 from virtualcell.tl._objective import EffectSize, Objective, Target, effect_size, objective_of
 from virtualcell.tl._predict_checks import check_numbers
-
-if TYPE_CHECKING:
-    from distributed import Client
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +43,7 @@ def screen(
     seed: int | None = None,
     modality: str = "rna",
     progress_bar: bool | None = None,
-    client: Client | None = None,
+    client: object | None = None,
     **stated: Unpack[DesignArguments],
 ) -> pd.DataFrame:
     """Predict many perturbations of the control cells of one context, and rank them.
