@@ -7,7 +7,9 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import Any
 
 import joblib
 import numba
@@ -30,7 +32,7 @@ def torch_threads_kept() -> Iterator[None]:
     `numba.set_num_threads` holds for the calling thread alone, and is undone.
     """
     torch.get_num_threads()  # torch reads its number from OpenMP on first use
-    _in_new_thread(numba.get_num_threads)
+    in_new_thread(numba.get_num_threads)
     n_numba = numba.get_num_threads()
     try:
         yield
@@ -60,7 +62,7 @@ def own_threads() -> Iterator[None]:
         return
     with _Own.lock:
         if _Own.n_calls == 0:
-            _Own.n_after = _in_new_thread(torch.get_num_threads)
+            _Own.n_after = in_new_thread(torch.get_num_threads)
         _Own.n_calls += 1
     _Own.here.inside = True
     try:
@@ -75,12 +77,10 @@ def own_threads() -> Iterator[None]:
             _set(_Own.n_after)
 
 
-def _in_new_thread(function: Callable[[], int]) -> int:
-    found: list[int] = []
-    thread = threading.Thread(target=lambda: found.append(function()))
-    thread.start()
-    thread.join()
-    return found[0]
+def in_new_thread(function: Callable, *arguments: object) -> Any:
+    """Return what a function returns in a thread of its own, whose settings and generators end with it."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(function, *arguments).result()
 
 
 def _set(n_threads: int) -> None:

@@ -11,20 +11,20 @@ import io
 import logging
 import math
 import pickle
-import pickletools
 import re
 import reprlib
 import warnings
 import zipfile
 from collections import OrderedDict, defaultdict
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from virtualcell._reading import as_damaged, require_room
+from virtualcell._pickle_scan import UnsafePickleError, check_whole, look_into_zip, look_through, look_through_row
+from virtualcell._reading import as_damaged
 
 logger = logging.getLogger(__name__)
 
@@ -39,13 +39,7 @@ _RENAMED = {
 _HOSTILE_MODULES = frozenset(
     {"os", "posix", "nt", "sys", "subprocess", "shutil", "socket", "ctypes", "importlib", "runpy", "pty", "webbrowser"}
 )
-# Deeper ones are hashed and compared without end by C code, which then takes the process down.
-_DEEPEST = 500
 _HOSTILE_BUILTINS = frozenset({"eval", "exec", "compile", "open", "input", "breakpoint", "__import__"})
-
-
-class UnsafePickleError(pickle.UnpicklingError):
-    """A pickle that asks for more than data."""
 
 
 class _Opaque:
@@ -300,7 +294,7 @@ def read_pickle(path: str | Path) -> Any:
     """Read a plain pickle of containers, numbers, text, arrays and tensors; anything else is refused by its name."""
     path = Path(path)
     content = path.read_bytes()
-    _look_through(path, io.BytesIO(content))
+    look_through(path, io.BytesIO(content))
     return _load(path, _Unpickler(io.BytesIO(content)))
 
 
@@ -311,10 +305,10 @@ def read_torch(path: str | Path, *, stand_ins: bool = False) -> Any:
     `stand_ins`, puts dummies in the place of foreign classes, which are never imported.
     """
     path = Path(path)
-    _check_whole(path)
+    check_whole(path)
     with as_damaged(path, "file of torch"):
         is_zip = zipfile.is_zipfile(path)
-    _look_into_zip(path) if is_zip else _look_through_row(path)
+    look_into_zip(path) if is_zip else look_through_row(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # about formats that are refused below
@@ -339,87 +333,6 @@ def read_torch(path: str | Path, *, stand_ins: bool = False) -> Any:
         names = sorted(".".join(key) for key in unpickler.replaced)
         logger.info("%s: left out %d foreign classes: %s.", path.name, len(names), ", ".join(names))
     return content
-
-
-def _check_whole(path: Path) -> None:
-    """Raise for what comes out of a transfer that went wrong, before a message about pickles tells nothing."""
-    with path.open("rb") as file:
-        start = file.read(64)
-    if not start:
-        raise ValueError(f"{path} is empty. Fetch it again.")
-    if start.startswith(b"version https://git-lfs"):
-        raise ValueError(f"{path} is a pointer of git LFS and not the file. Fetch the file: `git lfs pull`.")
-    with as_damaged(path, "file of torch", "Fetch it again."):
-        is_cut = start.startswith(b"PK") and not zipfile.is_zipfile(path)
-    if is_cut:
-        raise ValueError(f"{path} is cut off or damaged. Fetch it again.")
-
-
-def _look_into_zip(path: Path) -> None:
-    """Raise for an archive that unfolds to far more than its size, and look through its pickles."""
-    with as_damaged(path, "file of torch"), zipfile.ZipFile(path) as archive:
-        require_room(path, sum(entry.file_size for entry in archive.infolist()))
-        pickles = [archive.read(name) for name in archive.namelist() if name.endswith(".pkl")]
-    for content in pickles:
-        _look_through(path, io.BytesIO(content))
-
-
-def _look_through_row(path: Path) -> None:
-    """Look through a row of pickles, in torch's format of before 1.6; what follows them are numbers."""
-    with path.open("rb") as file:
-        for _ in range(5):
-            start = file.read(1)
-            if start != pickle.PROTO:  # numbers, or the end
-                return
-            file.seek(-1, io.SEEK_CUR)
-            _look_through(path, file)
-
-
-def _look_through(path: Path, file: IO[bytes]) -> None:
-    """Raise for a pickle that would take more memory than it has bytes, or the process down, before it is run.
-
-    Python's own reader fills memory up to the highest number that a pickle gives an object, and reserves what a byte
-    array says that it will hold; objects within objects it goes through by recursion without a limit.
-    """
-    try:
-        highest = _highest_number(file)
-    except UnsafePickleError as error:
-        raise UnsafePickleError(f"{path.name} {error}. It was not read, and nothing in it was run.") from error
-    except Exception as error:  # the tools of the standard library raise what they like
-        raise UnsafePickleError(f"{path.name} cannot be read as data: {error}") from error
-    if highest > path.stat().st_size:
-        raise UnsafePickleError(f"{path.name} numbers an object {highest:,}, and cannot hold so many. It was not read.")
-
-
-def _highest_number(file: IO[bytes]) -> int:
-    """Follow a pickle without building anything; return the highest number of an object, and raise for deep ones."""
-    stack: list[int] = []  # depth of what a reader would have there
-    marks: list[int] = []  # where it would have marks
-    memo: dict[int, int] = {}
-    highest = 0
-    for op, argument, _ in pickletools.genops(file):
-        if op.name == "MARK":
-            marks.append(len(stack))
-        elif op.name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
-            number = len(memo) if op.name == "MEMOIZE" else int(argument)
-            memo[number], highest = stack[-1], max(highest, number)
-        elif op.name in ("GET", "BINGET", "LONG_BINGET"):
-            stack.append(memo[int(argument)])
-        elif op.name == "DUP":
-            stack.append(stack[-1])
-        elif op.name not in ("PROTO", "FRAME", "STOP"):
-            takes_mark = pickletools.markobject in op.stack_before
-            start = marks.pop() if takes_mark else len(stack)
-            start -= sum(one not in (pickletools.markobject, pickletools.stackslice) for one in op.stack_before)
-            if start < 0:
-                raise UnsafePickleError("takes objects that it has not given")
-            inside = stack[start:]
-            del stack[start:]
-            if op.stack_after:
-                stack += [1 + max(inside, default=0)] * len(op.stack_after)
-                if stack[-1] > _DEEPEST:
-                    raise UnsafePickleError(f"holds objects nested more than {_DEEPEST} deep")
-    return highest
 
 
 def _of_plain_tensors(content: Any) -> Any:

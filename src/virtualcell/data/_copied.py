@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy import sparse
 
+from virtualcell._files import put_in_place
 from virtualcell._progress import Bar
 from virtualcell._settings import settings
 from virtualcell.data._stored import StoredMatrix, canonical_rows, ranges
@@ -92,7 +93,7 @@ def _make(matrix: LazyMatrix, folder: Path) -> None:
             "edges": matrix.edges.tolist(),
             "is_sparse": matrix.is_sparse,
         }
-        _replace(index, json.dumps(described).encode())
+        put_in_place(index, lambda part: part.write_text(json.dumps(described)))
     edges = json.loads(index.read_text())["edges"]
     n_cells, n_genes = matrix.shape
     logger.info(
@@ -135,12 +136,6 @@ def _write_block(folder: Path, i: int, block: sparse.csr_matrix) -> None:
         with part.open("wb") as file:
             np.save(file, arrays[name])
         part.replace(folder / f"{i:06d}.{name}.npy")
-
-
-def _replace(path: Path, content: bytes) -> None:
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_bytes(content)
-    part.replace(path)
 
 
 def _is_finished(folder: Path, i: int) -> bool:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from scipy import sparse
 
+from virtualcell._threads import in_new_thread
 from virtualcell.data._draws import moved, seed_of, seeds_of, to_totals
 
 _FEWEST_CELLS = 20  # with fewer, a variance says nothing
@@ -63,7 +62,8 @@ def emit_counts(
     """
     columns = sparse.csc_matrix(counts)  # itself, where it is one
     columns.sort_indices()
-    result = _in_own_thread(
+    # the kernels seed the generator of their thread, which is not to be the caller's
+    indptr, cells, values = in_new_thread(
         moved,
         columns.indptr.astype(np.int64),
         columns.indices,
@@ -74,7 +74,6 @@ def emit_counts(
         target_sum / library,
         seeds_of(genes, seed, key),
     )
-    indptr, cells, values = result
     out = sparse.csc_matrix((values, cells, indptr), shape=counts.shape).tocsr()
     if is_whole_library(counts, library):
         return with_totals(out, library, genes=genes, instead=counts, key=key, seed=seed)
@@ -82,12 +81,6 @@ def emit_counts(
     if (sums > library).any():
         out = with_totals(out, np.minimum(sums, np.floor(library)), genes=genes, key=key, seed=seed)
     return out
-
-
-def _in_own_thread(function: Callable, *arguments: object) -> Any:
-    """Call a compiled function that seeds the generator of its thread, which is not to be the caller's."""
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(function, *arguments).result()
 
 
 def is_whole_library(counts: sparse.csr_matrix, library: np.ndarray) -> bool:
@@ -183,7 +176,7 @@ def with_totals(
     out.sort_indices()
     wanted = np.rint(totals).astype(np.int64)
     sums = np.asarray(out.sum(axis=1, dtype=np.float64)).ravel()
-    _in_own_thread(to_totals, out.indptr, out.data, wanted, seed_of(seed, key))
+    in_new_thread(to_totals, out.indptr, out.data, wanted, seed_of(seed, key))
     empty = np.flatnonzero((sums == 0) & (wanted > 0))
     if len(empty):
         rng = np.random.default_rng(seed_of(seed, key, "empty"))

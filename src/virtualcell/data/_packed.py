@@ -14,6 +14,7 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
+from virtualcell._files import put_in_place
 from virtualcell.data._copied import scratch
 from virtualcell.data._expression import Expression
 from virtualcell.data._stored import ranges
@@ -102,9 +103,7 @@ class PackedRows:
             return cls(torch.from_numpy(indptr), out.tensor("genes"), out.tensor("values"), n_genes)
         np.save(Path(folder) / "indptr.npy", indptr)
         described = {"n_genes": n_genes, "genes": np.dtype(gene_type).name, "values": dtype}
-        part = Path(folder) / f"{_INDEX}.part"
-        part.write_text(json.dumps(described))
-        part.replace(Path(folder) / _INDEX)
+        put_in_place(Path(folder) / _INDEX, lambda part: part.write_text(json.dumps(described)))
         return cls.open(folder)
 
     @classmethod

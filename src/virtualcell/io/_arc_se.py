@@ -46,18 +46,8 @@ def read_se(
 ) -> tuple[dict, dict[str, Tensor], dict]:
     """Return arguments, tensors and registry of a :class:`virtualcell.models.SE`."""
     path = _weights_file(folder, checkpoint)
-    content: Mapping = {}
-    if path.suffix == ".safetensors":
-        try:
-            state = safetensors.torch.load_file(path)
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{path} is cut off, damaged, or a pointer of git LFS: {error}. Fetch it.") from error
-    else:
-        content = read_torch(path, stand_ins=True)
-        if not isinstance(content, Mapping) or "state_dict" not in content:
-            raise ValueError(f"{path} is no Lightning checkpoint: it has no entry 'state_dict'.")
-        state = content["state_dict"]
-    state = _with_both_names(named_parameters(state, source=str(path)), source=str(path))
+    content = _checkpoint(path)
+    state = _with_both_names(named_parameters(content["state_dict"], source=str(path)), source=str(path))
 
     if (folder / _CONFIG).exists():
         config, source = read_config(folder / _CONFIG), str(folder / _CONFIG)
@@ -108,6 +98,19 @@ def read_se(
     states = {"X": {"column_names": names}, "dataset": {"categorical_mapping": [0]}}
     tensors = {"gene_embeddings": vectors, **{f"network.{k}": v for k, v in state.items()}}
     return arguments, tensors, scvi_registry("SE", setup, states)
+
+
+def _checkpoint(path: Path) -> Mapping:
+    """Return what a file of weights holds, of which "state_dict" are the weights: all that a safetensors file has."""
+    if path.suffix == ".safetensors":
+        try:
+            return {"state_dict": safetensors.torch.load_file(path)}
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{path} is cut off, damaged, or a pointer of git LFS: {error}. Fetch it.") from error
+    content = read_torch(path, stand_ins=True)
+    if not isinstance(content, Mapping) or "state_dict" not in content:
+        raise ValueError(f"{path} is no Lightning checkpoint: it has no entry 'state_dict'.")
+    return content
 
 
 def write_se(

@@ -6,7 +6,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ import zarr
 from anndata import AnnData
 from numcodecs import Blosc
 from scipy import sparse
+
+from virtualcell._files import put_in_place
+from virtualcell.io._save import Saved, pack
 
 logger = logging.getLogger(__name__)
 
@@ -144,9 +148,7 @@ class CellStore:
         self._note()
 
     def _note(self) -> None:
-        part = self.folder / f"{_PROGRESS}.part"
-        part.write_text(json.dumps(self._progress))
-        part.replace(self.folder / _PROGRESS)
+        put_in_place(self.folder / _PROGRESS, lambda part: part.write_text(json.dumps(self._progress)))
 
     def table(self) -> pd.DataFrame:
         """Return the table of all cells."""
@@ -164,17 +166,7 @@ class CellStore:
         for name in self.matrices:
             self._root[name].attrs["shape"] = shape
         if self.path.suffix == ".h5ad":
-            whole = self.path.with_name(f"{self.path.name}.part.h5ad")
-            with h5py.File(whole, "w") as file:
-                for name in self.matrices:
-                    group, attrs = file.require_group(name), dict(self._root[name].attrs)
-                    group.attrs.update({**attrs, "shape": np.array(shape)})
-                    for part in _ARRAYS:
-                        _copy(self._root[name][part], group, part)
-                for name in self.dense:
-                    _copy(self._root[name], file, name)
-                _write_rest(file, rest)
-            whole.replace(self.path)
+            put_in_place(self.path, lambda part: self._write_h5ad(part, rest))
             shutil.rmtree(self.folder)
             return
         _write_rest(self._root, rest)
@@ -183,6 +175,26 @@ class CellStore:
             (self.path / f"{i}.parquet").unlink(missing_ok=True)
             (self.path / f"{i}.npz").unlink(missing_ok=True)
         (self.path / _PROGRESS).unlink()
+
+    def _write_h5ad(self, path: Path, rest: AnnData) -> None:
+        with h5py.File(path, "w") as file:
+            for name in self.matrices:
+                group, attrs = file.require_group(name), dict(self._root[name].attrs)
+                group.attrs.update({**attrs, "shape": np.array(attrs["shape"])})
+                for part in _ARRAYS:
+                    _copy(self._root[name][part], group, part)
+            for name in self.dense:
+                _copy(self._root[name], file, name)
+            _write_rest(file, rest)
+
+
+def made_for(model: Saved, how: Mapping[str, object], arrays: Iterable[np.ndarray] = ()) -> str:
+    """Return what decides about a result, as text: a model, what JSON can hold, and arrays."""
+    found = blake2b(json.dumps(how, default=str).encode(), digest_size=16)
+    found.update(pack(model).tobytes())
+    for array in arrays:
+        found.update(np.ascontiguousarray(array).tobytes())
+    return found.hexdigest()
 
 
 def checked_path(path: str | os.PathLike) -> Path:

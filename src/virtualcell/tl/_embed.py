@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from functools import partial
-from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,10 +17,10 @@ from virtualcell._interrupted import told_when_interrupted
 from virtualcell._progress import Bar
 from virtualcell._tasks import check_client, in_tasks, n_threads_of
 from virtualcell.data._design import Scale
+from virtualcell.data._fingerprint import digest
 from virtualcell.data._labels import expression_modality, obs_of, var_of
 from virtualcell.data._results import require_results
-from virtualcell.io._cell_store import CellStore
-from virtualcell.io._save import pack
+from virtualcell.io._cell_store import CellStore, made_for
 from virtualcell.models import SE
 from virtualcell.models._se_inference import Precision
 
@@ -119,16 +117,13 @@ def _embed_to_disk(
     adata: AnnData, model: SE, to: str | os.PathLike, *, key_added: str, how: Mapping[str, Any], client: Client | None
 ) -> None:
     """Embed some cells at a time, and write their vectors; cells that are there already are not embedded again."""
-    made_for = blake2b(json.dumps([key_added, {**how, "batch_size": None}, adata.shape], default=str).encode())
-    for text in ("\0".join(map(str, adata.obs_names)), "\0".join(map(str, adata.var_names))):
-        made_for.update(text.encode())
-    made_for.update(pack(model).tobytes())
+    names = {"key_added": key_added, "cells": digest(adata.obs_names), "genes": digest(adata.var_names)}
     name, width = f"obsm/{key_added}", model.config.n_output + model.config.n_dataset
-    store = CellStore(to, made_for=made_for.hexdigest(), dense={name: width})
+    store = CellStore(to, made_for=made_for(model, {**how, **names, "batch_size": None}), dense={name: width})
     with Bar("SE: embedding the cells", adata.n_obs, unit="cell", done=store.n_cells) as bar:
         for vectors in _embedded(adata, model, how, client, first=store.n_cells):
-            names = adata.obs_names[store.n_cells : store.n_cells + len(vectors)]
-            store.add({name: vectors}, pd.DataFrame(index=names), {})
+            cells = adata.obs_names[store.n_cells : store.n_cells + len(vectors)]
+            store.add({name: vectors}, pd.DataFrame(index=cells), {})
             bar.show(store.n_cells)
     store.finish(AnnData(obs=obs_of(adata)))
 

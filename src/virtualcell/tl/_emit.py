@@ -135,12 +135,13 @@ def emitted_cells(effect: Effect, start: Start, genes: np.ndarray, *, seed: int 
         If the control cells were not made of whole counts.
     """
     counted = start.counted
-    all_cells = np.array_equal(effect.rows, np.arange(len(counted.library)))
     library = counted.library[effect.rows]
-    counts = counted.by_gene if all_cells and effect.change.any() else counted.counts[effect.rows]
-    if effect.change.any():
+    if not effect.change.any():
+        counts = counted.counts[effect.rows]
+    else:
+        all_cells = np.array_equal(effect.rows, np.arange(len(counted.library)))
         counts = emit_counts(
-            counts,
+            counted.by_gene if all_cells else counted.counts[effect.rows],
             library,
             effect.change,
             genes=genes,

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,9 +22,9 @@ from virtualcell import _keys
 from virtualcell._progress import Bar
 from virtualcell._tasks import in_tasks
 from virtualcell.data._design import Design
+from virtualcell.data._fingerprint import digest
 from virtualcell.data._threads import in_threads
-from virtualcell.io._cell_store import CellStore
-from virtualcell.io._save import pack
+from virtualcell.io._cell_store import CellStore, made_for
 from virtualcell.models._base import PerturbationModel
 from virtualcell.models._start import Start
 from virtualcell.tl._doses import Asked
@@ -207,16 +206,13 @@ class Predictions:
     def _fingerprint(self) -> str:
         """Return what decides about the result, as text."""
         how = {"emit": self.emit, "n_cells": self.n_cells, "n_samples": self.n_samples, "seed": self.seed}
-        names = {"genes": list(self.order), "perturbations": [one.name for one in self.asked]}
-        text = json.dumps({**how, **names, "design": self.design.to_uns()}, default=str)
-        digest = blake2b(text.encode(), digest_size=16)
-        digest.update(pack(self.model).tobytes())
-        for start, in_genes in self.starts:
-            digest.update("\0".join([start.context, *start.names]).encode())
-            for one in (start.cells, in_genes.cells):
-                for array in (one.data, one.indices, one.indptr) if sparse.issparse(one) else (one,):
-                    digest.update(np.ascontiguousarray(array).tobytes())
-        return digest.hexdigest()
+        names = {"genes": digest(self.order), "perturbations": [one.name for one in self.asked]}
+        cells = {start.context: digest(start.names) for start, _ in self.starts}
+        matrices = [one.cells for pair in self.starts for one in pair]
+        parts = [(m.data, m.indices, m.indptr) if sparse.issparse(m) else (m,) for m in matrices]
+        return made_for(
+            self.model, {**how, **names, "cells": cells, "design": self.design.to_uns()}, itertools.chain(*parts)
+        )
 
 
 def _groups_of(predictions: Predictions, numbers: range, *, with_control: bool) -> list[Group]:
@@ -225,11 +221,13 @@ def _groups_of(predictions: Predictions, numbers: range, *, with_control: bool) 
 
 def _portions(groups: Iterator[Group]) -> Iterator[list[Group]]:
     portion: list[Group] = []
+    n_cells = 0
     for group in groups:
         portion.append(group)
-        if sum(one.cells.n_obs for one in portion) >= _PORTION:
+        n_cells += group.cells.n_obs
+        if n_cells >= _PORTION:
             yield portion
-            portion = []
+            portion, n_cells = [], 0
     if portion:
         yield portion
 
