@@ -38,6 +38,8 @@ def test_what_is_set_is_what_is_there_and_what_was_before_afterwards() -> None:
         ("seed", 1.5, r"^seed=1\.5 is not a whole number"),
         ("cache_dir", "", r"^cache_dir='' must be the path of a folder"),
         ("cache_dir", None, r"^cache_dir=None must be the path of a folder"),
+        ("max_cache", 0, r"^max_cache=0 must be a number of gigabytes above 0\. Say None for no bound"),
+        ("max_memory", None, r"^max_memory=None must be a number of gigabytes above 0\.$"),
         ("n_threads", 0, r"^n_threads=0 is not a whole number of at least 1\. Say None for as many as torch was told"),
     ],
 )

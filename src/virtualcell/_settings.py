@@ -52,6 +52,10 @@ class Settings:
         Seed of everything random, a whole number of at least 0.
     cache_dir
         Folder in which downloaded data sets and copies of lazy matrices are kept, by default the user's cache folder.
+    max_cache
+        How much of the disk the copies in its folder `rows` take before those that were used least recently are
+        removed, in GB; by default 100, and `None` for no bound. One that any process uses stays. Downloads do not count
+        and stay too. On Windows nothing is removed.
     max_memory
         Memory for the cells that are read at a time from a matrix which is not in memory itself, in GB; by default 1.
     n_threads
@@ -69,12 +73,13 @@ class Settings:
     progress: bool
     seed: int
     cache_dir: Path
+    max_cache: float | None
     max_memory: float
     n_threads: int | None
 
     def __init__(self) -> None:
         self.verbosity, self.progress, self.seed, self.n_threads = Verbosity.warning, True, 0, None
-        self.cache_dir, self.max_memory = pooch.os_cache("virtualcell"), 1.0
+        self.cache_dir, self.max_cache, self.max_memory = pooch.os_cache("virtualcell"), 100.0, 1.0
 
     def __setattr__(self, name: str, value: object) -> None:
         if name not in _CHECKS:
@@ -130,10 +135,13 @@ def _folder(value: object) -> Path:
     return Path(value).expanduser()
 
 
-def _gigabytes(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < float("inf"):
-        raise ValueError(f"max_memory={value!r} must be a number of gigabytes above 0.")
-    return float(value)
+def _gigabytes(name: str, remedy: str = "") -> Callable[[object], float]:
+    def check(value: object) -> float:
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < float("inf"):
+            raise ValueError(f"{name}={value!r} must be a number of gigabytes above 0.{remedy}")
+        return float(value)
+
+    return check
 
 
 def _whole(name: str, least: int, remedy: str) -> Callable[[object], int]:
@@ -146,12 +154,14 @@ def _whole(name: str, least: int, remedy: str) -> Callable[[object], int]:
 
 
 _n_threads = _whole("n_threads", 1, " Say None for as many as torch was told to take.")
+_max_cache = _gigabytes("max_cache", " Say None for no bound.")
 _CHECKS: dict[str, Callable[[object], object]] = {
     "verbosity": _verbosity,
     "progress": _progress,
     "seed": _whole("seed", 0, ""),
     "cache_dir": _folder,
-    "max_memory": _gigabytes,
+    "max_cache": lambda value: None if value is None else _max_cache(value),
+    "max_memory": _gigabytes("max_memory"),
     "n_threads": lambda value: None if value is None else _n_threads(value),
 }
 

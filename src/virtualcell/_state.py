@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from virtualcell._files import put_in_place
@@ -15,6 +17,7 @@ from virtualcell._reading import as_damaged, mapping_of, require_bounded
 
 FORMAT = 2
 _ENTRY = "virtualcell"  # of the file's header
+_OF_SESSION = "_scvi_uuid"  # in a registry: the number of a set-up, another one whenever the same data is set up anew
 
 
 @dataclass
@@ -61,6 +64,20 @@ def unpacked(content: bytes, *, source: str) -> State:
     with as_damaged(source, "model of virtualcell", "Save the model again."):
         require_bounded(meta, source)
         return _restore(meta, "", tensors)
+
+
+def digest_of(state: State) -> str:
+    """Return what tells a model from another: weights, set-up and all else that is saved, in whatever session."""
+    found = hashlib.blake2b(digest_size=16)
+    registry = {k: v for k, v in state.meta.get("registry", {}).items() if k != _OF_SESSION}
+    found.update(json.dumps([state.kind, {**state.meta, "registry": registry}], default=_plain).encode())
+    for name, tensor in state.tensors.items():
+        found.update(name.encode())
+        flat = tensor.detach().cpu().flatten().clone(memory_format=torch.contiguous_format)
+        found.update(flat.view(torch.uint8).numpy())
+    for name, part in state.parts.items():
+        found.update(f"{name}/{digest_of(part)}".encode())
+    return found.hexdigest()
 
 
 def _describe(state: State, prefix: str, tensors: dict[str, Tensor]) -> dict:

@@ -12,6 +12,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from scipy import sparse
 
 import virtualcell as vc
@@ -94,3 +95,50 @@ def test_a_killed_prediction_goes_on_where_it_was(fitted, tmp_path, caplog):
         disk = vc.tl.predict_perturbation(ad.read_h5ad(data), to=path)
     assert f"goes on behind {n_cells} cells" in caplog.text
     same(disk.to_memory(), vc.tl.predict_perturbation(fitted))
+
+
+class Killed(BaseException):
+    """The process dies."""
+
+
+def test_it_goes_on_with_the_same_model_set_up_anew_or_read_from_a_file(screen, design, tmp_path, monkeypatch, caplog):
+    """scvi-tools numbers every set-up, and the number says nothing about a model."""
+
+    def model() -> vc.models.ST:
+        adata = screen.copy()
+        vc.models.ST.setup_anndata(adata, **design, scale="counts", split_key="split")
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            st = vc.models.ST(adata, n_hidden=32, n_feedforward=64, n_layers=1)
+        st.train(max_steps=2, progress_bar=False, accelerator="cpu", seed=0)
+        return st
+
+    def interrupted(path: Path, st: vc.models.ST) -> None:
+        def dies(*arguments):
+            if arguments[0].n_portions == 2:
+                raise Killed
+            write(*arguments)
+
+        write = _predicted._write
+        with monkeypatch.context() as patch:
+            patch.setattr(_predicted, "_write", dies)
+            with pytest.raises(Killed):
+                vc.tl.predict_perturbation(screen, model=st, to=path)
+
+    monkeypatch.setattr(_predicted, "_PORTION", 100)
+    first, again = model(), model()
+    assert first.registry["_scvi_uuid"] != again.registry["_scvi_uuid"]
+    first.save(tmp_path / "model")
+    expected = vc.tl.predict_perturbation(screen, model=first)
+    for name, same_model in (("anew", again), ("read", vc.models.ST.load(tmp_path / "model", screen))):
+        path = tmp_path / f"{name}.zarr"
+        interrupted(path, first)
+        caplog.clear()
+        with caplog.at_level("INFO", logger="virtualcell"):
+            found = vc.tl.predict_perturbation(screen, model=same_model, to=path)
+        assert f"{name}.zarr goes on behind" in caplog.text
+        same(found.to_memory(), expected)
+    interrupted(tmp_path / "other.zarr", first)
+    again.train(max_steps=3, progress_bar=False, accelerator="cpu", seed=1)
+    with pytest.raises(ValueError, match="another model"):
+        vc.tl.predict_perturbation(screen, model=again, to=tmp_path / "other.zarr")

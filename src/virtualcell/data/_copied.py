@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ from scipy import sparse
 
 from virtualcell._files import put_in_place
 from virtualcell._progress import Bar
-from virtualcell._settings import settings
+from virtualcell.data._cache import Hold, Scratch, home, make_room
 from virtualcell.data._stored import StoredMatrix, canonical_rows, ranges
 
 if TYPE_CHECKING:
@@ -35,13 +34,14 @@ _BYTES_PER_ENTRY = 6  # at most: a gene of 16 bits, a value of 32
 # Copies that are in use, by their folders.
 _OPEN: weakref.WeakValueDictionary[Path, CopiedRows] = weakref.WeakValueDictionary()
 # Copies of what nothing tells apart after this process, by what tells it apart in it.
-_OF_SESSION: dict[str, tempfile.TemporaryDirectory] = {}
+_OF_SESSION: dict[str, Scratch] = {}
 
 
 def copy_of(matrix: LazyMatrix, *, make: bool) -> CopiedRows | None:
     """Return the copy of a lazy matrix, made where there is none and one is to be made.
 
     It is made block by block. What is finished is kept when the process dies, and the next call goes on from there.
+    While the copy is made or used, no process removes it from the cache.
 
     Raises
     ------
@@ -51,8 +51,9 @@ def copy_of(matrix: LazyMatrix, *, make: bool) -> CopiedRows | None:
     folder = _folder_of(matrix, make=make)
     if folder is None or (not make and not CopiedRows.is_whole(folder)):
         return None
+    hold = Hold(folder)
     if not CopiedRows.is_whole(folder):
-        _make(matrix, folder)
+        _make(matrix, hold.folder)
     if (copy := _OPEN.get(folder)) is None:  # whoever maps files twice has their pages twice
         _OPEN[folder] = copy = CopiedRows(folder)
     return copy
@@ -63,31 +64,21 @@ def _folder_of(matrix: LazyMatrix, *, make: bool) -> Path | None:
     known = repr((_VERSION, matrix.shape, matrix.source)).encode()
     key = hashlib.sha256(known + matrix.sample()).hexdigest()[:24]
     if matrix.source is not None:
-        return _home() / key
+        return home() / key
     if key not in _OF_SESSION:
         if not make:
             return None
-        _home().mkdir(parents=True, exist_ok=True)
-        _OF_SESSION[key] = tempfile.TemporaryDirectory(prefix="session-", dir=_home(), ignore_cleanup_errors=True)
+        _OF_SESSION[key] = Scratch.of_session()
     return Path(_OF_SESSION[key].name)
-
-
-def _home() -> Path:
-    return settings.cache_dir / "rows"
-
-
-def scratch() -> tempfile.TemporaryDirectory:
-    """Return a folder beside the copies that is removed with the object."""
-    _home().mkdir(parents=True, exist_ok=True)
-    return tempfile.TemporaryDirectory(prefix="packed-", dir=_home(), ignore_cleanup_errors=True)
 
 
 def _make(matrix: LazyMatrix, folder: Path) -> None:
     """Copy a matrix, or what of it is not copied yet."""
-    folder.mkdir(parents=True, exist_ok=True)
     index = folder / _INDEX
     if not index.exists():
-        _check_room(matrix, folder)
+        needed = _bytes_of(matrix)
+        make_room(needed)
+        _check_room(needed, folder)
         described = {
             "shape": [int(n) for n in matrix.shape],
             "edges": matrix.edges.tolist(),
@@ -111,15 +102,23 @@ def _make(matrix: LazyMatrix, folder: Path) -> None:
             _write_block(folder, i, block)
             bar.show(bar.done + stop - start)
     shutil.rmtree(folder / "turned", ignore_errors=True)
+    make_room()
 
 
-def _check_room(matrix: LazyMatrix, folder: Path) -> None:
-    entries = matrix.entries_per_cell * matrix.shape[0]
-    needed, free = int(entries * _BYTES_PER_ENTRY * (1 + hasattr(matrix, "columns"))), shutil.disk_usage(folder).free
-    if matrix.is_sparse and needed > free:
+def _bytes_of(matrix: LazyMatrix) -> int:
+    """Return how large a copy gets at most; 0 of a dense matrix, of which nothing tells how many values are 0."""
+    if not matrix.is_sparse:
+        return 0
+    return int(matrix.entries_per_cell * matrix.shape[0] * _BYTES_PER_ENTRY * (1 + hasattr(matrix, "columns")))
+
+
+def _check_room(needed: int, folder: Path) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
         raise OSError(
             f"a copy of the matrix, of up to {needed / 1e9:.3g} GB, has no room in {folder}, where {free / 1e9:.3g} GB "
-            "are free. Name a folder on a larger disk: `vc.settings.cache_dir = path`."
+            "are free. Name a folder on a larger disk, `vc.settings.cache_dir = path`, or have fewer copies kept, "
+            "`vc.settings.max_cache = GB`."
         )
 
 
@@ -195,7 +194,7 @@ class CopiedRows(StoredMatrix):
     in_memory = False
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self._hold = folder, Hold(folder)
         described = json.loads((folder / _INDEX).read_text())
         self.shape, self.is_sparse = tuple(described["shape"]), described["is_sparse"]
         self._edges = np.array(described["edges"])

@@ -6,7 +6,6 @@ import json
 import os
 from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Literal, Self
 
 import numpy as np
@@ -15,7 +14,7 @@ from scipy import sparse
 from torch import Tensor
 
 from virtualcell._files import put_in_place
-from virtualcell.data._copied import scratch
+from virtualcell.data._cache import Scratch
 from virtualcell.data._expression import Expression
 from virtualcell.data._stored import ranges
 
@@ -41,7 +40,7 @@ class PackedRows:
     def __init__(self, indptr: Tensor, genes: Tensor, values: Tensor, n_genes: int) -> None:
         self.indptr, self.genes, self.values, self.n_genes = indptr, genes, values, n_genes
         self._scipy: sparse.csr_matrix | None = None
-        self._home: TemporaryDirectory | None = None  # kept for as long as the store
+        self._home: Scratch | None = None  # kept for as long as the store
 
     def __reduce__(self) -> tuple:
         return type(self), (self.indptr, self.genes, self.values, self.n_genes)  # once, not twice
@@ -86,7 +85,7 @@ class PackedRows:
             For values that float16 cannot hold.
         """
         if folder is None and not expression.in_memory:
-            home = scratch()
+            home = Scratch()
             packed = cls.pack(expression, dtype=dtype, folder=home.name)
             packed._home = home
             return packed

@@ -21,7 +21,8 @@ from numcodecs import Blosc
 from scipy import sparse
 
 from virtualcell._files import put_in_place
-from virtualcell.io._save import Saved, pack
+from virtualcell._state import digest_of
+from virtualcell.io._save import Saved
 
 logger = logging.getLogger(__name__)
 
@@ -191,7 +192,7 @@ class CellStore:
 def made_for(model: Saved, how: Mapping[str, object], arrays: Iterable[np.ndarray] = ()) -> str:
     """Return what decides about a result, as text: a model, what JSON can hold, and arrays."""
     found = blake2b(json.dumps(how, default=str).encode(), digest_size=16)
-    found.update(pack(model).tobytes())
+    found.update(digest_of(model.state()).encode())
     for array in arrays:
         found.update(np.ascontiguousarray(array).tobytes())
     return found.hexdigest()
