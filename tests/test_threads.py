@@ -67,6 +67,22 @@ def test_the_settings_hold_while_a_call_runs(n_threads: int) -> None:
         assert torch.get_num_threads() == n_threads
 
 
+def test_a_thread_that_shares_has_fewer_and_the_others_have_what_they_had(n_threads: int) -> None:
+    found = []
+
+    def work() -> None:
+        _threads.share_threads(1)
+        with own_threads():
+            found.append(torch.get_num_threads())
+
+    for target in (work, lambda: found.append(torch.get_num_threads())):
+        thread = threading.Thread(target=target)
+        thread.start()
+        thread.join()
+    assert found == [1, n_threads]
+    assert torch.get_num_threads() == n_threads
+
+
 def test_the_number_comes_back_after_an_error(n_threads: int) -> None:
     with vc.settings.override(n_threads=1), pytest.raises(ZeroDivisionError), own_threads():
         1 / 0  # noqa: B018

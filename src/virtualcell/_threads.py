@@ -83,6 +83,15 @@ def in_new_thread(function: Callable, *arguments: object) -> Any:
         return thread.submit(function, *arguments).result()
 
 
+def share_threads(n_threads: int) -> None:
+    """Give torch so many threads in this one, until it ends: others run beside it, and new ones get what they got."""
+    _Own.here.inside = True
+    with _Own.lock:
+        everywhere = torch.get_num_threads()  # which a thread takes over when it asks first, and only then
+        torch.set_num_threads(n_threads)
+        in_new_thread(torch.set_num_threads, everywhere)
+
+
 def _set(n_threads: int) -> None:
     if torch.get_num_threads() != n_threads:
         torch.set_num_threads(n_threads)

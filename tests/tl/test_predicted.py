@@ -66,6 +66,16 @@ def test_on_disk_it_is_the_same_as_in_memory(fitted, tmp_path, monkeypatch, suff
         vc.tl.predict_perturbation(fitted, to=path)
 
 
+def test_groups_that_are_predicted_together_are_those_predicted_one_after_the_other(fitted):
+    """Whatever the number of threads, and of cells that may be in memory at a time."""
+    with vc.settings.override(n_threads=1):
+        one = vc.tl.predict_perturbation(fitted)
+    with vc.settings.override(n_threads=4):
+        same(vc.tl.predict_perturbation(fitted), one)
+    with vc.settings.override(n_threads=4, max_memory=1e-6):
+        same(vc.tl.predict_perturbation(fitted), one)
+
+
 def test_means_on_disk_are_those_in_memory(fitted, tmp_path):
     memory = vc.tl.predict_perturbation(fitted, emit="mean", n_samples=4)
     disk = vc.tl.predict_perturbation(fitted, emit="mean", n_samples=4, to=tmp_path / "means.h5ad").to_memory()

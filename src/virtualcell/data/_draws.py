@@ -10,25 +10,47 @@ import numba
 import numpy as np
 
 _compiled = numba.njit(nogil=True, cache=True)
+_STEP = 0x9E3779B97F4A7C15
 
 
 def seed_of(*words: object) -> int:
-    """Return a seed of numba's generator, 32 bits, that differs with any of the words."""
+    """Return a seed, 32 bits, that differs with any of the words."""
     return int.from_bytes(blake2b("\0".join(map(str, words)).encode(), digest_size=4).digest(), "little")
 
 
 def seeds_of(genes: Sequence[str], *words: object) -> np.ndarray:
-    """Return such a seed for each gene, (n_genes,), uint32."""
-    seeds = _hashes(tuple(genes)) + np.uint64(seed_of(*words) * 0x9E3779B97F4A7C15 % 2**64)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # SplitMix64: Steele et al. 2014
-        seeds = (seeds ^ (seeds >> np.uint64(shift))) * np.uint64(factor)
-    return (seeds >> np.uint64(32)).astype(np.uint32)
+    """Return such a seed for each gene, (n_genes,), uint64."""
+    return _mixed(_hashes(tuple(genes)) + np.uint64(seed_of(*words) * _STEP % 2**64))
+
+
+@lru_cache(maxsize=8)
+def by_name(genes: tuple[str, ...]) -> np.ndarray:
+    """Return the order of genes by their names, (n_genes,)."""
+    return np.argsort(np.asarray(genes, dtype=str))
 
 
 @lru_cache(maxsize=8)
 def _hashes(genes: tuple[str, ...]) -> np.ndarray:
     digests = b"".join(blake2b(str(gene).encode(), digest_size=8).digest() for gene in genes)
     return np.frombuffer(digests, dtype=np.uint64)
+
+
+@_compiled
+def _mixed(z: np.ndarray | np.uint64) -> np.ndarray | np.uint64:
+    """Scatter whole numbers over all 64 bits."""
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+@_compiled
+def _uniform(state: np.ndarray) -> float:
+    """Draw from 0 to below 1: SplitMix64 of Steele et al. 2014, which is seeded by setting its state, (1,), uint64.
+
+    There is a seed for each gene, and to seed and fill numba's own generator takes longer than a gene's draws.
+    """
+    state[0] += np.uint64(_STEP)
+    return (_mixed(state[0]) >> np.uint64(11)) * 2.0**-53
 
 
 @_compiled
@@ -64,34 +86,35 @@ def moved(
     n_cells, n_genes = len(library), len(need)
     ends = np.zeros(n_genes + 1, np.int64)
     out_cells, out_counts = np.empty(len(cells) + n_cells, np.int32), np.empty(len(cells) + n_cells, np.float32)
-    y, added = np.empty(n_cells, np.int64), np.empty(n_cells, np.int64)
-    sums, more = np.empty(n_cells), np.empty(n_cells)
+    y, before, added = np.empty(n_cells, np.int64), np.empty(n_cells, np.int64), np.empty(n_cells, np.int64)
+    sums, more, rates = np.empty(n_cells), np.empty(n_cells), np.cumsum(library)
+    smallest, state = library.min() if n_cells else 0.0, np.empty(1, np.uint64)
     at = 0
     for g in range(n_genes):
         if at + n_cells > len(out_cells):
             out_cells = np.concatenate((out_cells, np.empty(len(out_cells), np.int32)))
             out_counts = np.concatenate((out_counts, np.empty(len(out_counts), np.float32)))
         begin, end = indptr[g], indptr[g + 1]
+        state[0] = seeds[g]
+        # what is kept is written, and what is not is written over: a guess of which would often be wrong
         if need[g] <= 0:
             n = end - begin
             y[:n] = counts[begin:end]
             if need[g] < 0 and n:
-                np.random.seed(seeds[g])  # noqa: NPY002 - numba's generator of this thread
-                _thin(y[:n], scale[cells[begin:end]], -need[g], sums, more)
+                _thin(y[:n], cells[begin:end], scale, -need[g], sums, state)
             for i in range(n):
-                if y[i] > 0:
-                    out_cells[at], out_counts[at] = cells[begin + i], y[i]
-                    at += 1
+                out_cells[at], out_counts[at] = cells[begin + i], y[i]
+                at += y[i] > 0
         else:
-            y[:] = 0
+            y[:], most = 0, 0
             for i in range(begin, end):
                 y[cells[i]] = np.int64(counts[i])
-            np.random.seed(seeds[g])  # noqa: NPY002
-            _raise(y, library, scale, need[g], dispersion[g], sums, added, more)
+                most = max(most, y[cells[i]])
+            has_room = most + 1 <= smallest
+            _raise(y, library, scale, need[g], dispersion[g], rates, has_room, sums, before, added, more, state)
             for i in range(n_cells):
-                if y[i] > 0:
-                    out_cells[at], out_counts[at] = i, y[i]
-                    at += 1
+                out_cells[at], out_counts[at] = i, y[i]
+                at += y[i] > 0
         ends[g + 1] = at
     return ends, out_cells[:at].copy(), out_counts[:at].copy()
 
@@ -110,35 +133,39 @@ def _place(sums: np.ndarray, n: int, value: float) -> int:
 
 
 @_compiled
-def _thin(y: np.ndarray, scale: np.ndarray, need: float, sums: np.ndarray, logs: np.ndarray) -> None:
+def _thin(
+    y: np.ndarray, cells: np.ndarray, scale: np.ndarray, need: float, sums: np.ndarray, state: np.ndarray
+) -> None:
     """Take counts away, each as likely as any other, until the sum of logarithms has come as near as one count can."""
-    total, left, drawn_from = 0.0, 0, 0
-    for i in range(len(y)):
-        logs[i] = np.log1p(y[i] * scale[i])
-        total += logs[i]
+    n, left, drawn_from, expression = len(y), 0, 0, 0.0
+    for i in range(n):
         left += y[i]
-    if need >= total:
-        y[:] = 0
-        return
+        expression += y[i] * scale[cells[i]]
+    if need > n * np.log1p(expression / n) / 2:  # at most twice that can be taken: perhaps all of it
+        total = 0.0
+        for i in range(n):
+            total += np.log1p(y[i] * scale[cells[i]])
+        if need >= total:
+            y[:] = 0
+            return
     while left > 0:
         if 2 * left <= drawn_from or drawn_from == 0:  # most of what would be drawn is gone
             drawn_from = left
             so_far = 0
-            for i in range(len(y)):
+            for i in range(n):
                 so_far += y[i]
                 sums[i] = so_far
-        count = np.floor(np.random.random() * drawn_from)  # noqa: NPY002
-        i = _place(sums, len(y), count)
+        count = np.floor(_uniform(state) * drawn_from)
+        i = _place(sums, n, count)
         if sums[i] - count > y[i]:  # it went before
             continue
-        after = np.log1p((y[i] - 1) * scale[i])
-        fall = logs[i] - after
+        one = scale[cells[i]]
+        fall = np.log1p(one / (1 + (y[i] - 1) * one))
         if fall >= need:
             if fall - need < need:
                 y[i] -= 1
             return
         y[i] -= 1
-        logs[i] = after
         left -= 1
         need -= fall
 
@@ -150,18 +177,29 @@ def _raise(
     scale: np.ndarray,
     need: float,
     dispersion: float,
+    rates: np.ndarray,
+    has_room: bool,
     sums: np.ndarray,
+    before: np.ndarray,
     added: np.ndarray,
     more: np.ndarray,
+    state: np.ndarray,
 ) -> None:
     """Add negative binomial counts, until the sum of logarithms has come as near as one count can.
 
     A cell's counts come as a process in time t whose rate, given the n that came, is
     library * (1 + dispersion * n) / (1 + dispersion * library * t): Poisson with a rate that is gamma distributed over
-    cells. Times are drawn from higher rates, those of an earlier time, and kept with the ratio of both (thinning).
+    cells. Times are drawn from higher rates, those of an earlier time, and kept with the ratio of both (thinning). The
+    sums of the first rates are `rates`, where all cells have room for a count.
     """
-    n_cells, before, t = len(y), y.copy(), 0.0
-    base, rise_of_base, n_added, missed = 0.0, 0.0, n_cells, 0
+    n_cells, t = len(y), 0.0
+    base, rise_of_base, n_added, missed = 0.0, 0.0, 0, 0
+    before[:] = y
+    if has_room:
+        sums[:] = rates
+        rise_of_base = n_cells / (dispersion * rates[-1]) if dispersion > 0 else np.inf
+    else:
+        n_added = n_cells
     while True:
         if n_added == n_cells or missed > n_cells or t > 2 * base + rise_of_base:  # rates of now
             n_added, missed, base, total = 0, 0, t, 0.0
@@ -172,20 +210,20 @@ def _raise(
                 sums[i] = total
             if total <= 0:
                 return
-            rise_of_base = n_cells / (dispersion * library.sum()) if dispersion > 0 else np.inf
+            rise_of_base = n_cells / (dispersion * rates[-1]) if dispersion > 0 else np.inf
         reinforced = more[n_added - 1] if n_added else 0.0
         if dispersion > 0:
-            t -= np.log(1 - np.random.random()) / (sums[-1] + reinforced)  # noqa: NPY002
-        u = np.random.random() * (sums[-1] + reinforced)  # noqa: NPY002
+            t -= np.log(1 - _uniform(state)) / (sums[-1] + reinforced)
+        u = _uniform(state) * (sums[-1] + reinforced)
         i = _place(sums, n_cells, u) if u < sums[-1] else added[_place(more, n_added, u - sums[-1])]
         if y[i] + 1 > library[i]:
             missed += 1
             continue
         if dispersion > 0:
             kept = (1 + dispersion * library[i] * base) / (1 + dispersion * library[i] * t)
-            if np.random.random() >= kept:  # noqa: NPY002
+            if _uniform(state) >= kept:
                 continue
-        rise = np.log1p((y[i] + 1) * scale[i]) - np.log1p(y[i] * scale[i])
+        rise = np.log1p(scale[i] / (1 + y[i] * scale[i]))
         if rise >= need:
             if rise - need < need:
                 y[i] += 1
@@ -211,7 +249,7 @@ def to_totals(indptr: np.ndarray, counts: np.ndarray, totals: np.ndarray, seed: 
     seed
         Seed of the draws.
     """
-    np.random.seed(seed)  # noqa: NPY002
+    state = np.full(1, seed, np.uint64)
     for cell in range(len(totals)):
         x = counts[indptr[cell] : indptr[cell + 1]]
         sums = np.cumsum(x.astype(np.float64))
@@ -220,12 +258,12 @@ def to_totals(indptr: np.ndarray, counts: np.ndarray, totals: np.ndarray, seed: 
         off = np.int64(sums[-1]) - totals[cell]
         if off < 0:
             for _ in range(-off):
-                u = np.random.random() * sums[-1]  # noqa: NPY002
+                u = _uniform(state) * sums[-1]
                 x[_place(sums, len(x), u)] += 1
         while off > 0:
             if totals[cell] + off <= sums[-1] / 2:  # most of what would be drawn is gone
                 sums = np.cumsum(x.astype(np.float64))
-            count = np.floor(np.random.random() * sums[-1])  # noqa: NPY002
+            count = np.floor(_uniform(state) * sums[-1])
             gene = _place(sums, len(x), count)
             if sums[gene] - count <= x[gene]:
                 x[gene] -= 1

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import sparse
 
-from virtualcell._threads import in_new_thread
-from virtualcell.data._draws import moved, seed_of, seeds_of, to_totals
+from virtualcell.data._draws import by_name, moved, seed_of, seeds_of, to_totals
 
 _FEWEST_CELLS = 20  # with fewer, a variance says nothing
 _GENES_PER_LEVEL, _MOST_LEVELS = 50, 20  # of which the trend of dispersions is made
@@ -62,9 +61,7 @@ def emit_counts(
     """
     columns = sparse.csc_matrix(counts)  # itself, where it is one
     columns.sort_indices()
-    # the kernels seed the generator of their thread, which is not to be the caller's
-    indptr, cells, values = in_new_thread(
-        moved,
+    indptr, cells, values = moved(
         columns.indptr.astype(np.int64),
         columns.indices,
         columns.data,
@@ -170,19 +167,19 @@ def with_totals(
     ValueError
         For a cell without counts that is to have some.
     """
-    by_name = np.argsort(np.asarray(genes, dtype=str))
-    in_order = np.array_equal(by_name, np.arange(len(by_name)))
-    out = counts.copy() if in_order else counts[:, by_name]
+    order = by_name(tuple(genes))
+    in_order = np.array_equal(order, np.arange(len(order)))
+    out = counts.copy() if in_order else counts[:, order]
     out.sort_indices()
     wanted = np.rint(totals).astype(np.int64)
     sums = np.asarray(out.sum(axis=1, dtype=np.float64)).ravel()
-    in_new_thread(to_totals, out.indptr, out.data, wanted, seed_of(seed, key))
+    to_totals(out.indptr, out.data, wanted, seed_of(seed, key))
     empty = np.flatnonzero((sums == 0) & (wanted > 0))
     if len(empty):
         rng = np.random.default_rng(seed_of(seed, key, "empty"))
-        out = _filled(out, empty, totals, instead if instead is None else instead[:, by_name], rng)
+        out = _filled(out, empty, totals, instead if instead is None else instead[:, order], rng)
     out.eliminate_zeros()
-    return sparse.csr_matrix(out if in_order else out[:, np.argsort(by_name)], dtype=np.float32)
+    return sparse.csr_matrix(out if in_order else out[:, np.argsort(order)], dtype=np.float32)
 
 
 def _filled(

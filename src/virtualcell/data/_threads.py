@@ -13,17 +13,23 @@ from virtualcell._settings import settings
 _MOST = 8  # threads at most; numpy lets others run while it goes through a block
 
 
-def in_threads(function: Callable, items: Iterable) -> Iterator[Any]:
-    """Yield what a function makes of each item, in order, by `vc.settings.n_threads` threads, eight at most.
+def most_threads() -> int:
+    """Return how many threads :func:`in_threads` takes: `vc.settings.n_threads`, eight at most."""
+    return min(_MOST, settings.n_threads or os.cpu_count() or 1)
+
+
+def in_threads(function: Callable, items: Iterable, *, begin: Callable[[], None] | None = None) -> Iterator[Any]:
+    """Yield what a function makes of each item, in order, by several threads, each of which calls `begin` first.
 
     Items are taken from the caller's thread, and no more of them than keep the threads busy: results wait for nobody.
+    A single item is left to the caller's thread.
     """
-    n_threads = min(_MOST, settings.n_threads or os.cpu_count() or 1)
+    n_threads = most_threads()
     if isinstance(items, Sized) and len(items) < 2:
         yield from map(function, items)
         return
     waiting: deque[Future] = deque()
-    with ThreadPoolExecutor(n_threads) as threads:
+    with ThreadPoolExecutor(n_threads, initializer=begin) as threads:
         for item in items:
             waiting.append(threads.submit(function, item))
             if len(waiting) > 2 * n_threads:

@@ -69,7 +69,8 @@ def _run(
     `with_networks=False` spares what has no weight, and yields nothing of them.
     """
     model.check_width(cells.shape[1])
-    model.module.eval()
+    if model.module.training:  # to ask is cheap, to say it takes as long as a small network does
+        model.module.eval()
     vector = model.table.encode([perturbation] if with_networks else []).to(model.device)
     codes = model.batch_codes(batch) if batch is not None and model.batches and with_networks else None
     s, starts = min(model.set_size, len(cells)), _set_starts(model, len(cells))
@@ -185,7 +186,8 @@ def _head_means(
     model: ST, control: Tensor, perturbations: Sequence[str], codes: Tensor | None
 ) -> Iterator[list[tuple[Tensor, ...]]]:
     """Yield for each perturbation the means, (n_sets, 1, n_genes), that the heads of each network predict."""
-    model.module.eval()
+    if model.module.training:  # to ask is cheap, to say it takes as long as a small network does
+        model.module.eval()
     for at in range(0, len(perturbations), _SETS_AT_ONCE):
         vectors = model.table.encode(perturbations[at : at + _SETS_AT_ONCE]).to(model.device)
         networks = []

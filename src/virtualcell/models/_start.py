@@ -77,6 +77,16 @@ class Start:
         taken = self.cells[rows]
         return taken.toarray() if sparse.issparse(taken) else taken
 
+    def mean_of(self, rows: np.ndarray) -> np.ndarray:
+        """Return the mean of some of the cells, given by sorted rows, (n_features,), float64."""
+        if np.array_equal(rows, np.arange(len(self.names))):
+            return self._mean
+        return self.dense(rows).mean(axis=0, dtype=np.float64)
+
+    @cached_property
+    def _mean(self) -> np.ndarray:
+        return self.dense(np.arange(len(self.names))).mean(axis=0, dtype=np.float64)
+
     def batch_of(self, rows: np.ndarray) -> np.ndarray | None:
         """Return the batches of some of the cells."""
         return None if self.batch is None else self.batch[rows]

@@ -183,7 +183,7 @@ class Setting:
 
     def changes(self, names: list[str], sets: Sequence[np.ndarray]) -> Changes:
         """Return the predicted changes of some perturbations, from sets of control cells."""
-        before = np.stack([self.in_genes.dense(rows).mean(axis=0, dtype=np.float64) for rows in sets])
+        before = np.stack([self.in_genes.mean_of(rows) for rows in sets])
         changes, errors, parts = [], [], []
         for name, found in zip(names, self.model.means_from(self.start, names, sets), strict=True):
             moved = SetMeans(found.means[..., self.columns] - before[:, None], found.weights)

@@ -80,7 +80,7 @@ def predicted_effect(
     if columns is not None:
         cells = cells[:, columns]
     # both means are taken in the same way, so that what the model leaves as it is changes by exactly nothing
-    before = np.ascontiguousarray(in_genes.dense(rows)).mean(axis=0, dtype=np.float64)
+    before = in_genes.mean_of(rows)
     after = np.ascontiguousarray(cells).mean(axis=0, dtype=np.float64)
     change = beyond_error(after - before, model, start, perturbation, columns=columns)
     return Effect(perturbation, rows, change, float(cells.max(initial=0)))

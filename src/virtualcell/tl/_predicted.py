@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import BoundedSemaphore
 from typing import TYPE_CHECKING
 
 import anndata as ad
@@ -20,10 +21,12 @@ from scipy import sparse
 
 from virtualcell import _keys
 from virtualcell._progress import Bar
+from virtualcell._settings import settings
 from virtualcell._tasks import in_tasks
+from virtualcell._threads import share_threads
 from virtualcell.data._design import Design
 from virtualcell.data._fingerprint import digest
-from virtualcell.data._threads import in_threads
+from virtualcell.data._threads import in_threads, most_threads
 from virtualcell.io._cell_store import CellStore, made_for
 from virtualcell.models._base import PerturbationModel
 from virtualcell.models._start import Start
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     from distributed import Client
 
 _PORTION = 8192  # cells that are written together
+_COPIES = 6  # of the cells of a group, while a model predicts them
 _TASK = 4  # groups that a worker predicts at a time
 
 
@@ -103,12 +107,19 @@ class Predictions:
             yield from groups
 
     def some_groups(self, numbers: Iterable[int], *, with_control: bool) -> Iterator[Group]:
-        """Yield groups by their numbers: the model predicts in the caller's thread, and others make cells meanwhile."""
+        """Yield groups by their numbers, several of which are predicted and made into cells at the same time."""
         place = self.order.get_indexer(pd.Index(self.genes))
         in_order = np.array_equal(place, np.arange(len(place)))
+        n_together = self._predicted_together()
+        turns = BoundedSemaphore(n_together)
+        if self.emit == "cells":
+            for _, in_genes in self.starts:
+                _ = in_genes.counted  # once, before several threads want them
 
-        def made(predicted: tuple[Asked, Start, Start, Effect, np.ndarray]) -> Group:
-            question, start, in_genes, effect, error = predicted
+        def made(number: int) -> Group:
+            question, (start, in_genes) = self._group(number)
+            with turns:
+                effect, error = self._effect(question, start, in_genes)
             if self.emit == "cells":
                 cells = _cells(effect, in_genes, self.design, self.genes, self.seed, with_control=with_control)
             else:
@@ -124,17 +135,20 @@ class Predictions:
                 cells.obs[_keys.EXPECTED_ERROR] = np.sqrt(2 / np.pi) * error.mean()
             return Group(cells, question.name, start.context, effect.change, error)
 
-        yield from in_threads(made, self._effects(numbers))
+        yield from in_threads(made, numbers, begin=partial(share_threads, most_threads() // n_together))
 
-    def _effects(self, numbers: Iterable[int]) -> Iterator[tuple[Asked, Start, Start, Effect, np.ndarray]]:
-        for number in numbers:
-            question, (start, in_genes) = self._group(number)
-            effect = question.effect(
-                self.model, start, in_genes, columns=self.columns, n_cells=self.n_cells, seed=self.seed
-            )
-            errors = [self._error(start, name) for name in question.around]
-            # at a dose between two that were measured, the larger of theirs
-            yield question, start, in_genes, effect, np.max(errors, axis=0)
+    def _predicted_together(self) -> int:
+        """Count the groups whose dense cells may be in memory at the same time."""
+        n_cells = max((max(len(start.names), self.n_cells or 0) for start, _ in self.starts), default=0)
+        each = _COPIES * 4 * n_cells * max(len(self.model.genes), 1)
+        return int(np.clip(settings.max_memory * 1e9 // max(each, 1), 1, most_threads()))
+
+    def _effect(self, question: Asked, start: Start, in_genes: Start) -> tuple[Effect, np.ndarray]:
+        """Return what the model predicts, and the standard error of the predicted change of each gene."""
+        how = {"columns": self.columns, "n_cells": self.n_cells, "seed": self.seed}
+        effect = question.effect(self.model, start, in_genes, **how)
+        # at a dose between two that were measured, the larger error of theirs
+        return effect, np.max([self._error(start, name) for name in question.around], axis=0)
 
     def _error(self, start: Start, perturbation: str) -> np.ndarray:
         """Return the standard error of the predicted change of each gene, NaN where the model knows none."""
@@ -262,7 +276,7 @@ def _cells(
 
 def _mean(effect: Effect, start: Start, design: Design) -> AnnData:
     """Predicted mean profile of one perturbation and context, with its labels."""
-    before = start.dense(effect.rows).mean(axis=0, dtype=np.float64, keepdims=True)
+    before = start.mean_of(effect.rows)[None]
     after = np.maximum(before + effect.change, 0).astype(np.float32)
     name = effect.perturbation if design.context_key is None else f"{start.context}-{effect.perturbation}"
     frame = pd.DataFrame(_labels(effect, start, design), index=[name])
