@@ -29,7 +29,9 @@ GENES, EXPRESSED, MODELLED, OF_MODELLED = 20_000, 2_500, 2_000, 400  # of an atl
 PASSES = 20  # of a default fit below 20,000 steps; above, as many cells as these steps show
 SHOWN = 20_000 * 64 * 64  # at most by a default fit on a GPU: steps x sets x cells
 SIZES = (10**5, 10**6, 10**8)
-_PLACE = re.compile(r"^<!-- cost model -->\n(?:.+\n)*", flags=re.M)
+# of a parameter that a process has: weight, gradient, two moments of AdamW, and the weight of the last look at losses
+OWNED, PUT_TOGETHER = 4 * (1 + 1 + 2 + 1), 4 * (1 + 1)  # and of one that is put together: weight and gradient
+GPUS = (1, 2, 4, 8)
 
 
 def flops(function: Callable[[], object]) -> int:
@@ -141,6 +143,31 @@ def table(found: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def of_sharded() -> dict[str, object]:
+    """Bytes a GPU that training an SE of SE-600M's size takes, when its states are divided, but for activations."""
+    options = {k: v for k, v in SE_SIZES["large"].items() if k not in ("length", "n_targets")}
+    with torch.device("meta"):
+        network = SENetwork(SEConfig(n_token=5120, **options))
+    layers = network.transformer_encoder.layers
+    whole = n_parameters(network)
+    # the root, and the layer that computes and the next one
+    together = whole - n_parameters(layers) + 2 * n_parameters(layers[0])
+    bytes_of = {n: OWNED * whole // n + (PUT_TOGETHER * together if n > 1 else 0) for n in GPUS}
+    return {"parameters": whole, "bytes per GPU": bytes_of}
+
+
+def sharded_table(found: dict) -> str:
+    columns = [f"{n} GPU{'s' if n > 1 else ''}" for n in found["bytes per GPU"]]
+    sizes = [amount(n, "B") for n in found["bytes per GPU"].values()]
+    return "\n".join([header(["", *columns]), row([f"{found['parameters'] / 1e6:.0f} M parameters", *sizes])])
+
+
+def put(page: Path, place: str, text: str) -> None:
+    """Write a table behind its mark."""
+    mark = re.compile(rf"^<!-- {place} -->\n(?:.+\n)*", flags=re.M)
+    page.write_text(mark.sub(lambda _: f"<!-- {place} -->\n{text}\n", page.read_text()))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
@@ -148,14 +175,15 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     found = paths()
-    text = table(found)
-    print(text)
+    divided = of_sharded()
+    print(table(found), sharded_table(divided), sep="\n\n")
     if args.json:
         assumed = {"genes": GENES, "expressed": EXPRESSED, "modelled": MODELLED, "expressed_of_modelled": OF_MODELLED}
-        args.json.write_text(json.dumps({"assumed": assumed, "paths": found}, indent=1) + "\n")
+        result = {"assumed": assumed, "paths": found, "training SE, large, divided": divided}
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
     if args.page:
-        page = args.page.read_text()
-        args.page.write_text(_PLACE.sub(lambda _: f"<!-- cost model -->\n{text}\n", page))
+        put(args.page, "cost model", table(found))
+        put(args.page, "divided", sharded_table(divided))
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def test_a_misspelt_option_is_named_with_the_closest() -> None:
         ({"gradient_clip": -1}, "gradient_clip=-1 .* Use 0 for gradients that are not clipped"),
         ({"early_stopping": "yes"}, "early_stopping='yes' is neither True nor False"),
         ({"accelerator": "gpus"}, "accelerator='gpus' is unknown. Valid: 'auto', 'cpu', 'gpu', 'cuda', 'mps'"),
-        ({"strategy": "fsdp"}, "strategy='fsdp' is unknown. Valid: 'auto', 'ddp', 'ddp_spawn'"),
+        ({"strategy": "deepspeed"}, "strategy='deepspeed' is unknown. Valid: 'auto', 'ddp', 'ddp_spawn'"),
         ({"precision": "bf16-true"}, "weights stay in float32. Use 'bf16-mixed'"),
         ({"precision": "16-true"}, "weights stay in float32. Use '16-mixed'"),
         ({"precision": "bf16"}, "precision='bf16' is unknown. Valid: '32-true', 'bf16-mixed', '16-mixed'"),

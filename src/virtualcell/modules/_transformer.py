@@ -62,6 +62,8 @@ class GatedMLP(nn.Module):
 class LlamaLayer(nn.Module):
     """x <- x + attention(RMSNorm x); x <- x + SwiGLU(RMSNorm x)."""
 
+    is_unit = True  # of a network that is divided among GPUs: its weights are put together when it is called
+
     def __init__(self, n_hidden: int, n_heads: int, head_dim: int, n_feedforward: int) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(n_hidden, eps=1e-6)
@@ -101,6 +103,8 @@ class PostNormLayer(nn.Module):
 
     Where matrices have 16 bits, so has what they are multiplied with; x itself keeps its 32.
     """
+
+    is_unit = True
 
     def __init__(self, n_hidden: int, n_heads: int, n_feedforward: int, dropout: float) -> None:
         super().__init__()

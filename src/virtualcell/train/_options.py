@@ -26,7 +26,7 @@ _NUMBERS = {
 _FLAGS = ("early_stopping", "progress_bar", "resume")
 _CHOICES = {
     "accelerator": ("auto", "cpu", "gpu", "cuda", "mps"),
-    "strategy": ("auto", "ddp", "ddp_spawn", "ddp_fork", "ddp_notebook"),
+    "strategy": ("auto", "ddp", "ddp_spawn", "ddp_fork", "ddp_notebook", "fsdp"),
     "precision": ("32-true", "bf16-mixed", "16-mixed"),
 }
 _REMEDIES = {
@@ -92,7 +92,8 @@ class TrainOptions:
     strategy
         How several devices are used. "ddp" starts the script once for each device; "ddp_spawn" starts processes from
         a script whose main part is guarded by `if __name__ == "__main__"`; "ddp_notebook" ("ddp_fork") forks, which
-        notebooks need. "auto" is "ddp", in notebooks "ddp_notebook".
+        notebooks need. "fsdp", which starts the script like "ddp", divides weights, gradients and the optimiser's
+        states among the devices too, for networks that do not fit on one. "auto" is "ddp", in notebooks "ddp_notebook".
     precision
         "32-true", or "bf16-mixed" and "16-mixed", which compute in 16 bits on GPUs and keep weights in 32. They
         are faster for large networks, and an ST can lose its gradients by them.

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
 from virtualcell._state import State
 from virtualcell.train._quiet import random_state_kept, random_states, set_random_states, set_seed, silence
+from virtualcell.train._sharded import Sharded, divided_like, part, whole
 from virtualcell.train._step import Step
 
 if TYPE_CHECKING:
@@ -79,6 +81,7 @@ class TrainingPlan(pl.LightningModule):
         self.failure = ""  # why training had to stop
         self.steps_done = 0
         self._step: Step | None = None
+        self._sharded: Sharded | None = None
         self.shown_loss = math.nan  # mean since the last entry of the history, for the progress bar
         self._goes_on_from: State | None = None
 
@@ -93,6 +96,12 @@ class TrainingPlan(pl.LightningModule):
     def set_extra_state(self, state: dict) -> None:
         """Take over what :meth:`get_extra_state` returned."""
         self.history, self.failure, self.steps_done = state["history"], state["failure"], state["steps_done"]
+
+    def configure_model(self) -> None:
+        """Divide the network among the processes, where that is the strategy."""
+        if isinstance(self.trainer.strategy, ModelParallelStrategy) and self._sharded is None:
+            self._sharded = Sharded(self.network, self.loss, self.trainer.strategy.root_device)
+            self.network, self.loss = self._sharded.network, self._sharded.loss
 
     # -- optimiser ----------------------------------------------------------------------------------------------------
 
@@ -128,7 +137,7 @@ class TrainingPlan(pl.LightningModule):
 
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: object, **__: object) -> None:
         """Clip the gradient's norm, and watch it: a finite loss may have a gradient that is not."""
-        norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.options.gradient_clip or math.inf)
+        norm = whole(nn.utils.clip_grad_norm_(self.network.parameters(), self.options.gradient_clip or math.inf))
         if self.options.precision != "16-mixed":  # where overflows are expected, and such steps left out
             self._training.watch(norm, self.steps_done)
 
@@ -186,8 +195,11 @@ class TrainingPlan(pl.LightningModule):
             self.trainer.should_stop = True  # after which Lightning validates once more, whatever the step
 
     def on_train_end(self) -> None:
-        """Free the copy of the weights, and the recording."""
+        """Free the copy of the weights, and the recording; put together what was divided."""
         self._step = None
+        if self._sharded is not None:
+            self.network, self.loss = self._sharded.put_together()
+            self._sharded = None
         del self._training, self._finite_weights
 
     # -- validation ---------------------------------------------------------------------------------------------------
@@ -208,6 +220,8 @@ class TrainingPlan(pl.LightningModule):
     def on_validation_end(self) -> None:
         """Enter the losses into the history, and stop where they are not finite or no longer fall."""
         self._kept.close()
+        if self._sharded is not None:
+            self._sharded.put_apart()
         if self.failure:
             return
         bad = self._first_bad(self._validating)
@@ -235,11 +249,13 @@ class TrainingPlan(pl.LightningModule):
         """
         history = {name: list(values.items()) for name, values in self.history.items()}
         meta: dict = {"steps_done": self.steps_done, "is_finished": is_finished, "history": history}
-        tensors = {f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}
+        tensors = {f"network.{name}": self._on_first(tensor) for name, tensor in self.network.state_dict().items()}
         if not is_finished:
             meta["scaling"] = self.trainer.precision_plugin.state_dict()
             of_optimizer = self.trainer.optimizers[0].state_dict()["state"]
-            tensors |= {f"optimizer.{i}.{k}": tensor for i, one in of_optimizer.items() for k, tensor in one.items()}
+            tensors |= {
+                f"optimizer.{i}.{k}": self._on_first(t) for i, one in of_optimizer.items() for k, t in one.items()
+            }
             sums = {**self._training.sums, "weight": torch.tensor(float(self._training.weight))}
             tensors |= {f"sums.{name}": self._of_all(tensor) for name, tensor in sums.items()}
             tensors |= {f"random.{kind}": self._of_all(state) for kind, state in random_states(self.device).items()}
@@ -254,22 +270,31 @@ class TrainingPlan(pl.LightningModule):
 
     def _take_rest(self, state: State) -> None:
         optimizer, of_optimizer = self.trainer.optimizers[0], {}
+        parameters = list(self.network.parameters())
         for key, tensor in _named("optimizer.", state.tensors).items():
             i, name = key.split(".")
-            of_optimizer.setdefault(int(i), {})[name] = tensor
+            of_optimizer.setdefault(int(i), {})[name] = divided_like(parameters[int(i)], tensor)
         optimizer.load_state_dict({**optimizer.state_dict(), "state": of_optimizer})
         self.trainer.precision_plugin.load_state_dict(state.meta["scaling"])
         # by which Lightning finds the steps to validate after
         self.trainer.fit_loop.epoch_loop.batch_progress.total.ready = self.steps_done
         sums, states = _named("sums.", state.tensors), _named("random.", state.tensors)
         if len(sums["weight"]) != self.trainer.world_size or set(states) != set(random_states(self.device)):
-            logger.warning(
-                "%s goes on with other devices than before: the same steps, with other random numbers.", self.name
-            )
+            if self.global_rank == 0:
+                logger.warning(
+                    "%s goes on with other devices than before: the same steps, with other random numbers.", self.name
+                )
             return
         set_random_states({kind: of_all[self.global_rank].clone() for kind, of_all in states.items()}, self.device)
         self._training.weight = int(sums.pop("weight")[self.global_rank])
         self._training.sums = {name: of_all[self.global_rank].to(self.device) for name, of_all in sums.items()}
+
+    def _on_first(self, tensor: Tensor) -> Tensor:
+        """Return a tensor as a whole, which, where it is divided, the first process alone keeps."""
+        if self._sharded is None:
+            return tensor
+        tensor = whole(tensor)
+        return tensor.cpu() if self.global_rank == 0 else tensor.new_empty(0)
 
     def _of_all(self, tensor: Tensor) -> Tensor:
         """Return the tensors of all processes in one, (n_processes, ...), on the CPU."""
@@ -321,7 +346,8 @@ class TrainingPlan(pl.LightningModule):
         )
 
     def _weights(self) -> list[Tensor]:
-        return [*self.network.parameters(), *self.network.buffers()]
+        """Return what this process holds of the network."""
+        return [part(tensor) for tensor in (*self.network.parameters(), *self.network.buffers())]
 
 
 def _named(beginning: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

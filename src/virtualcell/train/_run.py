@@ -12,7 +12,7 @@ from typing import Protocol
 import lightning.pytorch as pl
 import pandas as pd
 import torch
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
@@ -107,9 +107,9 @@ def fit(
     """Train a network, which afterwards holds the trained weights, is in evaluation mode and on the device it was on.
 
     The number of steps, their learning rates and, for a loss that is a mean over its batch, the losses are the same
-    whatever the number of processes. With the strategy "ddp" every process is a run of the caller's script and each has
-    the trained network in the end; "ddp_spawn" and "ddp_notebook" train in processes of their own, and weights and
-    history are copied back to the caller's. "ddp_spawn" needs a `loss` and `batches` that can be pickled.
+    whatever the number of processes. With the strategies "ddp" and "fsdp" every process is a run of the caller's script
+    and each has the trained network in the end; "ddp_spawn" and "ddp_notebook" train in processes of their own, and
+    weights and history are copied back to the caller's. "ddp_spawn" needs a `loss` and `batches` that can be pickled.
 
     Parameters
     ----------
@@ -181,6 +181,8 @@ def _checked(options: TrainOptions, validation: Batches | None) -> TrainOptions:
             "early_stopping=True needs validation cells: give val_fraction > 0 or a split with 'val', or use "
             "early_stopping=False."
         )
+    if options.strategy == "fsdp" and options.precision == "16-mixed":
+        raise ValueError("precision='16-mixed' and strategy='fsdp' do not go together. Use '32-true' or 'bf16-mixed'.")
     return options
 
 
@@ -192,8 +194,7 @@ def _trainer(plan: TrainingPlan, callbacks: list[pl.Callback]) -> tuple[pl.Train
         return pl.Trainer(
             accelerator=options.accelerator,
             devices=1 if options.devices == "auto" else options.devices,
-            # parts of a network may take no part in a step (a dataset token with one data set)
-            strategy=strategy if strategy == "auto" else f"{strategy}_find_unused_parameters_true",
+            strategy=_of_lightning(strategy),
             precision=options.precision,
             max_epochs=1,
             val_check_interval=plan.validate_every,
@@ -220,8 +221,20 @@ def _trainer(plan: TrainingPlan, callbacks: list[pl.Callback]) -> tuple[pl.Train
     return trainer, strategy
 
 
+def _of_lightning(strategy: str) -> str | Strategy:
+    if strategy == "fsdp":
+        return ModelParallelStrategy()  # which leaves it to the plan how a network is divided
+    # parts of a network may take no part in a step (a dataset token with one data set)
+    return strategy if strategy == "auto" else f"{strategy}_find_unused_parameters_true"
+
+
 def _check_processes(options: TrainOptions, trainer: pl.Trainer) -> None:
     n = trainer.world_size
+    if options.strategy == "fsdp" and n == 1:
+        raise ValueError(
+            f"strategy='fsdp' divides a network among several devices, and devices={options.devices!r} is one. Say "
+            "devices=2 or more, or leave strategy out."
+        )
     if options.batch_size % n:
         raise ValueError(
             f"batch_size={options.batch_size} does not divide by {n} processes. Use batch_size="
@@ -245,16 +258,16 @@ def _was_finished(plan: TrainingPlan, file: TrainingFile | None) -> bool:
 
 
 def _train(plan: TrainingPlan, trainer: pl.Trainer, strategy: str) -> None:
-    home = next(plan.network.parameters()).device
+    network, home = plan.network, next(plan.network.parameters()).device
     _log_start(plan, trainer)
     started = time.perf_counter()
     # forked and spawned processes have generators of their own; a GPU must not be opened before a fork
-    here = strategy in ("auto", "ddp")
+    here = strategy in ("auto", "ddp", "fsdp")
     try:
         with random_state_kept(trainer.strategy.root_device if here else torch.device("cpu")):
             _run(plan, trainer)
     finally:
-        plan.network.to(home).eval()
+        network.to(home).eval()
     if trainer.is_global_zero and not plan.failure:
         _log_end(plan, time.perf_counter() - started)
 
