@@ -9,8 +9,12 @@ import secrets
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+
+import filelock
 
 from virtualcell._settings import settings
 
@@ -21,7 +25,7 @@ except ImportError:  # of Windows, where nothing is removed
 
 logger = logging.getLogger(__name__)
 
-_LOCK = "in_use.lock"
+_LOCK, _MAKING = "in_use.lock", "in_the_making.lock"
 # beginnings of names of entries that are of no use after the process that made them
 _OF_PROCESS = _SESSION, _SCRATCH, _REMOVED = "session-", "scratch-", "removed-"
 
@@ -46,6 +50,18 @@ class Hold:
         for index in folder.glob("*.json"):
             with contextlib.suppress(OSError):  # of a cache that another user keeps
                 os.utime(index)
+
+
+@contextmanager
+def made_alone(folder: Path) -> Iterator[None]:
+    """Wait until no other process makes an entry, and keep others waiting while this one does."""
+    with filelock.FileLock(folder / _MAKING):
+        yield
+
+
+def is_of_process(folder: Path) -> bool:
+    """Tell whether an entry is of no use after the process that made it."""
+    return folder.name.startswith(_OF_PROCESS)
 
 
 class Scratch(tempfile.TemporaryDirectory):

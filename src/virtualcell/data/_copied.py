@@ -18,7 +18,7 @@ from scipy import sparse
 
 from virtualcell._files import put_in_place
 from virtualcell._progress import Bar
-from virtualcell.data._cache import Hold, Scratch, home, make_room
+from virtualcell.data._cache import Hold, Scratch, home, is_of_process, made_alone, make_room
 from virtualcell.data._stored import StoredMatrix, canonical_rows, ranges
 
 if TYPE_CHECKING:
@@ -52,17 +52,23 @@ def copy_of(matrix: LazyMatrix, *, make: bool) -> CopiedRows | None:
     if folder is None or (not make and not CopiedRows.is_whole(folder)):
         return None
     hold = Hold(folder)
-    if not CopiedRows.is_whole(folder):
-        _make(matrix, hold.folder)
+    with made_alone(hold.folder):
+        if not CopiedRows.is_whole(folder):
+            _make(matrix, folder)
     if (copy := _OPEN.get(folder)) is None:  # whoever maps files twice has their pages twice
         _OPEN[folder] = copy = CopiedRows(folder)
     return copy
 
 
+def key_of(matrix: LazyMatrix) -> str:
+    """Return what tells a matrix from any other: where it is, when it was written, and some of its rows."""
+    known = repr((_VERSION, matrix.shape, matrix.source)).encode()
+    return hashlib.sha256(known + matrix.sample()).hexdigest()[:24]
+
+
 def _folder_of(matrix: LazyMatrix, *, make: bool) -> Path | None:
     """Return where the copy of a matrix is or is to be: in the cache folder, or in one for this session alone."""
-    known = repr((_VERSION, matrix.shape, matrix.source)).encode()
-    key = hashlib.sha256(known + matrix.sample()).hexdigest()[:24]
+    key = key_of(matrix)
     if matrix.source is not None:
         return home() / key
     if key not in _OF_SESSION:
@@ -210,6 +216,11 @@ class CopiedRows(StoredMatrix):
             return False
         n_blocks = len(json.loads((folder / _INDEX).read_text())["edges"]) - 1
         return all(_is_finished(folder, i) for i in range(n_blocks))
+
+    @property
+    def key(self) -> str | None:
+        """What tells the matrix from any other."""
+        return None if is_of_process(self.folder) else self.folder.name
 
     @property
     def entries_per_cell(self) -> float:

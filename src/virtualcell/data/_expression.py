@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -191,6 +192,17 @@ class Expression:
     def entries_per_cell(self) -> float:
         """Mean number of stored entries of a cell, of all columns."""
         return self._matrix.entries_per_cell
+
+    @property
+    def key(self) -> str | None:
+        """What tells these rows from any others, in any process; `None` of a matrix that nothing tells apart."""
+        if (of_matrix := self._matrix.key) is None:
+            return None
+        self._check()  # which sums up library sizes
+        arrays = self._index, self._columns, self._found.sizes if self.unit == "log1p" else None
+        digests = [None if a is None else hashlib.sha256(np.ascontiguousarray(a)).hexdigest() for a in arrays]
+        known = of_matrix, self.unit, self.scale, self.target_sum, self._found.is_noisy, *digests
+        return hashlib.sha256(repr(known).encode()).hexdigest()[:24]
 
     @property
     def in_memory(self) -> bool:

@@ -15,7 +15,7 @@ from anndata import abc
 from scipy import sparse
 
 from virtualcell._settings import settings
-from virtualcell.data._copied import copy_of
+from virtualcell.data._copied import copy_of, key_of
 from virtualcell.data._stored import StoredMatrix, canonical_rows, compressed
 
 _GAP = 32
@@ -42,6 +42,11 @@ class LazyMatrix(StoredMatrix):
     @abstractmethod
     def source(self) -> tuple | None:
         """What tells this matrix from any other, also after it was changed in place; `None` where nothing does."""
+
+    @property
+    def key(self) -> str | None:
+        """What tells this matrix from any other, and its copy too."""
+        return None if self.source is None else key_of(self)
 
     @property
     def chunk(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from functools import cached_property
 from pathlib import Path
@@ -14,11 +15,14 @@ from scipy import sparse
 from torch import Tensor
 
 from virtualcell._files import put_in_place
-from virtualcell.data._cache import Scratch
+from virtualcell.data._cache import Hold, Scratch, home, made_alone, make_room
 from virtualcell.data._expression import Expression
 from virtualcell.data._stored import ranges
 
+logger = logging.getLogger(__name__)
+
 _INDEX = "packed.json"
+_VERSION = 1
 
 
 class PackedRows:
@@ -40,9 +44,12 @@ class PackedRows:
     def __init__(self, indptr: Tensor, genes: Tensor, values: Tensor, n_genes: int) -> None:
         self.indptr, self.genes, self.values, self.n_genes = indptr, genes, values, n_genes
         self._scipy: sparse.csr_matrix | None = None
-        self._home: Scratch | None = None  # kept for as long as the store
+        self._folder: Path | None = None  # where it is mapped from
+        self._kept_by: Hold | Scratch | None = None  # which keeps these files for as long as the store lives
 
     def __reduce__(self) -> tuple:
+        if self._folder is not None:
+            return type(self).open, (self._folder,)  # another process maps the same files
         return type(self), (self.indptr, self.genes, self.values, self.n_genes)  # once, not twice
 
     @property
@@ -77,7 +84,7 @@ class PackedRows:
             Precision of the values; float16 keeps 3 to 4 digits, up to 65,504.
         folder
             Write the store there and map it from disk, in place of holding it in memory. Of a matrix that is not in
-            memory the store is not either, but in the cache folder, for as long as it is used.
+            memory the store is not either, but in the cache folder, where other processes and later calls find it.
 
         Raises
         ------
@@ -85,24 +92,45 @@ class PackedRows:
             For values that float16 cannot hold.
         """
         if folder is None and not expression.in_memory:
-            home = Scratch()
-            packed = cls.pack(expression, dtype=dtype, folder=home.name)
-            packed._home = home
-            return packed
+            return cls._kept(expression, dtype)
+        return cls._packed(expression, dtype, folder)
+
+    @classmethod
+    def _kept(cls, expression: Expression, dtype: str) -> Self:
+        """Return the store that the cache has of a matrix on disk; the first process that asks for it packs it."""
+        key = expression.key
+        kept = Scratch() if key is None else Hold(home() / f"packed-{key}-{dtype}-{_VERSION}")
+        folder = Path(kept.name) if isinstance(kept, Scratch) else kept.folder
+        with made_alone(folder):
+            if not (folder / _INDEX).exists():
+                logger.info("%d cells x %d genes are packed in %s.", expression.n_cells, len(expression.genes), folder)
+                cls._packed(expression, dtype, folder, goes_on=True)
+                make_room()
+        store = cls.open(folder)
+        store._kept_by = kept
+        return store
+
+    @classmethod
+    def _packed(
+        cls, expression: Expression, dtype: str, folder: str | os.PathLike | None, *, goes_on: bool = False
+    ) -> Self:
         n_genes = len(expression.genes)
         gene_type = np.int32 if folder is None and dtype == "float32" else _gene_type(n_genes)
-        sizes, out = [np.zeros(1, np.int64)], _Writer(folder, {"genes": gene_type, "values": np.dtype(dtype)})
-        for _, block in expression.blocks():
+        out = _Writer(folder, {"genes": gene_type, "values": np.dtype(dtype), "lengths": np.dtype(np.int64)})
+        slices = expression.slices()
+        first = out.begin([rows.start for rows in slices] if goes_on else [])
+        for rows in slices:
+            if rows.start < first:
+                continue
+            block = expression.rows(rows)
             if block.data.max(initial=0) > np.finfo(dtype).max:
                 raise ValueError(f"dtype={dtype!r} cannot hold {block.data.max():.4g}. Say dtype='float32'.")
-            sizes.append(np.diff(block.indptr).astype(np.int64))
-            out.add(genes=block.indices.astype(gene_type), values=block.data.astype(dtype))
-        indptr = np.cumsum(np.concatenate(sizes))
+            out.add(genes=block.indices, values=block.data, lengths=np.diff(block.indptr))
+        indptr = np.concatenate([np.zeros(1, np.int64), np.cumsum(out.whole("lengths"))])
         if folder is None:
-            return cls(torch.from_numpy(indptr), out.tensor("genes"), out.tensor("values"), n_genes)
-        np.save(Path(folder) / "indptr.npy", indptr)
-        described = {"n_genes": n_genes, "genes": np.dtype(gene_type).name, "values": dtype}
-        put_in_place(Path(folder) / _INDEX, lambda part: part.write_text(json.dumps(described)))
+            genes, values = (torch.from_numpy(out.whole(name)) for name in ("genes", "values"))
+            return cls(torch.from_numpy(indptr), genes, values, n_genes)
+        out.finish(indptr, {"n_genes": n_genes, "genes": np.dtype(gene_type).name, "values": dtype})
         return cls.open(folder)
 
     @classmethod
@@ -127,10 +155,15 @@ class PackedRows:
             if not n:
                 return torch.from_numpy(np.empty(0, dtype))
             if (folder / name).stat().st_size != n * dtype.itemsize:
-                raise ValueError(f"{folder / name} is cut off or of another store. Pack the cells again.")
+                raise ValueError(
+                    f"{folder / name} is cut off or of another store. Pack the cells again: remove the folder."
+                )
             return torch.from_numpy(np.memmap(folder / name, dtype=dtype, mode="c", shape=(n,)))
 
-        return cls(torch.from_numpy(indptr), mapped("genes"), mapped("values"), described["n_genes"])
+        store = cls(torch.from_numpy(indptr), mapped("genes"), mapped("values"), described["n_genes"])
+        store._folder = folder
+        store._kept_by = Hold(folder) if folder.parent == home() else None
+        return store
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -229,26 +262,55 @@ class _Writer:
     def __init__(self, folder: str | os.PathLike | None, dtypes: dict[str, np.dtype | type]) -> None:
         self.folder, self.dtypes = None if folder is None else Path(folder), dtypes
         self.blocks: dict[str, list[np.ndarray]] = {name: [] for name in dtypes}
-        if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / _INDEX).unlink(missing_ok=True)  # it comes last: an interrupted store is none
-            for name in dtypes:
-                (self.folder / name).unlink(missing_ok=True)
+
+    def begin(self, starts: list[int]) -> int:
+        """Return the row to go on from, the last of `starts` before which all was written, or 0 to begin anew."""
+        if self.folder is None:
+            return 0
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / _INDEX).unlink(missing_ok=True)  # it comes last: an interrupted store is none
+        paths = {name: self.folder / name for name in self.dtypes}
+        if all(path.exists() for path in paths.values()):
+            lengths = np.fromfile(paths["lengths"], np.int64)
+            first = max((start for start in starts if start <= len(lengths)), default=0)
+            n = {"genes": (n_entries := int(lengths[:first].sum())), "values": n_entries, "lengths": first}
+            sizes = {name: n[name] * np.dtype(dtype).itemsize for name, dtype in self.dtypes.items()}
+            if first and all(paths[name].stat().st_size >= size for name, size in sizes.items()):
+                for name, size in sizes.items():
+                    os.truncate(paths[name], size)
+                return first
+        for path in paths.values():
+            path.unlink(missing_ok=True)
+            path.touch()
+        return 0
 
     def add(self, **arrays: np.ndarray) -> None:
+        """Add a block to each array; the last one tells what is whole."""
         for name, array in arrays.items():
+            array = array.astype(self.dtypes[name])
             if self.folder is None:
                 self.blocks[name].append(array)
             else:
                 with (self.folder / name).open("ab") as file:
                     array.tofile(file)
 
-    def tensor(self, name: str) -> Tensor:
+    def whole(self, name: str) -> np.ndarray:
         """Return all blocks as one, and let go of each when it is copied."""
+        if self.folder is not None:
+            return np.fromfile(self.folder / name, self.dtypes[name])
         blocks, self.blocks[name] = self.blocks[name][::-1], []
         whole, end = np.empty(sum(map(len, blocks)), self.dtypes[name]), 0
         while blocks:
             block = blocks.pop()
             whole[end : end + len(block)] = block
             end += len(block)
-        return torch.from_numpy(whole)
+        return whole
+
+    def finish(self, indptr: np.ndarray, described: dict[str, object]) -> None:
+        """Write the rest of a store, and in the end what says that it is one."""
+        np.save(self.folder / "indptr.npy", indptr)
+        (self.folder / "lengths").unlink()
+        for name in ("genes", "values", "indptr.npy"):
+            with (self.folder / name).open("rb+") as file:
+                os.fsync(file.fileno())  # or a computer that crashes has the index and none of what it is of
+        put_in_place(self.folder / _INDEX, lambda part: part.write_text(json.dumps(described)))

@@ -45,6 +45,11 @@ class StoredMatrix(ABC):
         """Mean number of stored entries of a row; of a lazy matrix, an estimate."""
 
     @property
+    def key(self) -> str | None:
+        """What tells the matrix from any other, in any process; `None` where nothing does."""
+        return None
+
+    @property
     def edges(self) -> np.ndarray:
         """First rows of the blocks that a pass over the matrix reads, and the number of rows: (n_blocks + 1,)."""
         return np.append(np.arange(0, self.shape[0], BLOCK), self.shape[0])
