@@ -10,6 +10,7 @@ from virtualcell.data._cell_sets import CellGroups, SetSampler
 from virtualcell.data._design import Design
 from virtualcell.data._packed import DenseRows, PackedRows
 from virtualcell.data._screen import Screen
+from virtualcell.models import _set_batches
 from virtualcell.models._features import PerturbationTable
 from virtualcell.models._set_batches import (
     MOST_VALIDATION_STEPS,
@@ -152,6 +153,38 @@ def test_rows_are_moved_to_a_device_once_for_training_and_validation(screen, tab
     source.move(meta)
     assert source.rows is moved
     assert moved.values.device == meta
+
+
+def test_rows_that_do_not_fit_on_a_device_stay_and_the_log_says_so(screen, table, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO", "virtualcell")
+    sampler = SetSampler(screen.groups(screen.is_train), set_size=S, sets_per_step=N_SETS, n_steps=N_STEPS)
+    stores = {"memory": PackedRows.pack(screen.expression), "disk": PackedRows.pack(screen.expression, folder=tmp_path)}
+    for place, rows in stores.items():
+        fitting = SetBatches(sampler, SetSource(rows, table), with_base=True)
+        assert not fitting.is_fetched(CPU)
+        with monkeypatch.context() as patch:
+            patch.setattr(_set_batches, "BOUNDED_ON", ("cpu",))
+            source = SetSource(rows, table)
+            fetched, held = (SetBatches(sampler, source, with_base=True, is_validation=v) for v in (False, True))
+            assert fetched.is_fetched(CPU)
+            assert held.is_fetched(CPU)
+            expected, found = (batches.step(3, 0, 1, CPU) for batches in (fitting, fetched))
+        assert set(expected) == set(found)
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
+        assert caplog.text.count(f"They are fetched from {place}, for each step while the GPU works") == 1
+
+
+def test_st_learns_the_same_from_rows_that_are_fetched(build, session_screen, monkeypatch):
+    models = []
+    for bounded in ((), ("cpu",)):
+        monkeypatch.setattr(_set_batches, "BOUNDED_ON", bounded)
+        st = build(session_screen.copy(), n_hidden=16, n_feedforward=16, set_size=8, n_networks=1)
+        st.train(max_steps=12, batch_size=4, validate_every=4, accelerator="cpu", progress_bar=False)
+        models.append(st)
+    one, other = (st.module.state_dict() for st in models)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert all(table.equals(models[1].history[name]) for name, table in models[0].history.items())
+    assert models[0].mixture.head_weights == models[1].mixture.head_weights
 
 
 # -- how long and how large -------------------------------------------------------------------------------------------

@@ -16,12 +16,16 @@ WEIGHT = torch.tensor([[1.0, -2.0, 0.5]])
 
 @dataclass
 class Regression:
-    """`y = x @ WEIGHT.T` in batches of `size` that follow from their number; batch `bad` has a missing value."""
+    """`y = x @ WEIGHT.T` in batches of `size` that follow from their number; batch `bad` has a missing value.
+
+    They are put together ahead where they are `fetched`.
+    """
 
     size: int = 8
     n_steps: int | None = None
     seed: int = 0
     bad: int | None = None
+    fetched: bool = False
 
     def step(self, i: int, rank: int, world_size: int, device: torch.device) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(self.seed * 100_000 + i)
@@ -30,6 +34,9 @@ class Regression:
         if i == self.bad:
             y[-1] = torch.nan  # in the share of the last process
         return {"x": x[rank::world_size].to(device), "y": y[rank::world_size].to(device)}
+
+    def is_fetched(self, device: torch.device) -> bool:
+        return self.fetched
 
     def describe(self, i: int) -> str:
         return f"batch number {i}"

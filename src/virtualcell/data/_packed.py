@@ -175,6 +175,11 @@ class PackedRows:
         """Bytes that the store takes."""
         return sum(t.numel() * t.element_size() for t in (self.indptr, self.genes, self.values))
 
+    @property
+    def on_disk(self) -> bool:
+        """Whether rows are read from disk when they are asked for."""
+        return self._folder is not None
+
     def to(self, device: torch.device | str) -> Self:
         """Return the store on another device, with genes in few bytes; itself where it is there already."""
         device, here = torch.device(device), self.indptr.device
@@ -224,6 +229,8 @@ class PackedRows:
 class DenseRows:
     """Rows of a dense float32 matrix, such as cell embeddings, with the methods of :class:`PackedRows`."""
 
+    on_disk = False
+
     def __init__(self, matrix: Tensor) -> None:
         self.matrix, self.n_genes = matrix, matrix.shape[1]
 
@@ -233,7 +240,7 @@ class DenseRows:
         return self.matrix.numel() * self.matrix.element_size()
 
     def to(self, device: torch.device | str) -> DenseRows:
-        """Return the rows on another device."""
+        """Return the rows on another device; themselves where they are there already."""
         return DenseRows(self.matrix.to(device))
 
     def rows(self, index: np.ndarray) -> Tensor:

@@ -139,6 +139,10 @@ class SentenceBatches:
             "n_shared": torch.tensor(self.n_targets[2]),  # read on the CPU
         }
 
+    def is_fetched(self, device: torch.device) -> bool:
+        """Tell that a step is made where it is asked for: gene embeddings lie on the device."""
+        return False
+
     def rows(self, i: int) -> np.ndarray:
         """Return the rows of all cells of step `i`."""
         places = np.arange(i * self.batch_size, (i + 1) * self.batch_size)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -13,6 +14,12 @@ from torch import Tensor
 from virtualcell.data._cell_sets import CellGroups, SetSampler
 from virtualcell.data._packed import DenseRows, PackedRows, sent
 from virtualcell.models._features import PerturbationTable
+
+logger = logging.getLogger(__name__)
+
+BOUNDED_ON = ("cuda",)  # devices with a memory of their own
+_SHARE = 0.5  # of what is free there, that rows may take
+_CPU = torch.device("cpu")
 
 # A validation looks at no more sets than this many batches hold, spread over all groups.
 MOST_VALIDATION_STEPS = 64
@@ -41,6 +48,26 @@ class SetSource:
     table: PerturbationTable
     batch: np.ndarray | None = None
     genes: PackedRows | None = None
+    _fits: dict[torch.device, bool] = field(default_factory=dict, init=False, repr=False)
+
+    def fits(self, device: torch.device) -> bool:
+        """Tell whether rows may lie on a device, by the memory that was free there when this was first asked."""
+        if device not in self._fits:
+            self._fits[device] = device.type not in BOUNDED_ON or self._is_small(device)
+        return self._fits[device]
+
+    def _is_small(self, device: torch.device) -> bool:
+        stores = [rows for rows in (self.rows, self.genes) if rows is not None]
+        needed = sum(rows.nbytes for rows in stores)
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0  # tests say that a CPU has none
+        if needed <= _SHARE * free:
+            return True
+        logger.info(
+            "The rows that ST is trained on take %.3g GB, more than half of the %.3g GB that are free on the GPU. They "
+            "are fetched from %s, for each step while the GPU works on the one before.",
+            *(needed / 1e9, free / 1e9, "disk" if any(rows.on_disk for rows in stores) else "memory"),
+        )
+        return False
 
     def move(self, device: torch.device) -> None:
         """Put the rows on a device, where they are not there already."""
@@ -79,6 +106,15 @@ class SetBatches:
 
     def step(self, i: int, rank: int, world_size: int, device: torch.device) -> dict[str, Tensor]:
         """Return the share of the sets of step `i` that belongs to a process."""
+        if self.source.fits(device):
+            return self._step(i, rank, world_size, device)
+        return {name: tensor.to(device) for name, tensor in self._step(i, rank, world_size, _CPU).items()}
+
+    def is_fetched(self, device: torch.device) -> bool:
+        """Tell whether steps are put together on the CPU, since the rows do not fit on a device."""
+        return not self.source.fits(device)
+
+    def _step(self, i: int, rank: int, world_size: int, device: torch.device) -> dict[str, Tensor]:
         group, perturbed, control = (part[rank::world_size] for part in self.sampler.step(i))
         source = self.source
         source.move(device)

@@ -13,6 +13,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
 from virtualcell._state import State
+from virtualcell.train._ahead import Ahead, ahead
 from virtualcell.train._quiet import random_state_kept, random_states, set_random_states, set_seed, silence
 from virtualcell.train._sharded import Sharded, divided_like, part, whole
 from virtualcell.train._step import Step
@@ -82,6 +83,7 @@ class TrainingPlan(pl.LightningModule):
         self.steps_done = 0
         self._step: Step | None = None
         self._sharded: Sharded | None = None
+        self._read: dict[str, Ahead | Batches] = {}
         self.shown_loss = math.nan  # mean since the last entry of the history, for the progress bar
         self._goes_on_from: State | None = None
 
@@ -153,6 +155,9 @@ class TrainingPlan(pl.LightningModule):
             self._step = Step(self.network, self.loss, self.trainer.optimizers[0], **options)
         self._finite_steps = self.steps_done
         self._finite_weights = [tensor.detach().clone() for tensor in self._weights()]
+        self._read = {"training": ahead(self.batches, self.options.max_steps, self.device)}
+        if self.validation is not None:
+            self._read["validation"] = ahead(self.validation, self.validation.n_steps, self.device)
 
     def on_train_start(self) -> None:
         """Go on from what was kept."""
@@ -171,7 +176,7 @@ class TrainingPlan(pl.LightningModule):
 
     def training_step(self, i: int, _: int) -> Tensor | None:
         """Return the loss of this process's share of step `i`; or make the step, where Lightning does not."""
-        batch = self._batch(self.batches, i)
+        batch = self._batch("training", i)
         if self.automatic_optimization:
             losses = self.loss(self.network, batch)
             self._training.add(losses, i)
@@ -201,6 +206,14 @@ class TrainingPlan(pl.LightningModule):
             self.network, self.loss = self._sharded.put_together()
             self._sharded = None
         del self._training, self._finite_weights
+        self.close()
+
+    def close(self) -> None:
+        """End the threads that put batches together, also where the training did not come to its end."""
+        for batches in self._read.values():
+            if isinstance(batches, Ahead):
+                batches.close()
+        self._read = {}
 
     # -- validation ---------------------------------------------------------------------------------------------------
 
@@ -214,7 +227,7 @@ class TrainingPlan(pl.LightningModule):
     def validation_step(self, i: int, _: int) -> None:
         """Add the loss of this process's share of batch `i`, weighted by its size."""
         if not self.failure:
-            batch = self._batch(self.validation, i)
+            batch = self._batch("validation", i)
             self._validating.add(self.loss(self.network, batch), i, weight=len(next(iter(batch.values()))))
 
     def on_validation_end(self) -> None:
@@ -307,8 +320,8 @@ class TrainingPlan(pl.LightningModule):
 
     # -- over all processes -------------------------------------------------------------------------------------------
 
-    def _batch(self, batches: Batches, i: int) -> dict[str, Tensor]:
-        return batches.step(i, self.global_rank, self.trainer.world_size, self.device)
+    def _batch(self, stage: str, i: int) -> dict[str, Tensor]:
+        return self._read[stage].step(i, self.global_rank, self.trainer.world_size, self.device)
 
     def _first_bad(self, means: Means) -> int:
         return int(self.trainer.strategy.reduce(means.first_bad.clone(), reduce_op="min"))

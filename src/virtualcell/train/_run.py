@@ -46,6 +46,13 @@ class Batches(Protocol):
         """
         ...
 
+    def is_fetched(self, device: torch.device) -> bool:
+        """Tell whether a device gets what was put together on the CPU, since what it is made of does not fit there.
+
+        Steps, with the CPU as their device, are then asked for by a thread, each while the one before is worked on.
+        """
+        ...
+
     def describe(self, i: int) -> str:
         """Say in a few words what step `i` shows ("contexts A, B"), for error messages."""
         ...
@@ -282,6 +289,8 @@ def _run(plan: TrainingPlan, trainer: pl.Trainer) -> None:
         if isinstance(error.__context__, KeyboardInterrupt):  # which Lightning turns into the end of the program
             raise KeyboardInterrupt from None
         raise
+    finally:
+        plan.close()
 
 
 def _log_start(plan: TrainingPlan, trainer: pl.Trainer) -> None:
