@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from virtualcell._reading import as_damaged, check_h5
+from virtualcell._hdf5 import check_h5
+from virtualcell._reading import as_damaged
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -6,7 +6,6 @@ import errno
 import gzip
 import io
 import json
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,27 +59,6 @@ def _is_bare(error: Exception) -> bool:
 def most_bytes(path: Path) -> int:
     """Return what the content of a compressed file may come to."""
     return _MOST_TIMES * path.stat().st_size + _ALWAYS
-
-
-def check_h5(path: Path, *, most_times: int = 2000) -> None:
-    """Raise for an HDF5 file that does not hang together, or whose arrays are far larger than what is stored of them.
-
-    Its library reserves the size of an array before it finds nothing there, and may not come back from a file whose
-    parts are damaged. Zeros compress by a factor of a thousand, and no more.
-    """
-    import h5py
-
-    with as_damaged(path, "HDF5 file"), h5py.File(path) as file:
-        sizes: list[int] = []
-
-        def look(_: str, found: h5py.Dataset | h5py.Group) -> None:
-            texts = [found.attrs.get_id(name) for name in found.attrs]
-            sizes.extend(math.prod(text.shape or ()) * text.dtype.itemsize for text in texts)
-            if isinstance(found, h5py.Dataset) and found.shape is not None:  # a piece is read as a whole
-                sizes.append(max(found.size, math.prod(found.chunks or ())) * found.dtype.itemsize)
-
-        file.visititems(look)
-        require_room(path, sum(sizes) * _MOST_TIMES // most_times)
 
 
 def require_room(path: Path, n_bytes: int) -> None:

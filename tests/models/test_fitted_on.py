@@ -110,3 +110,25 @@ def test_no_cell_is_read_to_note_it_in_a_fit(cells, fitted, monkeypatch) -> None
     places = [[sums[i] for sums in model.fitted_on.sample] for i in (2, 3) for model in (st, fitted)]
     np.testing.assert_allclose(places[::2], places[1::2], rtol=1e-5)
     assert st.fallback is None or st.fallback.fitted_on == st.fitted_on
+
+
+def test_transfer_notes_its_own_cells_and_no_sources(cells, caplog) -> None:
+    source = {"adata": cells, "perturbation_key": "target_gene", "control": "non-targeting", "scale": "counts"}
+    design = {"perturbation_key": "target_gene", "control": "non-targeting", "context_key": "cell_type"}
+    vc.models.Transfer.setup_anndata(cells, **design, scale="counts")
+    transfer = vc.models.Transfer(cells, {"other": source})
+    transfer.train()
+    additive = vc.tl.fit_baseline(cells, "Additive", **cells.uns["design"], scale="counts")
+    assert transfer.fitted_on == additive.fitted_on
+    changed = cells.copy()
+    changed.X = changed.X.copy()
+    changed.X.data = np.ceil(changed.X.data / 2)
+    (line,) = said(changed, transfer, caplog)
+    assert "64 of 64 control cells" in line
+    # on other genes the sums of cells cannot be compared, in another order they can
+    assert transfer.on_genes(list(cells.var_names[1:])).fitted_on is None
+    assert transfer.on_genes(list(cells.var_names[::-1])).fitted_on == transfer.fitted_on
+    alone = vc.models.Transfer.fit(
+        {"other": source}, perturbation_key="target_gene", control="non-targeting", scale="counts", slope=0.3
+    )
+    assert alone.fitted_on is None

@@ -37,6 +37,9 @@ def main() -> None:
     se.to_arc(HERE / "arc_se")
     table = pd.DataFrame(np.arange(8.0).reshape(4, 2), index=["JAK2", "STAT1", "IRF1", "NA"], columns=["0", "1"])
     ad.AnnData(table.astype(np.float32)).write_h5ad(HERE / "table.h5ad")
+    of_cells = ad.AnnData(sparse.csr_matrix(counts), obs=obs.astype("category"), var=data.var)
+    of_cells.obsm["X_pca"], of_cells.uns["run"] = counts[:, :2], {"name": "x", "sizes": np.arange(3)}
+    of_cells.write_h5ad(HERE / "cells.h5ad", compression="gzip")
     lines = ["#string_protein_id\tpreferred_name", *(f"9.P{i}\tG{i}" for i in range(8))]
     (HERE / "info.txt").write_text("\n".join(lines) + "\n")
 

@@ -3,19 +3,22 @@
     python tests/untrusted/readers.py npz --seconds 60
 
 changes the file of one reader at random for so long, and says what was found. With `atheris` installed the changes are
-led by the branches that they reach (`--atheris`).
+led by the branches of the package that they reach (`--atheris`). benchmarks/fuzz.py runs them one after another.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import gzip
+import importlib
+import inspect
 import io
 import json
 import logging
 import pickle
-import resource
+import pkgutil
 import shutil
 import sys
 import tempfile
@@ -25,6 +28,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import anndata as ad
 import numpy as np
@@ -129,6 +133,15 @@ def gene_features(path: Path) -> pd.DataFrame:
     return vc.pp.gene_features(path, n_comps=2, min_genes=2)
 
 
+def prepare_submission(path: Path) -> None:
+    """A prediction that was written elsewhere becomes a submission: read, checked against the rules, written."""
+    labels = {"perturbation_key": "pert", "control": "NT", "context_key": "ctx", "scale": "counts"}
+    lists = {"genes": [f"G{i}" for i in range(5)], "perturbations": ["A", "B"], "contexts": ["x", "y"], "n_cells": 4}
+    cells = read_cells(path)
+    predicted = cells[cells.obs["pert"] != "NT"] if "pert" in cells.obs else cells
+    vc.tl.prepare_submission(predicted, path.with_suffix(".vcc"), year=2026, overwrite=True, **labels, **lists)
+
+
 def load_here(path: Path) -> object:
     return vc.io.load(path.parent, accelerator="cpu")
 
@@ -166,7 +179,8 @@ READERS: dict[str, Reader] = {
     "csv": Reader("x.csv", lambda: table().to_csv().encode(), vc.pp.read_gene_embeddings),
     "csv.gz": Reader("x.csv.gz", lambda: gzip.compress(table().to_csv().encode(), mtime=0), vc.pp.read_gene_embeddings),
     "h5ad": Reader("x.h5ad", of_corpus("table.h5ad"), vc.pp.read_gene_embeddings),
-    "cells": Reader("x.h5ad", of_corpus("table.h5ad"), read_cells),
+    "cells": Reader("x.h5ad", of_corpus("cells.h5ad"), read_cells),
+    "submission": Reader("x.h5ad", of_corpus("cells.h5ad"), prepare_submission),
     "fasta": Reader("x.fa", lambda: FASTA, isoforms_of_genes),
     "fasta.gz": Reader("x.fa.gz", lambda: gzip.compress(FASTA, mtime=0), isoforms_of_genes),
     "gtf": Reader("x.gtf", lambda: GTF, vc.pp.gene_positions),
@@ -240,50 +254,122 @@ def quiet() -> None:
     logging.disable(logging.CRITICAL)
 
 
-def run_at_random(
-    reader: Reader, seconds: float, seed: int, keep: Path | None = None
-) -> tuple[Counter, dict[str, bytes]]:
-    """Change the valid file for so long; count what came of it, and keep one file of each kind of failure."""
-    rng, valid, found, failures = np.random.default_rng(seed), reader.valid(), Counter(), {}
-    end = time.monotonic() + seconds
-    with workplace(reader) as folder:
-        while time.monotonic() < end:
-            content, start = changed(valid, rng), time.monotonic()
-            if keep:  # where the process does not come back
-                (keep / "latest").write_bytes(content)
-            try:
-                found[reader(content, folder)] += 1
-            except Exception as error:
-                last = error.__traceback__
-                while last.tb_next is not None:
-                    last = last.tb_next
-                kind = f"{type(error).__name__} at {last.tb_frame.f_code.co_filename}:{last.tb_lineno}: {error}"[:200]
-                found["failed"] += 1
-                failures.setdefault(kind.split(": ")[0], content)
-                print("failed:", kind, file=sys.stderr)
-            if (took := time.monotonic() - start) > 2:
-                found["slow"] += 1
-                failures.setdefault(f"slow, {took:.1f} s", content)
-    return found, failures
+MOST_MEMORY = 64_000_000  # beyond twice the file: libraries keep buffers of their own
+SLOW = 2.0  # seconds of the processor
 
 
-def run_atheris(reader: Reader, seconds: float, folder: Path) -> None:
+@dataclass
+class Tally:
+    """Reads contents one after another; counts what came of them and keeps one file of each kind of failure."""
+
+    reader: Reader
+    folder: Path
+    keep: Path | None = None
+    report: Path | None = None
+
+    def __post_init__(self) -> None:
+        self.counts: Counter = Counter()
+        self.kinds: dict[str, str] = {}
+        self.most_memory, self._reported = 0, 0.0
+        self.reader(self.reader.valid(), self.folder)  # what is imported at the first file is not that file's memory
+
+    def __call__(self, content: bytes) -> None:
+        if self.keep:  # where the process does not come back
+            (self.keep / "latest").write_bytes(content)
+        before, start = memory_from_here(), time.process_time()
+        try:
+            self.counts[self.reader(content, self.folder)] += 1
+        except Exception as error:
+            last = error.__traceback__
+            while last.tb_next is not None:
+                last = last.tb_next
+            where = f"{type(error).__name__} at {last.tb_frame.f_code.co_filename}:{last.tb_lineno}"
+            self._fail("failed", where, str(error)[:200], content)
+        if (took := time.process_time() - start) > SLOW:
+            self._fail("slow", "slow", f"{took:.1f} s", content)
+        grown = most_memory() - before
+        self.most_memory = max(self.most_memory, grown)
+        if grown > 2 * len(content) + MOST_MEMORY:
+            self._fail("greedy", "memory", f"{grown / 1e6:.0f} MB", content)
+        if self.report and time.monotonic() - self._reported > 1:
+            self.write()
+
+    def _fail(self, result: str, kind: str, told: str, content: bytes) -> None:
+        self.counts[result] += 1
+        if kind not in self.kinds:
+            self.kinds[kind] = told
+            print(f"{result}: {kind}: {told}", file=sys.stderr, flush=True)
+            if self.keep:
+                (self.keep / f"{result}-{len(self.kinds)}").write_bytes(content)
+
+    def summary(self) -> dict[str, object]:
+        memory = round(self.most_memory / 1e6, 1)
+        seconds = round(time.process_time(), 1)
+        return {**self.counts, "kinds": self.kinds, "most_memory_mb": memory, "cpu_seconds": seconds}
+
+    def write(self) -> None:
+        self._reported = time.monotonic()
+        self.report.write_text(json.dumps(self.summary()))
+
+
+def memory_from_here() -> int:
+    """Return the memory of this process in bytes, and let the system note its largest from here on; 0 but on Linux."""
+    if not Path("/proc/self/clear_refs").exists():
+        return 0
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def most_memory() -> int:
+    """Return the largest memory since :func:`memory_from_here`."""
+    return _status("VmHWM")
+
+
+def _status(name: str) -> int:
+    path = Path("/proc/self/status")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+def run_at_random(tally: Tally, seconds: float, seed: int) -> None:
+    """Change the valid file for so long."""
+    rng, valid, end = np.random.default_rng(seed), tally.reader.valid(), time.monotonic() + seconds
+    while time.monotonic() < end:
+        tally(changed(valid, rng))
+
+
+def run_atheris(tally: Tally, seconds: float, seed: int) -> NoReturn:
+    """Change the files that reached new branches of the package, at random or as libFuzzer does; ends the process."""
     import atheris
 
-    def one(content: bytes) -> None:
-        reader(content, folder)
+    for module in pkgutil.walk_packages(vc.__path__, "virtualcell."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    for found in gc.get_objects():  # not those of the libraries: there are a hundred thousand
+        if inspect.isfunction(found) and (found.__module__ or "").startswith(("virtualcell", "yaml")):
+            atheris.instrument_func(found)
 
-    (folder.parent / "inputs").mkdir()
-    (folder.parent / "inputs" / "valid").write_bytes(reader.valid())
-    atheris.instrument_all()
+    valid, work = tally.reader.valid(), tally.folder.parent
+
+    def mutate(content: bytes, most: int, one_seed: int) -> bytes:
+        if one_seed % 4 == 0:
+            return atheris.Mutate(content, most)
+        # a file of a library's own format, changed again and again, no more comes past that library
+        start = content if one_seed % 4 == 1 else valid
+        return changed(start, np.random.default_rng(one_seed))[:most]
+
+    (work / "inputs").mkdir()
+    (work / "inputs" / "valid").write_bytes(valid)
+    # the clock of libFuzzer is the wall's; a machine with other work on it takes longer
     options = [
-        f"-max_total_time={int(seconds)}",
         "-rss_limit_mb=4000",
-        "-timeout=10",
+        "-timeout=60",
         "-verbosity=0",
-        "-print_final_stats=1",
+        f"-max_total_time={int(seconds)}",
+        f"-seed={seed + 1}",
     ]
-    atheris.Setup([sys.argv[0], *options, f"-artifact_prefix={folder.parent}/", str(folder.parent / "inputs")], one)
+    options += ["-max_len=1000000", f"-artifact_prefix={tally.keep or work}/"]
+    atheris.Setup([sys.argv[0], *options, str(work / "inputs")], tally, custom_mutator=mutate)
     atheris.Fuzz()
 
 
@@ -292,25 +378,22 @@ def main() -> None:
     parser.add_argument("reader", choices=[*READERS, "all"])
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--atheris", action="store_true")
+    parser.add_argument("--atheris", action="store_true", help="one reader, for as long as no process dies of it")
     parser.add_argument("--keep", type=Path, help="folder for files that make a reader fail")
+    parser.add_argument("--report", type=Path, help="JSON file for the counts")
     options = parser.parse_args()
     quiet()
-    if options.keep:
-        options.keep.mkdir(parents=True, exist_ok=True)
     for name in READERS if options.reader == "all" else [options.reader]:
-        reader = READERS[name]
-        if options.atheris:
-            with workplace(reader) as folder:
-                run_atheris(reader, options.seconds, folder)
-            return
-        found, failures = run_at_random(reader, options.seconds, options.seed, options.keep)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-        print(f"{name}: {sum(found.values())} inputs, {dict(found)}, largest memory {peak} MB", flush=True)
-        for i, (kind, content) in enumerate(failures.items()):
-            print(f"  {kind}")
-            if options.keep:
-                (options.keep / f"{name.replace(' ', '_')}_{i}").write_bytes(content)
+        keep = options.keep and options.keep / name.replace(" ", "_")
+        if keep:
+            keep.mkdir(parents=True, exist_ok=True)
+        with workplace(READERS[name]) as folder:
+            tally = Tally(READERS[name], folder, keep, options.report)
+            run = run_atheris if options.atheris else run_at_random
+            run(tally, options.seconds, options.seed)
+            print(f"{name}: {tally.summary()}", flush=True)
+            if options.report:
+                tally.write()
 
 
 if __name__ == "__main__":

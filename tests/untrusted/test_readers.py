@@ -7,24 +7,31 @@ import importlib.util
 import io
 import json
 import pickle
+import shutil
 import struct
 import sys
 import tracemalloc
 import warnings
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import anndata as ad
 import h5py
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
 import torch
+from scipy import sparse
 
 import virtualcell as vc
+from virtualcell._files import read_cells
+from virtualcell._hdf5 import check_h5
 from virtualcell._reading import DamagedFileError
 from virtualcell._unpickle import UnsafePickleError, read_pickle, read_torch
 
@@ -56,11 +63,13 @@ def test_changed_files_are_read_or_refused(name: str) -> None:
 
 @pytest.mark.parametrize("path", sorted((HERE / "found").glob("*")), ids=lambda p: p.name)
 def test_files_that_were_found_by_fuzzing(path: Path) -> None:
-    """Each made a reader fail once; its name begins with that of the reader."""
+    """Each made a reader fail once, or fill the memory; its name begins with that of the reader."""
     reader = READERS.READERS[path.name.rsplit("-", 1)[0].replace("_", " ")]
     with warnings.catch_warnings(), READERS.workplace(reader) as folder:
         warnings.simplefilter("ignore")
-        reader(path.read_bytes(), folder)
+        tally = READERS.Tally(reader, folder)
+        tally(path.read_bytes())
+    assert not tally.kinds
 
 
 @pytest.fixture
@@ -99,12 +108,92 @@ def test_arrays_that_are_not_there(tmp_path: Path) -> None:
         vc.pp.read_gene_embeddings(tmp_path / "x.npz")
     with h5py.File(tmp_path / "x.h5ad", "w") as file:
         file.create_dataset("X", (1_000_000, 1_000_000), "f4", chunks=(1000, 1000))
-    with pytest.raises(DamagedFileError, match=r"says that it holds"):
+    with pytest.raises(DamagedFileError, match=r"says that it holds 4,000,000,000,000"):
         vc.pp.read_gene_embeddings(tmp_path / "x.h5ad")
     column = pa.DictionaryArray.from_arrays(pa.array(np.zeros(5_000_000, np.int8)), ["A"])
     pq.write_table(pa.table({f"c{i}": column for i in range(20)}), tmp_path / "x.parquet")
     with pytest.raises(DamagedFileError, match=r"says that it holds"):
         vc.pp.read_gene_embeddings(tmp_path / "x.parquet")
+
+
+PACKED = {
+    "whole": {},
+    "in pieces": {"chunks": (7,)},
+    "packed": {"compression": "gzip", "chunks": (7,)},
+    "shuffled": {"compression": "gzip", "chunks": (7,), "shuffle": True},
+}
+
+
+@pytest.mark.parametrize("kind", PACKED)
+@pytest.mark.usefixtures("few_megabytes")
+def test_texts_that_are_not_there(kind: str, tmp_path: Path) -> None:
+    """An array of texts tells the length of each, which is reserved; here all are one text of a megabyte."""
+    path, how, n = tmp_path / "x.h5ad", PACKED[kind], 100
+    shutil.copy(HERE / "corpus" / "table.h5ad", path)
+    with h5py.File(path, "r+") as file:
+        file["uns"].create_dataset("once", data=["x" * 1_000_000], dtype=h5py.string_dtype())
+        file["uns"].create_dataset("texts", (n,), h5py.string_dtype(), **how)
+        file["uns/texts"][:] = "short"  # so that there is room for all of them
+        at = file["uns/once"].id.get_offset()
+    check_h5(path)
+    reference = path.read_bytes()[at : at + 16]
+    with h5py.File(path, "r+") as file:
+        texts = file["uns/texts"]
+        if texts.chunks is None:
+            at = texts.id.get_offset()
+        else:
+            for start in range(0, n, 7):
+                texts.id.write_direct_chunk((start,), packed(reference * 7, how))
+    if not how:
+        content = bytearray(path.read_bytes())
+        content[at : at + 16 * n] = reference * n
+        path.write_bytes(content)
+    for read in (read_cells, vc.pp.read_gene_embeddings):
+        with pytest.raises(DamagedFileError, match=r"says that it holds 10\d,\d{3},\d{3} that are not in it"):
+            read(path)
+
+
+def packed(content: bytes, how: dict) -> bytes:
+    """Bytes of one piece as HDF5 stores it."""
+    if how.get("shuffle"):
+        content = np.frombuffer(content, np.uint8).reshape(-1, 16).T.tobytes()
+    return zlib.compress(content) if "compression" in how else content
+
+
+def test_arrays_in_other_files(tmp_path: Path) -> None:
+    for name, make in {
+        "link": lambda file: file.__setitem__("uns/there", h5py.ExternalLink("other.h5", "/x")),
+        "raw": lambda file: file["uns"].create_dataset("there", (3,), "f4", external=[("other.bin", 0, 12)]),
+        "joined": lambda file: file["uns"].create_virtual_dataset("there", joined()),
+    }.items():
+        path = tmp_path / f"{name}.h5ad"
+        shutil.copy(HERE / "corpus" / "table.h5ad", path)
+        with h5py.File(path, "r+") as file:
+            make(file)
+        with pytest.raises(DamagedFileError, match="uns/there lies in another file"):
+            read_cells(path)
+
+
+def joined() -> h5py.VirtualLayout:
+    layout = h5py.VirtualLayout((3,), "f4")
+    layout[:] = h5py.VirtualSource("other.h5", "x", (3,))
+    return layout
+
+
+@pytest.mark.parametrize("how", [{}, {"compression": "gzip"}, {"compression": "lzf"}])
+def test_files_of_cells_that_are_sound(how: dict, tmp_path: Path) -> None:
+    """Zeros, empty arrays, long and empty texts, lists, and an array that was made and never filled."""
+    table = pd.DataFrame(index=[f"cell {i}" for i in range(3000)])
+    table["note"], table["kind"] = ["x" * (i % 300) for i in range(3000)], pd.Categorical(["a", "b", "c"] * 1000)
+    data = ad.AnnData(np.zeros((3000, 1000), np.float32), obs=table)
+    data.layers["counts"] = sparse.csr_matrix((3000, 1000))
+    data.uns["empty"], data.uns["text"], data.uns["names"] = np.array([]), "", np.array(["a", "", "b" * 9999], object)
+    data.write_h5ad(tmp_path / "x.h5ad", **how)
+    with h5py.File(tmp_path / "x.h5ad", "r+") as file:
+        file["uns"].create_dataset("unfilled", (1000, 1000), "f8", maxshape=(None, None), chunks=(100, 100))
+        lists = file["uns"].create_dataset("lists", (3,), h5py.vlen_dtype(np.dtype("f8")))
+        lists[0] = np.arange(1000.0)
+    check_h5(tmp_path / "x.h5ad")
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from virtualcell.models._from_start import (
     means_from,
     predict_from,
     rows_from,
+    uncertainty,
     where_measured,
 )
 from virtualcell.models._names import asked_name, name_of, perturbation_name, start_cells
@@ -372,44 +373,4 @@ class PerturbationModel(BaseModelClass):
             frames.append(pd.DataFrame(predicted, index=start.names[rows], columns=model.genes))
         return pd.concat(frames)
 
-    def uncertainty(
-        self,
-        adata: AnnData | MuData | None = None,
-        perturbation: str | None = None,
-        *,
-        context: str | None = None,
-        n_samples: int = 20,
-        seed: int | None = None,
-    ) -> pd.DataFrame:
-        """Estimate the standard error of the predicted mean of each gene: from draws of cells and disagreement.
-
-        Control cells are drawn with replacement `n_samples` times, and each part of the model (heads and networks of
-        an ST, and its transferred effect) predicts from each draw; see
-        `virtualcell.models._mixture.standard_error`. An ST adds the error, common to all parts, that such
-        predictions had where training cells were left out.
-
-        Parameters
-        ----------
-        adata
-            Data with the control cells to start from; the training data where it is `None`.
-        perturbation
-            Name of the perturbation.
-        context
-            Context whose control cells to take; all contexts where it is `None`.
-        seed
-            Seed of the draws; by default `vc.settings.seed`.
-        n_samples
-            Number of draws, at least 2.
-
-        Returns
-        -------
-        Contexts x genes, log(1 + counts per 10,000).
-        """
-        if n_samples < 2:
-            raise ValueError(f"n_samples={n_samples!r}: at least 2 draws are needed for a standard error.")
-        perturbation = asked_name(self, perturbation)
-        errors = {
-            start.context: self.error_from(start, perturbation, n_samples=n_samples, seed=seed_of(seed))
-            for start in starts(start_cells(self, adata), context)
-        }
-        return pd.DataFrame.from_dict(errors, orient="index", columns=self.genes)
+    uncertainty = uncertainty

@@ -6,10 +6,15 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
+import pandas as pd
+from anndata import AnnData
+from mudata import MuData
 
+from virtualcell._settings import seed_of
 from virtualcell.models._common import require_finite
 from virtualcell.models._mixture import standard_error
-from virtualcell.models._start import Start
+from virtualcell.models._names import asked_name, start_cells
+from virtualcell.models._start import Start, starts
 
 if TYPE_CHECKING:
     from virtualcell.models._base import PerturbationModel
@@ -125,3 +130,46 @@ def where_measured(model: PerturbationModel, perturbation: str, context: str) ->
     if len(names) != 1 or names[0] not in model.lookup:
         return "no"
     return "here" if model.design.context_key is None else "somewhere"
+
+
+def uncertainty(
+    self: PerturbationModel,
+    adata: AnnData | MuData | None = None,
+    perturbation: str | None = None,
+    *,
+    context: str | None = None,
+    n_samples: int = 20,
+    seed: int | None = None,
+) -> pd.DataFrame:
+    """Estimate the standard error of the predicted mean of each gene: from draws of cells and disagreement.
+
+    Control cells are drawn with replacement `n_samples` times, and each part of the model (heads and networks of
+    an ST, and its transferred effect) predicts from each draw; see
+    `virtualcell.models._mixture.standard_error`. An ST adds the error, common to all parts, that such
+    predictions had where training cells were left out.
+
+    Parameters
+    ----------
+    adata
+        Data with the control cells to start from; the training data where it is `None`.
+    perturbation
+        Name of the perturbation.
+    context
+        Context whose control cells to take; all contexts where it is `None`.
+    seed
+        Seed of the draws; by default `vc.settings.seed`.
+    n_samples
+        Number of draws, at least 2.
+
+    Returns
+    -------
+    Contexts x genes, log(1 + counts per 10,000).
+    """
+    if n_samples < 2:
+        raise ValueError(f"n_samples={n_samples!r}: at least 2 draws are needed for a standard error.")
+    perturbation = asked_name(self, perturbation)
+    errors = {
+        start.context: self.error_from(start, perturbation, n_samples=n_samples, seed=seed_of(seed))
+        for start in starts(start_cells(self, adata), context)
+    }
+    return pd.DataFrame.from_dict(errors, orient="index", columns=self.genes)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from collections.abc import Sequence
+from dataclasses import asdict, fields
 
 import numpy as np
 from anndata import AnnData
@@ -13,7 +14,14 @@ from scvi.model.base import BaseModelClass
 
 from virtualcell.data._design import Design
 from virtualcell.data._labels import expression_modality
-from virtualcell.data._screen import Screen
+from virtualcell.data._screen import Screen, scvi_registry
+
+
+def registry_without_cells(kind: str, design: Design, genes: Sequence[str]) -> dict:
+    """Return the registry of a model that knows the design and genes of cells to come, and no cells."""
+    states: dict[str, dict] = {role: {"categorical_mapping": []} for role in _ROLES}
+    states["X"] = {"column_names": [str(gene) for gene in genes]}
+    return scvi_registry(kind, {**asdict(design), "modality": "rna"}, states)
 
 
 def register(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Self
@@ -19,10 +18,12 @@ from virtualcell._keys import AGREEMENT
 from virtualcell._state import State
 from virtualcell.data._design import Design, Scale
 from virtualcell.data._design_arguments import describes_design
-from virtualcell.data._screen import Screen, scvi_registry
+from virtualcell.data._screen import Screen
 from virtualcell.models._baselines import Baseline
 from virtualcell.models._common import training_screen
 from virtualcell.models._effects import Effects
+from virtualcell.models._fitted_on import FittedOn
+from virtualcell.models._setup import registry_without_cells
 from virtualcell.models._start import Start
 from virtualcell.models._transfer_fit import (
     agreements,
@@ -34,8 +35,9 @@ from virtualcell.models._transfer_fit import (
     nearest,
     neighbours_mean,
     parts_of,
+    report_coverage,
 )
-from virtualcell.models._transfer_slopes import Slopes, choose_slopes, folds_of
+from virtualcell.models._transfer_slopes import choose_slopes, folds_of
 from virtualcell.models._transfer_sources import OWN, SourceEffects, Sources, checked_weights, named_sources
 
 logger = logging.getLogger(__name__)
@@ -167,17 +169,8 @@ class Transfer(Baseline):
             scale=scale,
             library_size_key=library_size_key,
         )
-        states = {role: {"categorical_mapping": []} for role in ("perturbation", "context", "batch")}
-        states["X"] = {"column_names": [str(g) for g in genes]}
-        setup = {**dataclasses.asdict(design), "modality": "rna"}
-        model = cls(
-            None,
-            found,
-            perturbation_features,
-            weights=weights,
-            slope=slope,
-            registry=scvi_registry(cls.__name__, setup, states),
-        )
+        registry = registry_without_cells(cls.__name__, design, genes)
+        model = cls(None, found, perturbation_features, weights=weights, slope=slope, registry=registry)
         model._learn(None)
         return model
 
@@ -189,10 +182,13 @@ class Transfer(Baseline):
         Parameters
         ----------
         effects
-            Measured effects of one's own data, where these are known already.
+            Measured effects of one's own data, where these are known already. No cell is read then, and `fitted_on`
+            does not tell of any.
         """
+        self.fitted_on = None
         if effects is None:
             screen = training_screen(self)
+            self.fitted_on = FittedOn.of(screen)
             effects = Effects.measure(screen, screen.split != "test")
         if effects.effects.shape[1] != len(self.genes):
             n = effects.effects.shape[1]
@@ -242,7 +238,8 @@ class Transfer(Baseline):
             arrays["features"] = self._features.to_numpy(np.float32)
         self._remember(known, contexts, arrays)
         self._set_features([] if self._features is None else list(self._features.index))
-        self._report(tables, found, left_out, int((~np.isnan(agree)).sum()))
+        report_coverage(tables, arrays, len(genes))
+        found.report(k if self.feature_names else None, left_out)
         self.is_trained_ = True
         return self.arrays
 
@@ -254,22 +251,6 @@ class Transfer(Baseline):
         if self._features is None:
             return np.zeros((len(known), 1), np.float32)
         return self._features.reindex(list(known)).fillna(0).to_numpy(np.float32)
-
-    def _report(self, tables: Mapping[str, SourceEffects], found: Slopes, left_out: str, n_agree: int) -> None:
-        """Say what the sources cover, and what the slopes are."""
-        n_genes = len(self.genes)
-        for name, table in tables.items():
-            logger.info(
-                "Transfer: %s has %d perturbations in %d contexts and %d of %d genes.",
-                *(name, len(set(table.perturbation)), len(set(table.context)), len(table.genes), n_genes),
-            )
-        n_silent = int(np.isnan(self.arrays["effects"]).all(axis=0).sum())
-        logger.info(
-            "Transfer: %d perturbations, %d of them measured more than once; %d of %d genes are in no source and "
-            "stay as they are.",
-            *(len(self.known), n_agree, n_silent, n_genes),
-        )
-        found.report(int(self.arrays["k"]) if self.feature_names else None, left_out)
 
     # -- prediction ---------------------------------------------------------------------------------------------------
 
@@ -375,6 +356,8 @@ class Transfer(Baseline):
         registry = copy.deepcopy(state.meta["registry"])
         registry["field_registries"]["X"]["state_registry"]["column_names"] = [str(g) for g in genes]
         state.meta["registry"] = registry
+        if set(genes) != set(self.genes):
+            state.meta["fitted_on"] = None  # its sums are over genes, and cells with others cannot be compared
         return type(self).from_state(state)
 
     # -- files --------------------------------------------------------------------------------------------------------

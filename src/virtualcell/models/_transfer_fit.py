@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -235,3 +235,19 @@ def neighbours_of_each(features: np.ndarray, rows: np.ndarray, wanted: np.ndarra
     rows = rows[has[rows]]
     order = nearest(features[wanted], features[rows], k + 1)
     return [rows[o[rows[o] != p]][:k] if has[p] else rows[:0] for o, p in zip(order, wanted, strict=True)]
+
+
+def report_coverage(tables: Mapping[str, SourceEffects], learned: Mapping[str, np.ndarray], n_genes: int) -> None:
+    """Say what each source has of a model's genes, and what all of them have together."""
+    for name, table in tables.items():
+        logger.info(
+            "Transfer: %s has %d perturbations in %d contexts and %d of %d genes.",
+            *(name, len(set(table.perturbation)), len(set(table.context)), len(table.genes), n_genes),
+        )
+    effects, n_agree = learned["effects"], int((~np.isnan(learned["agreement"])).sum())
+    n_silent = int(np.isnan(effects).all(axis=0).sum())
+    logger.info(
+        "Transfer: %d perturbations, %d of them measured more than once; %d of %d genes are in no source and "
+        "stay as they are.",
+        *(len(effects), n_agree, n_silent, n_genes),
+    )

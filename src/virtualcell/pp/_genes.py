@@ -18,7 +18,8 @@ from anndata import AnnData
 from scipy import sparse
 
 from virtualcell._errors import unknown_name
-from virtualcell._reading import DamagedFileError, as_damaged, check_h5, open_text, require_room
+from virtualcell._hdf5 import check_h5
+from virtualcell._reading import DamagedFileError, as_damaged, open_text, require_room
 from virtualcell._unpickle import read_torch
 from virtualcell.data._labels import column_of, var_of
 
@@ -301,7 +302,7 @@ def _n_bytes(file: IO[bytes]) -> int:
 
 def _read_h5ad(path: Path) -> pd.DataFrame:
     with as_damaged(path, "h5ad file"):
-        check_h5(path, most_times=100)
+        check_h5(path)
         table = anndata.read_h5ad(path)
         require_room(path, 4 * table.n_obs * table.n_vars)
         vectors = table.X.toarray() if sparse.issparse(table.X) else np.asarray(table.X)

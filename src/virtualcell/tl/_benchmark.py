@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -29,7 +28,6 @@ from virtualcell.models._base import PerturbationModel
 from virtualcell.models._baselines import Baseline
 from virtualcell.models._effects import Effects
 from virtualcell.models._start import Start, starts
-from virtualcell.pp import split as split_cells
 from virtualcell.tl._benchmark_models import (
     VCC2026,
     Spec,
@@ -38,6 +36,7 @@ from virtualcell.tl._benchmark_models import (
     model_specs,
     observed_cells,
     reason_not_to_predict,
+    screens_of,
 )
 from virtualcell.tl._emit import emitted_cells, predicted_effect
 from virtualcell.tl._evaluate import evaluate
@@ -201,7 +200,7 @@ def benchmark(
     )
     settings = _Settings(design, suite, seeds, ceiling, perturbation_features, n_top_genes, min_cells, n_cells, n_jobs)
     frames, n_genes, verdicts = [], {}, []
-    for name, screen in _splits(adata, design, split_key, splits, modality):
+    for name, screen in screens_of(adata, design, split_key, splits, modality):
         if not n_genes:
             warn_without_targets(
                 screen, screen.perturbation_names, metrics, var_of(expression_modality(adata, modality))
@@ -225,34 +224,6 @@ def benchmark(
         "n_genes": n_genes,
     }
     return out
-
-
-def _splits(
-    data: AnnData | MuData,
-    design: Design,
-    split_key: str | None,
-    splits: Mapping[str, str | Mapping] | None,
-    modality: str,
-) -> Iterator[tuple[str, Screen]]:
-    """Yield the name of each split, and the cells in their parts."""
-    if (split_key is None) == (splits is None):
-        raise ValueError(
-            "give either split_key=, a column of obs that `vc.pp.split` wrote, or splits=, such as "
-            "{'K562 unseen': {'contexts': ['K562']}}."
-        )
-    if splits is not None and not len(splits):
-        raise ValueError("splits={} holds nothing: name at least one, {'K562 unseen': {'contexts': ['K562']}}.")
-    for name, how in ({split_key: split_key} if splits is None else splits).items():
-        if isinstance(how, str):
-            yield name, Screen.from_anndata(data, dataclasses.replace(design, split_key=how), modality=modality)
-            continue
-        screen = Screen.from_anndata(data, design, modality=modality)
-        keys = {k: getattr(design, k) for k in ("perturbation_key", "context_key", "combination_separator", "dose_key")}
-        cells = AnnData(obs=screen.as_written(screen.labels()))
-        split_cells(cells, **keys, control=design.controls, holdout=how, key_added=name)
-        # a split of its own, whatever it is called: no other cells are held out for validation
-        design_of = dataclasses.replace(design, split_key=name)
-        yield name, dataclasses.replace(screen, design=design_of, split=cells.obs[name].to_numpy().astype(str))
 
 
 @dataclass(frozen=True)

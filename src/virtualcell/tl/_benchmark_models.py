@@ -1,24 +1,29 @@
-"""The models of a benchmark: what they are called, their arguments, and how they are fitted."""
+"""What a benchmark compares: its models, with their arguments and how they are fitted, and its splits."""
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 import pandas as pd
+from anndata import AnnData
+from mudata import MuData
 from scipy import sparse
 
 from virtualcell import models as _models
 from virtualcell._errors import UnknownNameError, unknown_name
 from virtualcell.data._counts import NoCountsError, counts_of, library_of
+from virtualcell.data._design import Design
 from virtualcell.data._screen import Screen
 from virtualcell.models._base import PerturbationModel
 from virtualcell.models._baselines import Baseline
 from virtualcell.models._effects import Effects
 from virtualcell.models._feature_baselines import FeatureBaseline
 from virtualcell.models._start import Start
+from virtualcell.pp import split as split_cells
 from virtualcell.tl._fit_options import FitOptions, NetworkOptions, SEOptions, check_call, choose_size
 from virtualcell.tl._fit_st import build_st, train_st
 from virtualcell.tl._questions import Asked
@@ -151,3 +156,31 @@ def observed_cells(cells: Screen, unit: str) -> sparse.csr_matrix:
         return cells.read_as("counts").expression.rows()
     log = cells.expression.rows()
     return counts_of(log, library_of(log))
+
+
+def screens_of(
+    data: AnnData | MuData,
+    design: Design,
+    split_key: str | None,
+    splits: Mapping[str, str | Mapping] | None,
+    modality: str,
+) -> Iterator[tuple[str, Screen]]:
+    """Yield the name of each split, and the cells in their parts."""
+    if (split_key is None) == (splits is None):
+        raise ValueError(
+            "give either split_key=, a column of obs that `vc.pp.split` wrote, or splits=, such as "
+            "{'K562 unseen': {'contexts': ['K562']}}."
+        )
+    if splits is not None and not len(splits):
+        raise ValueError("splits={} holds nothing: name at least one, {'K562 unseen': {'contexts': ['K562']}}.")
+    for name, how in ({split_key: split_key} if splits is None else splits).items():
+        if isinstance(how, str):
+            yield name, Screen.from_anndata(data, dataclasses.replace(design, split_key=how), modality=modality)
+            continue
+        screen = Screen.from_anndata(data, design, modality=modality)
+        keys = {k: getattr(design, k) for k in ("perturbation_key", "context_key", "combination_separator", "dose_key")}
+        cells = AnnData(obs=screen.as_written(screen.labels()))
+        split_cells(cells, **keys, control=design.controls, holdout=how, key_added=name)
+        # a split of its own, whatever it is called: no other cells are held out for validation
+        design_of = dataclasses.replace(design, split_key=name)
+        yield name, dataclasses.replace(screen, design=design_of, split=cells.obs[name].to_numpy().astype(str))
