@@ -11,33 +11,45 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import subprocess
+import os
 import sys
 import time
 from collections import Counter
 from pathlib import Path
+from types import ModuleType
 
 HARNESS = Path(__file__).parents[1] / "tests" / "untrusted" / "readers.py"
 
 
-def fuzz(name: str, seconds: float, keep: Path) -> dict[str, object]:
+def load_harness() -> ModuleType:
+    """Import the readers once; each is fuzzed in a copy of this process."""
+    spec = importlib.util.spec_from_file_location("readers", HARNESS)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["readers"] = module
+    spec.loader.exec_module(module)
+    module.quiet()
+    return module
+
+
+def fuzz(harness: ModuleType, name: str, seconds: float, keep: Path, *, led: bool) -> dict[str, object]:
     """Fuzz one reader; return how many files gave what."""
-    led = importlib.util.find_spec("atheris") is not None
     total: Counter = Counter()
     kinds: dict[str, str] = {}
     most, seed, start, report = 0.0, 0, time.monotonic(), keep / f"{name.replace(' ', '_')}.json"
     keep.mkdir(parents=True, exist_ok=True)
     while (left := seconds - (time.monotonic() - start)) > 1:
         report.unlink(missing_ok=True)
-        command = [sys.executable, str(HARNESS), name, "--seconds", str(left), "--seed", str(seed), "--keep", str(keep)]
-        done = subprocess.run([*command, "--report", str(report), *["--atheris"] * led], check=False)
+        if not (pid := os.fork()):
+            harness.fuzz(name, left, seed, keep=keep, report=report, led=led)
+            os._exit(0)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         found = json.loads(report.read_text()) if report.exists() else {}
         kinds |= found.pop("kinds", {})
         most = max(most, found.pop("most_memory_mb", 0.0))
         total.update(found)
-        if done.returncode:
+        if status:
             total["died"] += 1
-            kinds[f"process {done.returncode}"] = f"seed {seed}"
+            kinds[f"process {status}"] = f"seed {seed}"
         seed += 1
     counts = {key: total[key] for key in ("read", "refused", "failed", "slow", "greedy", "died")}
     inputs = total["read"] + total["refused"] + total["failed"]
@@ -46,14 +58,17 @@ def fuzz(name: str, seconds: float, keep: Path) -> dict[str, object]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("readers", nargs="+")
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--keep", type=Path, required=True, help="folder for files that make a reader fail")
     options = parser.parse_args()
+    harness, led = load_harness(), importlib.util.find_spec("atheris") is not None
+    if led:
+        harness.instrument()
     for name in options.readers:
-        result = fuzz(name, options.seconds, options.keep)
+        result = fuzz(harness, name, options.seconds, options.keep, led=led)
         known = json.loads(options.output.read_text()) if options.output.exists() else {}
         options.output.write_text(json.dumps(known | {name: result}, indent=1) + "\n")
         print(name, result, flush=True)

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from copy import deepcopy
 
 import anndata as ad
 import mudata as md
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
 from scipy import sparse
@@ -75,7 +77,7 @@ class Unchanged:
         found: list = [data.obs.copy()] if isinstance(data, md.MuData) else []
         for adata in data.mod.values() if isinstance(data, md.MuData) else [data]:
             found += [adata.obs.copy(), adata.var.copy()]
-            found += [m.copy() for m in (adata.X, *adata.layers.values(), *adata.obsm.values())]
+            found += [deepcopy(m) for m in (adata.X, *adata.layers.values(), *adata.obsm.values())]
         return found
 
     def __enter__(self) -> None:
@@ -90,7 +92,8 @@ class Unchanged:
                 pd.testing.assert_frame_equal(a, b)
             elif sparse.issparse(a):
                 assert a.dtype == b.dtype
-                np.testing.assert_array_equal(a.toarray(), b.toarray())
+                for part in ("data", "indices", "indptr"):
+                    np.testing.assert_array_equal(getattr(a, part), getattr(b, part))
             else:
                 np.testing.assert_array_equal(a, b)
 
@@ -171,6 +174,15 @@ SCALES = {
     "base 2": (lambda a: logs(a) / np.log(2), "log1p", r"logarithms to base 2"),
     "base 10": (lambda a: logs(a) / np.log(10), "log1p", r"logarithms to base 10"),
     "base 2, of counts": (lambda a: logs(a, "counts") / np.log(2), "log1p", r"logarithms to base 2"),
+    "square roots": (lambda a: np.sqrt(a.X.toarray()), "log1p", r"holds square roots"),
+    "square roots of shares": (lambda a: np.sqrt(np.expm1(logs(a))) / 12, "log1p", r"holds square roots"),
+    "arcsinh": (lambda a: np.arcsinh(a.X.toarray()), "log1p", r"holds inverse hyperbolic sines"),
+    "by the largest": (lambda a: a.X.toarray() / a.X.max(), "log1p", r"whole numbers times 0\.0\d+: .*neither"),
+    "few corrected counts, as log1p": (
+        lambda a: np.minimum(a.X.toarray(), 5) * 0.97,
+        "log1p",
+        r"whole numbers times 0\.97: .*np\.rint",
+    ),
     "no logarithm": (
         lambda a: np.expm1(logs(a)),
         "counts",
@@ -222,6 +234,7 @@ ACCEPTED = {
     "logs in float16": (lambda a: logs(a).astype(np.float16), "log1p"),
     "noise of 1e-6": (lambda a: a.X.toarray() + np.random.default_rng(0).normal(0, 1e-6, a.shape), "counts"),
     "logs undone": (lambda a: np.expm1(logs(a, "counts").astype(np.float32)), "counts"),
+    "logs of two decimals": (lambda a: np.round(logs(a), 2), "log1p"),
     "corrected and rounded": (lambda a: np.rint(a.X.toarray() * 0.97), "counts"),
 }
 
@@ -274,6 +287,12 @@ def test_counts_elsewhere_are_named(
 
 # -- containers of expression -----------------------------------------------------------------------------------------
 
+
+def from_the_right(x: sparse.csr_matrix) -> np.ndarray:
+    """Order of the entries of each row by falling columns."""
+    return np.lexsort((-x.indices, np.repeat(np.arange(x.shape[0]), np.diff(x.indptr))))
+
+
 CONTAINERS: dict[str, Callable] = {
     "csc": lambda x: x.tocsc(),
     "csr_array": sparse.csr_array,
@@ -281,6 +300,19 @@ CONTAINERS: dict[str, Callable] = {
     "dense": lambda x: x.toarray(),
     "Fortran order": lambda x: np.asfortranarray(x.toarray()),
     "read only": lambda x: np.frombuffer(x.toarray().tobytes(), np.float32).reshape(x.shape),
+    "matrix": lambda x: np.asmatrix(x.toarray()),
+    "objects": lambda x: x.toarray().astype(object),
+    "long double": lambda x: x.toarray().astype(np.longdouble),
+    "minus zero": lambda x: np.where(x.toarray() == 0, np.float32(-0.0), x.toarray()),
+    "the other byte order": lambda x: sparse.csr_matrix((x.data.astype(">f4"), x.indices, x.indptr), shape=x.shape),
+    "the other byte order, csc": lambda x: sparse.csc_matrix(
+        ((c := x.tocsc()).data.astype(">i4"), c.indices, c.indptr), shape=x.shape
+    ),
+    "the other byte order, dense": lambda x: x.toarray().astype(">f8"),
+    "indices of 64 bits": lambda x: sparse.csr_matrix((x.data, x.indices.astype("i8"), x.indptr.astype("i8")), x.shape),
+    "entries in another order": lambda x: sparse.csr_matrix(
+        (x.data[o := from_the_right(x)], x.indices[o], x.indptr), shape=x.shape
+    ),
     "entries twice": lambda x: sparse.csr_matrix(
         (np.repeat(x.data / 2, 2), np.repeat(x.indices, 2), x.indptr * 2), shape=x.shape
     ),
@@ -292,6 +324,7 @@ CONTAINERS: dict[str, Callable] = {
 } | {"float16": lambda x: x.toarray().astype(np.float16)}  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:.*matrix")
 @pytest.mark.parametrize("container", CONTAINERS)
 def test_expression_is_read_from_any_container(
     container: str, plain: ad.AnnData, additive: vc.models.Additive, predicted: ad.AnnData
@@ -308,6 +341,35 @@ def test_expression_is_read_from_any_container(
         real = known[is_a & (plain.obs["ctx"] == row.context).to_numpy()].mean(axis=0)
         guess = predicted.X[(predicted.obs["ctx"] == row.context).to_numpy()].toarray().mean(axis=0)
         np.testing.assert_allclose(row.value, np.abs(guess - real).mean(), rtol=1e-4)
+
+
+NO_NUMBERS = {
+    "complex": (lambda x: x.toarray() + 1j, {}, r"X.* is of the type complex\d+, which are no real numbers"),
+    "text": (lambda x: x.toarray().astype(str).astype(object), {}, None),  # numbers as text are numbers
+    "words": (lambda x: np.full(x.shape, "few", object), {}, r"X.* holds what is no number: .*few"),
+    "nothing": (lambda x: None, {}, r"X.* is empty\.$"),
+    "a layer": (
+        lambda x: None,
+        {"umi": lambda x: x},
+        r"X.* is empty\. Name the layer with .*\['umi'\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", NO_NUMBERS)
+def test_expression_that_is_no_number(kind: str, plain: ad.AnnData, calls: dict[str, Callable]) -> None:
+    made, layers, message = NO_NUMBERS[kind]
+    data = ad.AnnData(obs=plain.obs.copy(), var=plain.var.copy(), layers={k: v(plain.X) for k, v in layers.items()})
+    if (values := made(plain.X)) is not None:
+        data.X = values
+    if message is not None:
+        for call in calls.values():
+            with pytest.raises(ValueError, match=message):
+                call(data, "counts")
+    else:
+        np.testing.assert_array_equal(
+            calls["evaluate"](data, "counts")["value"], calls["evaluate"](plain.copy(), "counts")["value"]
+        )
 
 
 def test_views_and_their_copies_are_one(plain: ad.AnnData, st: vc.models.ST) -> None:
@@ -403,6 +465,10 @@ BAD_EMBEDDINGS = {
         lambda r, i: pd.DataFrame(r, index=i, columns=list("abcde"), dtype="Float32").mask(lambda t: t == t.iloc[2, 1]),
         r"NaN.*in 1 cells.*cell2'", r"NaN.*cell2'",
     ),
+    "masked": (
+        lambda r, i: np.ma.masked_array(r, mask=np.arange(len(r))[:, None] == [2] * r.shape[1]),
+        r"NaN.*in 1 cells.*cell2'", r"NaN.*cell2'",
+    ),
     "text": (
         lambda r, i: pd.DataFrame(r, index=i, columns=list("abcde")).assign(note="n"),
         r"no numbers, \['note'\]", r"no numbers",
@@ -467,6 +533,28 @@ def test_missing_totals(value: object, message: str, plain: ad.AnnData, additive
                 call()
 
 
+@pytest.mark.parametrize("kind", ["Int64", "arrow", "float16 of few"])
+def test_totals_of_any_type(kind: str, plain: ad.AnnData, additive: vc.models.Additive) -> None:
+    data, totals = plain.copy(), np.asarray(plain.X.sum(axis=1)).ravel()
+    types = {"Int64": "Int64", "arrow": pd.ArrowDtype(pa.float64()), "float16 of few": np.float16}
+    data.obs["total"] = pd.array(totals.astype(int), dtype=types[kind])
+    how = {"scale": "counts", "emit": "mean", "model": additive}
+    found = vc.tl.predict_perturbation(data, "A", library_size_key="total", **how)
+    np.testing.assert_allclose(found.X.toarray(), vc.tl.predict_perturbation(plain, "A", **how).X.toarray(), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [(lambda t: t + 0j, r"column of complex\d+ and not"), (lambda t: pd.Categorical(t), r"column of category and not")],
+)
+def test_totals_that_are_no_numbers(made: Callable, message: str, plain: ad.AnnData) -> None:
+    data = plain.copy()
+    data.obs["total"] = made(np.asarray(plain.X.sum(axis=1)).ravel())
+    for fit in (fitted, lambda d, **k: vc.tl.fit_baseline(d, "Additive", **DESIGN, scale="counts", **k)):
+        with Unchanged(data), pytest.raises(ValueError, match=message):
+            fit(data, library_size_key="total")
+
+
 # -- features of perturbations and gene tables ------------------------------------------------------------------------
 
 
@@ -483,6 +571,11 @@ FORMS: dict[str, Callable] = {
     "objects": lambda t: t.astype(object),
     "sparse": lambda t: pd.DataFrame.sparse.from_spmatrix(sparse.csr_matrix(t.to_numpy()), index=t.index),
     "nullable": lambda t: t.astype("Float32"),
+    "arrow": lambda t: t.astype(pd.ArrowDtype(pa.float32())),
+    "names in bytes": lambda t: t.set_axis([k.encode() for k in t.index]),
+    "names beside the control": lambda t: t.set_axis([f"{k}+ctrl" for k in t.index]),
+    "sparse tensors": lambda t: {k: torch.tensor(t.loc[k].to_numpy()).to_sparse() for k in t.index},
+    "two columns of one name": lambda t: t.set_axis(["a", "a", "b"], axis=1),
 }
 
 
@@ -521,6 +614,18 @@ BAD_TABLES = {
     "names in a column": (lambda t: t.rename_axis("name").reset_index(), ValueError, r"set_index\('name'\)"),
     "row without a name": (lambda t: t.rename(index={t.index[-1]: np.nan}), ValueError, r"1 rows without a name"),
     "complex": (lambda t: t.astype(complex), ValueError, r"no numbers"),
+    "names of two parts": (
+        lambda t: t.set_axis(pd.MultiIndex.from_product([t.index, ["v1"]])),
+        ValueError,
+        r"several parts, as \(",
+    ),
+    "masked": (
+        lambda t: {k: np.ma.masked_array(t.loc[k], mask=np.arange(t.shape[1]) == 0) for k in t.index},
+        ValueError,
+        r"NaN or infinite values",
+    ),
+    "dictionaries": (lambda t: {k: dict(t.loc[k]) for k in t.index}, ValueError, r"of one length"),
+    "generator": (lambda t: map(str, t.index), TypeError, r"dictionary of vectors by name, got map"),
 }
 
 
@@ -712,6 +817,22 @@ def test_untreated_cells_need_no_column(column: str | None, st: vc.models.ST) ->
     np.testing.assert_array_equal(
         found[20:].layers["counts"].toarray(), atlas[found.obs["control_barcode"][20:]].X.toarray()
     )
+
+
+@pytest.mark.parametrize("column", ["pert", "ctx"])
+def test_columns_of_one_name(column: str, plain: ad.AnnData, calls: dict[str, Callable]) -> None:
+    data = plain.copy()
+    data.obs = pd.concat([data.obs, data.obs[[column]]], axis=1)
+    split = {"split": lambda d, _: vc.pp.split(d, **DESIGN, holdout={"perturbations": ["A"]})}
+    check_refused(calls | split, data, "counts", ValueError, rf"_key='{column}' names 2 columns of obs")
+    data.obs = data.obs.loc[:, ~data.obs.columns.duplicated()]  # as is advised
+    assert fitted(data).perturbations == ["A", "B", "C"]
+
+
+@pytest.mark.parametrize("role", ["context_key", "batch_key"])
+def test_perturbations_are_no_contexts(role: str, plain: ad.AnnData) -> None:
+    with pytest.raises(ValueError, match=rf"{role}='pert' is the column of perturbations"):
+        fitted(plain.copy(), **{role: "pert"})
 
 
 def test_columns_that_new_data_lacks(st: vc.models.ST) -> None:

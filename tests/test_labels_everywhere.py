@@ -8,6 +8,7 @@ from __future__ import annotations
 import anndata as ad
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 from scipy import sparse
 
@@ -245,6 +246,9 @@ TYPES = {
     "int categories": lambda x: pd.Series(pd.Categorical([int(v) for v in x])),
     "booleans": lambda x: pd.Series([v == "1" for v in x]),
     "bytes": lambda x: pd.Series([v.encode() for v in x], dtype=object),
+    "ordered": lambda x: pd.Series(pd.Categorical(x, ordered=True)),
+    "arrow": lambda x: pd.Series(x, dtype=pd.ArrowDtype(pa.string())),
+    "fractions": lambda x: pd.Series([float(v) / 2 for v in x]),
 }
 
 
@@ -289,6 +293,33 @@ def test_text_that_means_missing_is_refused(bad: str, column: str) -> None:
         Screen.from_anndata(adata, design)
     with pytest.raises(ValueError, match="2 cells have the label"):
         vc.pp.split(adata, **DESIGN, holdout={"fraction": 0.2})
+
+
+@pytest.mark.parametrize(("slip", "column"), [("A ", "pert"), (" NT", "pert"), ("x\t", "ctx")])
+def test_labels_that_differ_by_spaces_are_refused(slip: str, column: str) -> None:
+    """A slip of typing would part the cells of one label, or make control cells a perturbation."""
+    adata = screen({"A": ["A"]})
+    before = adata.obs[column].copy()
+    adata.obs.iloc[int(np.argmax(before == slip.strip())), adata.obs.columns.get_loc(column)] = slip
+    predicted = adata[adata.obs["pert"] == "A"].copy()
+    for call in (
+        lambda: fitted(adata),
+        lambda: vc.tl.fit_baseline(adata, "Additive", **DESIGN, scale="counts"),
+        lambda: vc.pp.split(adata, **DESIGN, holdout={"fraction": 0.2}),
+        lambda: vc.tl.evaluate(predicted, adata, **DESIGN, scale="counts", predicted_scale="counts", suite=["mae"]),
+    ):
+        with pytest.raises(ValueError, match="differ by spaces alone"):
+            call()
+    adata.obs[column] = adata.obs[column].astype(str).str.strip()  # as is advised
+    assert (adata.obs[column] == before).all()
+    assert fitted(adata).perturbations == ["A"]
+
+
+@pytest.mark.parametrize("form", [np.array, tuple, set, pd.Index, lambda x: np.str_(x[0])])
+def test_controls_in_any_form(form: object) -> None:
+    adata = screen({"A": ["A"]})
+    found = vc.tl.fit_baseline(adata, "Additive", **{**DESIGN, "control": form(["NT"])}, scale="counts")
+    assert (found.control, found.perturbations) == ("NT", ["A"])
 
 
 def column_of(column: str) -> str:
@@ -550,6 +581,25 @@ def test_the_target_is_left_out_of_discrimination(
         expected.append(1 - sum(x > near[i] for x in near) / 6)
     np.testing.assert_allclose(scores["value"], expected, atol=1e-6)
     assert scores["value"].mean() < 0.9  # with the target, this prediction of nothing scores 1
+
+
+@pytest.mark.parametrize("form", ["categories", "bytes", "None but for targets", "arrow"])
+def test_names_of_genes_in_any_form(form: str) -> None:
+    (predicted, real), scores = knockdowns("id"), []
+    symbols = list(real.var["symbol"])
+    forms = {
+        "categories": pd.Categorical(symbols),
+        "bytes": [s.encode() for s in symbols],
+        "None but for targets": [s if i < 6 else None for i, s in enumerate(symbols)],
+        "arrow": pd.array(symbols, dtype=pd.ArrowDtype(pa.string())),
+    }
+    for values in (symbols, forms[form]):
+        for adata in (predicted, real):
+            adata.var["symbol"] = values
+        how = {"perturbation_key": "pert", "control": "NT", "scale": "counts", "gene_key": "symbol"}
+        scores.append(vc.tl.evaluate(predicted, real, **how, suite=["discrimination_cosine"])["value"])
+    np.testing.assert_array_equal(*scores)
+    assert scores[0].mean() < 0.9
 
 
 @pytest.mark.parametrize(

@@ -338,8 +338,8 @@ def run_at_random(tally: Tally, seconds: float, seed: int) -> None:
         tally(changed(valid, rng))
 
 
-def run_atheris(tally: Tally, seconds: float, seed: int) -> NoReturn:
-    """Change the files that reached new branches of the package, at random or as libFuzzer does; ends the process."""
+def instrument() -> None:
+    """Have the branches of the package noted, for :func:`run_atheris`."""
     import atheris
 
     for module in pkgutil.walk_packages(vc.__path__, "virtualcell."):
@@ -348,6 +348,11 @@ def run_atheris(tally: Tally, seconds: float, seed: int) -> NoReturn:
     for found in gc.get_objects():  # not those of the libraries: there are a hundred thousand
         if inspect.isfunction(found) and (found.__module__ or "").startswith(("virtualcell", "yaml")):
             atheris.instrument_func(found)
+
+
+def run_atheris(tally: Tally, seconds: float, seed: int) -> NoReturn:
+    """Change the files that reached new branches of the package, at random or as libFuzzer does; ends the process."""
+    import atheris
 
     valid, work = tally.reader.valid(), tally.folder.parent
 
@@ -373,27 +378,34 @@ def run_atheris(tally: Tally, seconds: float, seed: int) -> NoReturn:
     atheris.Fuzz()
 
 
+def fuzz(name: str, seconds: float, seed: int, *, keep: Path | None, report: Path | None, led: bool) -> None:
+    """Fuzz one reader, led by atheris or at random, and write what came of it."""
+    keep = keep and keep / name.replace(" ", "_")
+    if keep:
+        keep.mkdir(parents=True, exist_ok=True)
+    with workplace(READERS[name]) as folder:
+        tally = Tally(READERS[name], folder, keep, report)
+        (run_atheris if led else run_at_random)(tally, seconds, seed)
+        print(f"{name}: {tally.summary()}", flush=True)
+        if report:
+            tally.write()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("reader", choices=[*READERS, "all"])
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--atheris", action="store_true", help="one reader, for as long as no process dies of it")
+    parser.add_argument("--atheris", action="store_true", help="for one reader, after which the process ends")
     parser.add_argument("--keep", type=Path, help="folder for files that make a reader fail")
     parser.add_argument("--report", type=Path, help="JSON file for the counts")
     options = parser.parse_args()
     quiet()
+    if options.atheris:
+        instrument()
+    how = {"keep": options.keep, "report": options.report, "led": options.atheris}
     for name in READERS if options.reader == "all" else [options.reader]:
-        keep = options.keep and options.keep / name.replace(" ", "_")
-        if keep:
-            keep.mkdir(parents=True, exist_ok=True)
-        with workplace(READERS[name]) as folder:
-            tally = Tally(READERS[name], folder, keep, options.report)
-            run = run_atheris if options.atheris else run_at_random
-            run(tally, options.seconds, options.seed)
-            print(f"{name}: {tally.summary()}", flush=True)
-            if options.report:
-                tally.write()
+        fuzz(name, options.seconds, options.seed, **how)
 
 
 if __name__ == "__main__":

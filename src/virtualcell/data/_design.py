@@ -87,6 +87,12 @@ class Design:
 
     def __post_init__(self) -> None:
         check_scale(self.scale)
+        for role in ("context_key", "batch_key"):
+            if (key := getattr(self, role)) is not None and key == self.perturbation_key:
+                raise ValueError(
+                    f"{role}={key!r} is the column of perturbations, and its groups hold no control cells. Name "
+                    "another column, or leave it out."
+                )
         labels = list(dict.fromkeys([*control_labels(self.control), *map(text, self.other_controls)]))
         separator = self.combination_separator or None  # "" in a file
         if separator is not None and not isinstance(separator, str):

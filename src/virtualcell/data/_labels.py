@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Container, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Real
-from typing import TypeGuard
+from typing import Literal, TypeGuard
 
 import numpy as np
 import pandas as pd
@@ -48,7 +48,7 @@ def obs_column(data: AnnData | MuData, key: str, *, argument: str, modality: str
     """Return a column of the modality's obs, or else of the MuData's obs, aligned to the modality's cells."""
     adata = expression_modality(data, modality)
     if key in adata.obs:
-        return column_of(adata.obs, key)
+        return column_of(adata, "obs", key, argument)
     if isinstance(data, MuData):
         for name in (key, f"{modality}:{key}"):
             if name in data.obs:
@@ -57,9 +57,15 @@ def obs_column(data: AnnData | MuData, key: str, *, argument: str, modality: str
     raise unknown_name(argument, key, valid, "Name a column of obs.")
 
 
-def column_of(table: object, key: str) -> pd.Series:
+def column_of(adata: AnnData, table: Literal["obs", "var"], key: str, argument: str) -> pd.Series:
     """Return a column of `obs` or `var`, read where the table is lazy."""
-    return table[key] if isinstance(table, pd.DataFrame) else table[[key]].to_memory()[key]
+    found = getattr(adata, table)
+    if (n := list(found.columns).count(key)) > 1:
+        raise ValueError(
+            f"{argument}={key!r} names {n} columns of {table}. Keep the first of each: "
+            f"`adata.{table} = adata.{table}.loc[:, ~adata.{table}.columns.duplicated()]`."
+        )
+    return found[key] if isinstance(found, pd.DataFrame) else found[[key]].to_memory()[key]
 
 
 def obs_of(adata: AnnData) -> pd.DataFrame:
@@ -276,6 +282,7 @@ def read_names(
             f"missing one. Give them a label, or drop them with adata[adata.obs[{key!r}] != {bad!r}].copy()."
         )
     names = [name_of(v) for v in labels]
+    _require_no_spaces_apart(names, key, argument)
     by_count = np.argsort(-np.bincount(codes, minlength=len(labels)), kind="stable")
     values: dict[str, object] = {}
     for i in by_count:
@@ -283,6 +290,18 @@ def read_names(
     categories, place = np.unique(np.array(names, dtype=object), return_inverse=True)
     found = pd.Categorical.from_codes(place[codes] if len(codes) else [], categories=list(categories))
     return found, Written(key, column.dtype, values)
+
+
+def _require_no_spaces_apart(names: Sequence[str], key: str, argument: str) -> None:
+    """Raise for two names that are one but for spaces around them: a slip of typing parts the cells of one label."""
+    stripped: dict[str, str] = {}
+    for name in names:
+        other = stripped.setdefault(name.strip(), name)
+        if other != name:
+            raise ValueError(
+                f"{argument}={key!r}: the labels {other!r} and {name!r} differ by spaces alone. Strip them, as with "
+                f"adata.obs[{key!r}] = adata.obs[{key!r}].astype(str).str.strip()."
+            )
 
 
 def _distinct(column: pd.Series) -> tuple[np.ndarray, Sequence[object]]:

@@ -36,7 +36,10 @@ def stored_matrix(adata: AnnData, layer: str | None, where: str) -> StoredMatrix
     whole = adata._adata_ref if adata.is_view else adata
     stored = whole.X if layer is None else whole.layers[layer]
     if stored is None:
-        raise ValueError(f"{where} is empty.")
+        remedy = f" Name the layer with the expression, of {list(whole.layers)}." if len(whole.layers) else ""
+        raise ValueError(f"{where} is empty.{remedy}")
+    if getattr(stored, "dtype", np.dtype(float)).kind not in "biufO":
+        raise ValueError(f"{where} is of the type {stored.dtype}, which are no real numbers.")
     lazy = lazy_matrix(stored, where)
     if lazy is not None:
         return PartOf(lazy, adata._oidx, adata._vidx) if adata.is_view else lazy
@@ -49,6 +52,11 @@ def stored_matrix(adata: AnnData, layer: str | None, where: str) -> StoredMatrix
         )
     if np.ma.is_masked(stored):
         raise ValueError(f"{where} is an array with masked values, which are missing. Fill them, or drop the cells.")
+    if stored.dtype == object:
+        try:
+            stored = stored.astype(np.float64)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{where} is of the type object and holds what is no number: {error}.") from error
     return InMemory(stored)
 
 

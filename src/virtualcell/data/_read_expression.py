@@ -12,7 +12,7 @@ from virtualcell._errors import unknown_name
 from virtualcell._keys import X_STATE
 from virtualcell.data._design import Scale
 from virtualcell.data._expression import Expression
-from virtualcell.data._labels import column_of, expression_modality, obs_column, without_version
+from virtualcell.data._labels import column_of, expression_modality, obs_column, text, without_version
 
 
 def read_expression(
@@ -42,7 +42,7 @@ def read_expression(
             column = obs_column(data, library_size_key, argument=argument, modality=modality)
         except KeyError as error:
             raise type(error)(f"{error} Leave it out for row sums.") from error
-        if not pd.api.types.is_numeric_dtype(column):
+        if not pd.api.types.is_numeric_dtype(column) or pd.api.types.is_complex_dtype(column):
             raise ValueError(f"library_size_key={library_size_key!r} is a column of {column.dtype} and not of numbers.")
         sizes = column.to_numpy(dtype=np.float64, na_value=np.nan)
     adata = expression_modality(data, modality)
@@ -93,4 +93,4 @@ def read_target_names(adata: AnnData, gene_key: str | None) -> pd.Series:
         return pd.Series([without_version(str(gene)) for gene in adata.var_names], index=adata.var_names)
     if gene_key not in adata.var:
         raise unknown_name("gene_key", gene_key, adata.var.columns, "Leave it out to match genes by var_names.")
-    return column_of(adata.var, gene_key).astype(str).map(without_version)
+    return column_of(adata, "var", gene_key, "gene_key").map(text).map(without_version).astype(str)

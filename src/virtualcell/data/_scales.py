@@ -13,16 +13,19 @@ from virtualcell.data._stored import row_sums
 
 _FEW_CELLS = 10  # equal totals of fewer cells than this may be chance
 _FEW_PART = 5  # so may totals, equal to five digits, of fewer
+_FEW_STEPS = 5  # multiples of one number, of which logarithms have few
 _FEW_VALUES = 20  # that may be whole by chance
 _FEW = 1 << 15  # values looked at together
 _LOOKED_AT = 100  # cells of a matrix that nobody asked for
 
-# Logarithms that are not natural ones of 1 + x, and what undoes them: if the cells then have one total, or counts are
-# whole, that was it.
+# What is no natural logarithm of 1 + x though it was stated to be one, and what undoes it: if the cells then have one
+# total, or counts are whole, that was it.
 OTHER_LOGARITHMS = {
     "was put through log(1 + x) twice": lambda x: np.expm1(np.expm1(x)),
     "holds logarithms to base 2": lambda x: np.expm1(x * np.log(2)),
     "holds logarithms to base 10": lambda x: np.expm1(x * np.log(10)),
+    "holds square roots": np.square,
+    "holds inverse hyperbolic sines": np.sinh,
 }
 
 
@@ -79,11 +82,24 @@ def other_logarithm(logs: sparse.csr_matrix) -> str | None:
     with np.errstate(over="ignore"):  # of values and of their sums, which are then no one total
         if is_one_total(row_sums(logs.expm1())):
             return None
+        is_divided = is_one_total(row_sums(logs))  # which what undoes logarithms hardly changes where shares are small
         for what, undone in OTHER_LOGARITHMS.items():
             counts = sparse.csr_matrix((undone(logs.data), logs.indices, logs.indptr), shape=logs.shape)
-            if is_one_total(row_sums(counts)) or look_counted(counts.data):
+            if (is_one_total(row_sums(counts)) and not is_divided) or look_counted(counts.data):
                 return what
     return None
+
+
+def unit_of(values: np.ndarray) -> float | None:
+    """Return the number that positive ones are multiples of, `None` where they are none.
+
+    Those that were rounded to a decimal may be logarithms, and few different ones may be multiples by chance.
+    """
+    unit = float(values.min(initial=1))
+    power = np.log10(unit)
+    if abs(power - np.rint(power)) < 1e-4 or not look_counted(times := values / unit):
+        return None
+    return unit if len(np.unique(np.rint(times))) >= _FEW_STEPS else None
 
 
 def fault_of_fractions(
@@ -99,6 +115,11 @@ def fault_of_fractions(
             f"holds counts that were divided by their total, and no logarithms of these. Run `sc.pp.normalize_total("
             f"adata, target_sum={target_sum:g})` and `sc.pp.log1p(adata)`, and say {argument}='log1p', or give raw "
             f"counts with {argument}='counts'."
+        )
+    if scale == "log1p" and (unit := unit_of(sample.data[sample.data > 0])) is not None:
+        return (
+            f"holds whole numbers times {unit:.3g}: these are neither raw counts nor logarithms. Give raw counts with "
+            f"{argument}='counts', or divide by that number, round with `np.rint`, and say so."
         )
     return None
 

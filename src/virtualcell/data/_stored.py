@@ -66,7 +66,10 @@ class InMemory(StoredMatrix):
     """A numpy array or a scipy matrix; what is stored by columns is turned around when it is first read."""
 
     def __init__(self, stored: np.ndarray | sparse.spmatrix) -> None:
-        self._stored, self.shape, self.is_sparse = stored, stored.shape, sparse.issparse(stored)
+        self.shape, self.is_sparse = stored.shape, sparse.issparse(stored)
+        if self.is_sparse and not stored.dtype.isnative:  # as some files have it: scipy takes no rows of such
+            stored = stored.astype(stored.dtype.newbyteorder("="))
+        self._stored = stored
 
     @property
     def entries_per_cell(self) -> float:

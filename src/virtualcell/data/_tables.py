@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from numbers import Real
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -49,6 +49,8 @@ def as_table(given: Vectors, argument: str) -> pd.DataFrame:
             f"{argument} must be a table (DataFrame) with names as its index, or a dictionary of vectors by name, got "
             f"{type(given).__name__}. {remedy}"
         )
+    if isinstance(given.index, pd.MultiIndex):
+        raise ValueError(f"{argument} has names of several parts, as {given.index[0]!r}. Give each row one name.")
     text = [c for c, (_, column) in zip(given.columns, given.items(), strict=True) if not _is_numeric(column)]
     if text:
         raise ValueError(
@@ -70,16 +72,23 @@ def as_table(given: Vectors, argument: str) -> pd.DataFrame:
 
 
 def _of_vectors(given: Mapping, argument: str) -> pd.DataFrame:
-    vectors = {
-        name: v.detach().cpu().double().numpy() if hasattr(v, "detach") else np.asarray(v)  # tensors, without torch
-        for name, v in given.items()
-    }
+    vectors = {name: _vector(v) for name, v in given.items()}
     if not vectors:
         raise ValueError(f"{argument} holds no vectors: the dictionary is empty.")
     shapes = {v.shape for v in vectors.values()}
     if len(shapes) > 1 or len(next(iter(shapes))) != 1:
         raise ValueError(f"{argument} must hold vectors of one length, and has shapes {sorted(shapes)[:3]}.")
     return pd.DataFrame(np.stack(list(vectors.values())), index=pd.Index(list(vectors)))
+
+
+def _vector(given: Any) -> np.ndarray:
+    """Return an array of an array, a list or a tensor, NaN where a value is masked."""
+    if hasattr(given, "detach"):  # a tensor, without torch
+        given = given.detach().cpu().double()
+        return (given.to_dense() if given.is_sparse else given).numpy()
+    if np.ma.is_masked(given):
+        return np.ma.filled(given.astype(np.float64), np.nan)
+    return np.asarray(given)
 
 
 def _is_numeric(column: pd.Series) -> bool:

@@ -123,7 +123,7 @@ def _names(adata: AnnData, gene_key: str | None) -> pd.Index:
     """Return the names of the genes as strings, missing ones as None."""
     if gene_key is not None and gene_key not in adata.var:
         raise unknown_name("gene_key", gene_key, adata.var.columns, "Leave it out to match genes by var_names.")
-    column = adata.var_names if gene_key is None else column_of(adata.var, gene_key)
+    column = adata.var_names if gene_key is None else column_of(adata, "var", gene_key, "gene_key")
     return pd.Index([None if pd.isna(name) else str(name) for name in column], dtype=object)
 
 
