@@ -74,10 +74,10 @@ class TrainingFile:
     @contextmanager
     def held(self) -> Iterator[None]:
         """Keep other processes from writing the same file, and find out now whether it can be written."""
-        lock = filelock.FileLock(self.path.with_name(f".{self.path.name}.lock"), blocking=False)
+        lock = filelock.FileLock(self.path.with_name(f".{self.path.name}.lock"))
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
+            lock.acquire(timeout=0)
         except filelock.Timeout as error:
             raise RuntimeError(
                 f"another process trains {self.name} in checkpoint_dir={str(self.path.parent)!r}. Wait until it ends, "
