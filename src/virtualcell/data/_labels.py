@@ -83,6 +83,8 @@ def var_of(adata: AnnData) -> pd.DataFrame:
 
 def text(label: object) -> str:
     """Return a label of any type as text: a number, a truth value, bytes."""
+    if isinstance(label, float | np.floating) and label == 0:
+        label = abs(label)  # minus zero is zero, also to pandas
     return label.decode() if isinstance(label, bytes) else str(label)
 
 
