@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -42,8 +43,11 @@ class Sharded:
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         for module in [module for module in self.network.modules() if getattr(module, "is_unit", False)]:
             fully_shard(module, mesh=mesh)
-        self._root = fully_shard(_Computed(self.network, loss), mesh=mesh)
-        self.loss: Loss = self._root.__call__  # which puts the weights together
+        self._root = fully_shard(_Whole(self.network), mesh=mesh)
+
+    def loss(self, network: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Compute the loss of the copy."""
+        return self._root(lambda: self.original_loss(network, batch))
 
     def put_apart(self) -> None:
         """Let go of the weights of others, which stay after a forward pass that no backward pass follows."""
@@ -58,15 +62,15 @@ class Sharded:
         return self.original, self.original_loss
 
 
-class _Computed(nn.Module):
-    """A loss as a module: weights are whole while `forward` runs, and losses call other methods of a network too."""
+class _Whole(nn.Module):
+    """A network whose weights, but for those of units, are whole while a function runs: losses call many methods."""
 
-    def __init__(self, network: nn.Module, loss: Loss) -> None:
+    def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self.network, self.compute = network, loss
+        self.network = network
 
-    def forward(self, network: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return self.compute(network, batch)
+    def forward(self, function: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        return function()
 
 
 def part(tensor: Tensor) -> Tensor:
