@@ -2,14 +2,16 @@
 
     OMP_NUM_THREADS=1 python benchmarks/atlas.py --cells 10_000 100_000 1_000_000 --json benchmarks/results/atlas.json
     ... --cells 200_000 --files 5     # the same cells in memory, in one file, and in five with other orders of genes
+    python benchmarks/atlas.py --json benchmarks/results/atlas.json --page docs/scale.md     # the table of the page
 
 Counts are simulated: 4 contexts, 50 perturbations and controls, 5,000 genes, 6 to 7 % of the entries expressed, cells
 in random order. Files are written block by block into `--folder`, and removed at the end.
 
 Every fit runs in a process of its own: genes by variance, 200 steps of a small ST on effects that are measured on all
-cells, embeddings of all cells by a tiny SE that was trained on the first 2,000 before, no verdict. What it is made of
-is a backed h5ad (`disk`), once more with the copy that the first fit left in the cache (`disk again`), the same file
-read into memory (`memory`), or files that `vc.pp.read_lazy` put together (`files`).
+cells, embeddings of all cells by a tiny SE, no verdict. SE was trained before on the first 2,000 cells of the one file,
+so that it is the same for all. What the fit is made of is a backed h5ad (`disk`), once more with the copy that the
+first fit left in the cache (`disk again`), the same file read into memory (`memory`), or files that `vc.pp.read_lazy`
+put together (`files`).
 
 * peak_anonymous: most memory of the process that no file backs (RssAnon of /proc, looked at every 50 ms), GB.
 * peak_resident: its most resident memory (VmHWM), GB: with the pages of files that it has mapped, which the system
@@ -27,6 +29,7 @@ import argparse
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -39,10 +42,14 @@ import h5py
 import numpy as np
 import pandas as pd
 from scipy import sparse
+from tables import header, row
 
 N_GENES, N_PERTURBATIONS, N_CONTEXTS, BLOCK = 5_000, 50, 4, 20_000
 KEYS = {"perturbation_key": "perturbation", "control": "control", "context_key": "context"}
 SE = {"n_hidden": 32, "n_layers": 1, "n_heads": 2, "n_feedforward": 64, "n_output": 32, "length": 64}
+NAMES = {"memory": "in memory", "disk": "backed h5ad", "disk again": "backed h5ad, copied before"}
+NAMES["files"] = "five files, genes in other orders"
+PLACE = re.compile(r"^<!-- atlas -->\n(?:.+\n)*", flags=re.M)
 FIT = {"size": "small", "validate": False, "n_top_genes": 1000}
 FIT["network"] = {"n_hidden": 64, "set_size": 32}
 FIT["training"] = {"max_steps": 200, "progress_bar": False, "accelerator": "cpu"}
@@ -155,7 +162,7 @@ def tiny_se(cells):
     return se
 
 
-def fit(source: str, paths: list[str], cache: str, results: str) -> dict:
+def fit(source: str, paths: list[str], one: str, cache: str, results: str) -> dict:
     import anndata as ad
 
     import virtualcell as vc
@@ -169,7 +176,7 @@ def fit(source: str, paths: list[str], cache: str, results: str) -> dict:
         adata = ad.read_h5ad(paths[0])
     else:
         adata = vc.pp.read_lazy(paths) if source == "files" else ad.read_h5ad(paths[0], backed="r")
-    se = tiny_se(adata[:2000].to_memory())
+    se = tiny_se(ad.read_h5ad(one, backed="r")[:2000].to_memory())
     start, computed = time.perf_counter(), time.process_time()
     st = vc.tl.fit_state(adata, **KEYS, **FIT, se=se)
     seconds, computed = time.perf_counter() - start, time.process_time() - computed
@@ -193,8 +200,10 @@ def fit(source: str, paths: list[str], cache: str, results: str) -> dict:
     return measured
 
 
-def in_process(source: str, paths: list[str], cache: Path, results: Path) -> dict:
-    told = json.dumps({"source": source, "paths": paths, "cache": str(cache), "results": str(results)})
+def in_process(source: str, paths: dict[str, list[str]], cache: Path, results: Path) -> dict:
+    which = paths["several" if source == "files" else "one"]
+    told = {"source": source, "paths": which, "one": paths["one"][0], "cache": str(cache), "results": str(results)}
+    told = json.dumps(told)
     done = subprocess.run([sys.executable, __file__, "--one", told], capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{source} of {paths} failed:\n{done.stderr[-3000:]}")
@@ -224,8 +233,7 @@ def measure(n: int, n_files: int, sources: list[str], folder: Path) -> dict:
             found["density"] = len(file["X/data"]) / n / N_GENES
         for source in sources:
             cache = folder / ("cache" if source.startswith("disk") else f"cache-{source}")
-            which = "several" if source == "files" else "one"
-            run = in_process(source, paths[which], cache, folder / f"{source}.npz")
+            run = in_process(source, paths, cache, folder / f"{source}.npz")
             if source == "disk":
                 run["gigabytes_of_copy"] = sum(p.stat().st_size for p in cache.rglob("*") if p.is_file()) / 1e9
             if source != sources[0]:
@@ -249,6 +257,31 @@ def with_marginal(found: list[dict]) -> None:
                 more["marginal_ms_per_cell"] = 1000 * seconds / (more["cells"] - less["cells"])
 
 
+def table(sizes: list[dict]) -> str:
+    """Table of the page; throughput and differences are from the same cells in memory, where they were measured."""
+    columns = ["cells", "matrix", "peak of the process's own memory, GiB", "with mapped files, GiB", "CPU seconds"]
+    columns += ["cells per CPU second", "of in memory", "embeddings differ by", "predictions differ by"]
+    lines = [header(columns)]
+    for size in sorted(sizes, key=lambda one: one["cells"]):
+        rate = {run["source"]: run["cells_per_cpu_second"] for run in size["runs"]}
+        for run in size["runs"]:
+            apart = run.get("difference_from_memory", {})
+            lines.append(
+                row(
+                    [
+                        f"{run['cells']:,}",
+                        NAMES[run["source"]],
+                        *(f"{run[name]:.2f}" for name in ("peak_anonymous", "peak_resident")),
+                        f"{run['cpu_seconds']:.0f}",
+                        f"{run['cells_per_cpu_second']:,.0f}",
+                        f"{run['cells_per_cpu_second'] / rate['memory']:.0%}" if "memory" in rate else "",
+                        *(f"{apart[name]:.1g}" if name in apart else "" for name in ("embedding", "prediction")),
+                    ]
+                )
+            )
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cells", type=int, nargs="+", default=[10_000, 100_000])
@@ -257,8 +290,13 @@ def main() -> None:
     parser.add_argument("--most-in-memory", type=int, default=200_000, help="cells beyond which memory is left out")
     parser.add_argument("--folder", type=Path, default=None)
     parser.add_argument("--json", type=Path, help="file that results are added to, in place of those of the same kind")
+    parser.add_argument("--page", type=Path, help="page whose table is made of the results in --json, and nothing else")
     parser.add_argument("--one", type=json.loads)
     given = parser.parse_args()
+    if given.page is not None:
+        text = table(json.loads(given.json.read_text())["sizes"])
+        given.page.write_text(PLACE.sub(lambda _: f"<!-- atlas -->\n{text}\n", given.page.read_text()))
+        return
     if given.one is not None:
         print(json.dumps(fit(**given.one)))
         return

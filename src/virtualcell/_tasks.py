@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from virtualcell._settings import settings
 
 if TYPE_CHECKING:
     from distributed import Client, Future
 
 _AHEAD = 2  # tasks per thread of the workers that are sent or wait to be fetched
+_TOLD = ("max_memory", "max_cache", "progress")  # settings that workers take over, beside the cache folder
 _LOSSES = 3  # of what is shared, for one task, as often as dask lets workers die of one
 
 
@@ -56,6 +62,51 @@ def in_tasks(client: Client, function: Callable[[Any, Any], Any], shared: object
             yield tasks.first()
     while tasks.waiting:
         yield tasks.first()
+
+
+class Workers:
+    """Those who do one thing after another: the workers of a client or, without one, the calling process.
+
+    Whatever is sent to a worker has no workers of its own.
+    """
+
+    def __init__(self, client: Client | None = None) -> None:
+        self.client = client
+
+    def __reduce__(self) -> tuple:
+        return Workers, ()
+
+    def each(
+        self, function: Callable[[Any, Any], Any], shared: object, items: Iterable, *, at_once: int = 1
+    ) -> Iterator[Any]:
+        """Yield `function(shared, item)` of each item, in order; a worker is sent some items at once."""
+        if self.client is None:
+            yield from (function(shared, item) for item in items)
+            return
+        told = {name: getattr(settings, name) for name in _TOLD} | {"cache_dir": settings.cache_dir.absolute()}
+        remaining = iter(items)
+        portions = iter(lambda: list(itertools.islice(remaining, at_once)), [])
+        for found in in_tasks(self.client, partial(_each, function, told), shared, portions):
+            yield from found
+
+    def require(self, path: Path) -> None:
+        """Raise unless all workers see a file, on a disk that they share with this process."""
+        if self.client is None:
+            return
+        seen = self.client.run(path.absolute().exists, on_error="ignore")
+        lacking = [name for name, there in seen.items() if not there]
+        if lacking:
+            raise FileNotFoundError(
+                f"{len(lacking)} workers of client= do not see {path.absolute()}, among them {lacking[0]}: have it on "
+                "a disk that all of them and this process share (the cache is at `vc.settings.cache_dir`), or leave "
+                "client out."
+            )
+
+
+def _each(function: Callable[[Any, Any], Any], told: dict[str, Any], shared: object, items: list) -> list:
+    for name, value in told.items():  # for good: threads of a worker would take turns with a change that is undone
+        setattr(settings, name, value)
+    return [function(shared, item) for item in items]
 
 
 class _Tasks:

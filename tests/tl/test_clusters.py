@@ -6,16 +6,25 @@ import logging
 import os
 import signal
 import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import CancelledError
+from contextlib import contextmanager
+from pathlib import Path
 
 import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import sparse
 
 import virtualcell as vc
 from virtualcell import _tasks
-from virtualcell.tl import _changes, _embed, _predicted
+from virtualcell._state import digest_of
+from virtualcell.data import _dask, _expression, _moments
+from virtualcell.tl import _changes, _embed, _predicted, _prepare
 
 distributed = pytest.importorskip("distributed")
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="kills a process")
@@ -36,7 +45,20 @@ def client(cluster):
 
 
 @pytest.fixture
-def killed(cluster, monkeypatch) -> list[int]:
+def kill(cluster, client) -> Callable[[], None]:
+    """Kill a worker, once both have started: one that is killed before is not replaced."""
+    cluster.scale(2)  # also where the test before lost one for good
+    deadline = time.monotonic() + 120
+    while True:
+        running = [one for one in cluster.workers.values() if one.status.name == "running"]
+        if len(running) == len(client.nthreads()) == 2:
+            return lambda: os.kill(running[0].process.pid, signal.SIGKILL)
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.fixture
+def killed(kill, monkeypatch) -> list[int]:
     """Kill a worker when some tasks are sent, which the cluster then replaces; return the tasks."""
     sent, in_tasks = [], _tasks.in_tasks
 
@@ -45,7 +67,7 @@ def killed(cluster, monkeypatch) -> list[int]:
             for item in items:
                 sent.append(item)
                 if len(sent) == 3:
-                    os.kill(cluster.workers[0].process.pid, signal.SIGKILL)
+                    kill()
                 yield item
 
         yield from in_tasks(client, function, shared, noted())
@@ -92,6 +114,103 @@ def test_cells_are_predicted_by_workers_of_which_one_dies(fitted, client, killed
 
 
 @pytest.fixture
+def killed_in(kill, monkeypatch) -> Callable[[str], list[str]]:
+    """Kill a worker in the middle of one of the things that workers do with cells on disk; return all that they did."""
+    in_tasks, worked_on_by, sent = _tasks.in_tasks, _prepare.worked_on_by, []
+
+    def patched(victim: str) -> list[str]:
+        def counted(client, function, shared, items):
+            name = function.args[0].__name__
+
+            def noted():
+                for item in items:
+                    sent.append(name)
+                    if name == victim and sent.count(name) == 3:
+                        kill()
+                    yield item
+
+            yield from in_tasks(client, function, shared, noted())
+
+        @contextmanager
+        def then_killed(workers):
+            with worked_on_by(workers):
+                if workers.client is not None:
+                    sent.append("genes")
+                    if victim == "genes":
+                        threading.Timer(0.1, kill).start()
+                yield
+
+        monkeypatch.setattr(_tasks, "in_tasks", counted)
+        monkeypatch.setattr(_prepare, "worked_on_by", then_killed)
+        return sent
+
+    return patched
+
+
+def two_files(cells: ad.AnnData, folder: Path) -> ad.AnnData:
+    cells[:200].write_h5ad(folder / "one.h5ad")
+    by_columns = cells[200:, ::-1].copy()
+    by_columns.X = sparse.csc_matrix(by_columns.X)
+    by_columns.write_h5ad(folder / "two.h5ad")
+    return vc.pp.read_lazy([folder / "one.h5ad", folder / "two.h5ad"])
+
+
+def view_of_a_file(cells: ad.AnnData, folder: Path) -> ad.AnnData:
+    cells.write_h5ad(folder / "cells.h5ad")
+    return ad.read_h5ad(folder / "cells.h5ad", backed="r")[::-1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "victim"),
+    [(two_files, "_copy_block"), (view_of_a_file, "_look_at"), (view_of_a_file, "_sums"), (two_files, "genes")],
+)
+def test_cells_on_disk_are_gone_through_by_workers_of_which_one_dies(
+    kind, victim, screen, fit, client, killed_in, monkeypatch, tmp_path
+):
+    screen.X = sparse.csr_matrix(screen.X)
+    with vc.settings.override(max_memory=2e-5):  # which makes small chunks
+        cells, did = kind(screen, tmp_path), killed_in(victim)
+    for module in (_moments, _expression):
+        monkeypatch.setattr(module, "BLOCK", 32)
+    monkeypatch.setattr(_expression, "_PIECES", 1)
+    monkeypatch.setattr(_dask, "_CELLS", 32)
+    models = []
+    for name, workers in (("here", None), ("there", client)):
+        with vc.settings.override(cache_dir=tmp_path / name, max_memory=2e-5, progress=False):
+            models.append(fit(cells, client=workers, n_top_genes=40, training={"max_steps": 3, "accelerator": "cpu"}))
+    counted = Counter(did)
+    assert counted.pop("genes") == 1
+    assert set(counted) == {"_copy_block", "_look_at", "_sums"}
+    assert min(counted.values()) > 3
+    here, there = models
+    assert here.genes == there.genes
+    assert digest_of(here.state()) == digest_of(there.state())  # weights and effects, bit for bit
+
+
+def test_workers_that_do_not_see_a_file_or_the_cache_are_named(screen, design, alone, tmp_path):
+    screen.X = sparse.csr_matrix(screen.X)
+    cells, (_, client) = view_of_a_file(screen, tmp_path), alone
+    for name, lacks in (("cells.h5ad", r"cells\.h5ad"), ("copy.json", r"cache.rows.\w+.copy\.json")):
+        client.run(lambda lacking: setattr(Path, "exists", lambda path: path.name != lacking), name)
+        with (
+            vc.settings.override(cache_dir=tmp_path / "cache"),
+            pytest.raises(
+                FileNotFoundError, match=rf"^1 workers of client= do not see .*{lacks}, .*on a disk that all"
+            ),
+        ):
+            vc.tl.fit_baseline(cells, **design, client=client)
+
+
+def test_baselines_measure_effects_by_workers_of_cells_on_disk_alone(screen, design, client, caplog, tmp_path):
+    with caplog.at_level("INFO", "virtualcell"):
+        expected = vc.tl.fit_baseline(screen, **design, client=client)
+    assert "X is in memory: client= is of use for data that its workers can open" in caplog.text
+    with vc.settings.override(cache_dir=tmp_path / "cache"):
+        found = vc.tl.fit_baseline(view_of_a_file(screen, tmp_path), **design, client=client)
+    assert all((found.arrays[name] == array).all() for name, array in expected.arrays.items())
+
+
+@pytest.fixture
 def alone():
     """A cluster of one worker, with which all that was sent is lost, and its client."""
     options = {"processes": True, "dashboard_address": None, "silence_logs": logging.CRITICAL}
@@ -124,11 +243,13 @@ def test_a_task_of_which_workers_die_is_not_sent_forever(alone):
         list(_tasks.in_tasks(client, lambda shared, _: os.kill(os.getpid(), shared), signal.SIGKILL, range(1)))
 
 
-def test_a_client_must_be_one(fitted, model):
+def test_a_client_must_be_one(fitted, model, design):
     for call in (
         lambda: vc.tl.embed(fitted, model.se, client="tcp://scheduler:8786"),
         lambda: vc.tl.screen(fitted, context="type_3", client="tcp://scheduler:8786"),
         lambda: vc.tl.predict_perturbation(fitted, client="tcp://scheduler:8786"),
+        lambda: vc.tl.fit_state(fitted, **design, client="tcp://scheduler:8786"),
+        lambda: vc.tl.fit_baseline(fitted, **design, client="tcp://scheduler:8786"),
     ):
         with pytest.raises(TypeError, match=r"client='tcp://scheduler:8786' is not a `dask\.distributed\.Client`"):
             call()

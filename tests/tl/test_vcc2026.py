@@ -5,11 +5,13 @@ import dataclasses
 import logging
 import sys
 
+import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
 
 import virtualcell as vc
+from virtualcell.data._on_disk import CSROnDisk
 
 cell_eval2 = pytest.importorskip("cell_eval2")
 from cell_eval2 import anchor, baseline, competition, score  # noqa: E402
@@ -124,3 +126,26 @@ def test_without_the_scorer_the_message_says_what_to_install(halves, monkeypatch
     monkeypatch.setattr(builtins, "__import__", missing)
     with pytest.raises(ImportError, match=r'pip install "virtualcell\[eval\]"'):
         vc.tl.evaluate(halves[0], halves[2], **COUNTS)
+
+
+def test_cells_on_disk_are_refused_before_any_are_read_unless_they_may_be_in_memory(
+    halves, scores, tmp_path, monkeypatch
+):
+    def read(*_):
+        raise AssertionError("cells were read")
+
+    for name, cells in (("predicted", halves[0]), ("observed", halves[2])):
+        cells.write_h5ad(tmp_path / f"{name}.h5ad")
+    predicted, observed = (ad.read_h5ad(tmp_path / f"{name}.h5ad", backed="r") for name in ("predicted", "observed"))
+    sides = {predicted.n_obs + observed.n_obs: predicted, observed.n_obs: halves[0]}
+    with monkeypatch.context() as patch, vc.settings.override(max_memory=1e-4):
+        patch.setattr(CSROnDisk, "read", read)
+        for n, side in sides.items():
+            with pytest.raises(ValueError, match=rf"and {n} of them are not there.*max_memory=0\.0001\. Say .*'full'"):
+                vc.tl.evaluate(side, observed, **COUNTS)
+    found = vc.tl.evaluate(predicted, observed, **COUNTS)  # they fit
+    found, expected = (
+        table.set_index(["metric", "perturbation"])["value"].sort_index()
+        for table in (found, scores[scores["source"] == "model"])
+    )
+    pd.testing.assert_series_equal(found, expected, rtol=1e-6)

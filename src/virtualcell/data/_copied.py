@@ -18,6 +18,7 @@ from scipy import sparse
 
 from virtualcell._files import put_in_place
 from virtualcell._progress import Bar
+from virtualcell._tasks import Workers
 from virtualcell.data._cache import Hold, Scratch, home, is_of_process, made_alone, make_room
 from virtualcell.data._stored import StoredMatrix, canonical_rows, ranges
 
@@ -37,11 +38,12 @@ _OPEN: weakref.WeakValueDictionary[Path, CopiedRows] = weakref.WeakValueDictiona
 _OF_SESSION: dict[str, Scratch] = {}
 
 
-def copy_of(matrix: LazyMatrix, *, make: bool) -> CopiedRows | None:
+def copy_of(matrix: LazyMatrix, *, make: bool, workers: Workers) -> CopiedRows | None:
     """Return the copy of a lazy matrix, made where there is none and one is to be made.
 
-    It is made block by block. What is finished is kept when the process dies, and the next call goes on from there.
-    While the copy is made or used, no process removes it from the cache.
+    It is made block by block, by this process or by workers that open the same files. What is finished is kept when
+    the process dies, and the next call goes on from there. While the copy is made or used, no process removes it from
+    the cache.
 
     Raises
     ------
@@ -52,9 +54,10 @@ def copy_of(matrix: LazyMatrix, *, make: bool) -> CopiedRows | None:
     if folder is None or (not make and not CopiedRows.is_whole(folder)):
         return None
     hold = Hold(folder)
-    with made_alone(hold.folder):
-        if not CopiedRows.is_whole(folder):
-            _make(matrix, folder)
+    if not CopiedRows.is_whole(folder):
+        with made_alone(hold.folder):
+            if not CopiedRows.is_whole(folder):  # nor has another process made it meanwhile
+                _make(matrix, folder.absolute(), workers)
     if (copy := _OPEN.get(folder)) is None:  # whoever maps files twice has their pages twice
         _OPEN[folder] = copy = CopiedRows(folder)
     return copy
@@ -78,7 +81,7 @@ def _folder_of(matrix: LazyMatrix, *, make: bool) -> Path | None:
     return Path(_OF_SESSION[key].name)
 
 
-def _make(matrix: LazyMatrix, folder: Path) -> None:
+def _make(matrix: LazyMatrix, folder: Path, workers: Workers) -> None:
     """Copy a matrix, or what of it is not copied yet."""
     index = folder / _INDEX
     if not index.exists():
@@ -103,9 +106,13 @@ def _make(matrix: LazyMatrix, folder: Path) -> None:
     turned = None if not hasattr(matrix, "columns") else _turned(matrix, folder, edges)
     with Bar("Copying the matrix", n_cells, unit="cell") as bar:
         bar.show(n_cells - sum(b - a for _, a, b in todo))
-        for i, start, stop in todo:
-            block = matrix.read(start, stop) if turned is None else turned(i)
-            _write_block(folder, i, block)
+        if turned is None:
+            workers.require(index)
+            for n_copied in workers.each(_copy_block, (matrix, folder), todo):
+                bar.show(bar.done + n_copied)
+            todo = []
+        for i, start, stop in todo:  # of pieces of columns, which are put together here
+            _write_block(folder, i, turned(i))
             bar.show(bar.done + stop - start)
     shutil.rmtree(folder / "turned", ignore_errors=True)
     make_room()
@@ -126,6 +133,12 @@ def _check_room(needed: int, folder: Path) -> None:
             "are free. Name a folder on a larger disk, `vc.settings.cache_dir = path`, or have fewer copies kept, "
             "`vc.settings.max_cache = GB`."
         )
+
+
+def _copy_block(shared: tuple[LazyMatrix, Path], span: tuple[int, int, int]) -> int:
+    (matrix, folder), (i, start, stop) = shared, span
+    _write_block(folder, i, matrix.read(start, stop))
+    return stop - start
 
 
 def _write_block(folder: Path, i: int, block: sparse.csr_matrix) -> None:
@@ -207,7 +220,7 @@ class CopiedRows(StoredMatrix):
         self._open: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
 
     def __reduce__(self) -> tuple:
-        return type(self), (self.folder,)  # another process maps the same files
+        return type(self), (self.folder.absolute(),)  # another process maps the same files
 
     @staticmethod
     def is_whole(folder: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy import sparse
 
+from virtualcell._tasks import Workers
 from virtualcell.data._on_disk import ENTRY, ByColumns, LazyMatrix
 from virtualcell.data._stored import canonical_rows, compressed
 
@@ -33,17 +35,35 @@ def dask_array(what: str) -> ModuleType:
 
 
 def as_dask(expression: Expression) -> object:
-    """Return cells x genes as a dask array of sparse blocks, each of which is read when it is worked on."""
+    """Return cells x genes as a dask array of sparse blocks, each of which is read when it is worked on.
 
-    def block(block_info: dict | None = None) -> sparse.csr_matrix:
-        start, stop = block_info[None]["array-location"][0]
-        return expression.rows(slice(start, stop))
+    A block holds what tells of its own cells alone, so that little is sent to where it is read.
+    """
+    da, n_genes = dask_array("to go through cells that are not in memory, block by block,"), len(expression.genes)
+    from dask import delayed
 
-    edges = [*range(0, expression.n_cells, _CELLS), expression.n_cells]
-    chunks = tuple(np.diff(edges).tolist()), (len(expression.genes),)
     meta = sparse.csr_matrix((0, 0), dtype=np.float32)
-    da = dask_array("to go through cells that are not in memory, block by block,")
-    return da.map_blocks(block, chunks=chunks, dtype=np.float32, meta=meta)
+    edges = [*range(0, expression.n_cells, _CELLS), expression.n_cells]
+    blocks = [
+        da.from_delayed(delayed(_all_rows)(expression.take(np.arange(a, b))), (b - a, n_genes), np.float32, meta)
+        for a, b in itertools.pairwise(edges)
+    ]
+    return da.concatenate(blocks)
+
+
+@contextmanager
+def worked_on_by(workers: Workers) -> Iterator[None]:
+    """Have dask arrays computed by workers, and by nobody else: a client that was not named is not asked."""
+    import dask
+
+    # by its name: a worker that is started meanwhile is sent all that dask is told
+    told = dask.config.set(scheduler="threads" if workers.client is None else "distributed")
+    with told, nullcontext() if workers.client is None else workers.client.as_current():
+        yield
+
+
+def _all_rows(expression: Expression) -> sparse.csr_matrix:
+    return expression.rows()
 
 
 class DaskRows(LazyMatrix):

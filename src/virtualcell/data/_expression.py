@@ -5,17 +5,20 @@ from __future__ import annotations
 import copy
 import hashlib
 import itertools
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 from anndata import AnnData
 from scipy import sparse
 
+from virtualcell._tasks import Workers
 from virtualcell.data._design import Scale, check_scale
 from virtualcell.data._lazy import stored_matrix
+from virtualcell.data._moments import Moments, moments_of, pieces_of, sums_of
 from virtualcell.data._scales import (
     DataOf,
     are_nearly_whole,
@@ -25,25 +28,17 @@ from virtualcell.data._scales import (
     is_one_total,
     rounded,
 )
-from virtualcell.data._stored import BLOCK, columns_of, pieces_of, row_numbers, row_sums
+from virtualcell.data._stored import BLOCK, columns_of, row_numbers, row_sums
 from virtualcell.data._threads import in_threads
+
+logger = logging.getLogger(__name__)
 
 Unit = Literal["log1p", "log_counts", "counts"]
 
 MOST_EXPRESSION = np.float32(np.log1p(1e4))  # log1p CP10k of a cell that holds one gene only
 
 _SAMPLE = 1000  # cells whose totals are looked at
-
-
-class Moments(NamedTuple):
-    """Mean and sample variance (n - 1) over the cells of each group, (n_groups, n_genes), and their number.
-
-    Both are 0 where a group has no cells, and the variance where it has one.
-    """
-
-    mean: np.ndarray
-    variance: np.ndarray
-    n: np.ndarray
+_PIECES = 8  # blocks of cells that a worker sums up at a time
 
 
 class Expression:
@@ -102,7 +97,7 @@ class Expression:
         self._columns: np.ndarray | None = None
         self._n_columns = adata.n_vars
         self._found, self._key = _Found(library_size), library_size_key
-        self._argument, self._measured = scale_argument, measured
+        self._argument, self._measured, self._workers = scale_argument, measured, Workers()
         self.scale, self.unit, self.target_sum, self.genes = scale, unit, target_sum, adata.var_names
         if genes is not None:
             self._columns, self.genes = columns_of(adata.var_names, genes), pd.Index(genes)
@@ -223,8 +218,29 @@ class Expression:
         if not self._matrix.is_lazy:
             return self
         out = copy.copy(self)
-        out._matrix = self._matrix.copied(make=make)
+        out._matrix = self._matrix.copied(make=make, workers=self._workers)
         return out
+
+    def by(self, workers: Workers) -> Expression:
+        """Return the same cells, of which workers go through the blocks: for the check, the copy, and moments.
+
+        Cells in memory would have to be sent to them, and are gone through here.
+        """
+        if workers.client is None:
+            return self
+        if self.in_memory:
+            logger.info("%s is in memory: client= is of use for data that its workers can open.", self._where)
+            return self
+        for file in self._matrix.files:
+            workers.require(file)
+        out = copy.copy(self)
+        out._workers = workers
+        return out
+
+    @property
+    def workers(self) -> Workers:
+        """Those who go through blocks of cells."""
+        return self._workers
 
     def slices(self, n: int | None = None) -> list[slice]:
         """Cut the cells, in their order, into blocks of `n`, by default as the matrix is best read."""
@@ -245,32 +261,19 @@ class Expression:
         """Return mean and variance of groups of rows, each read once and some at a time.
 
         Sums are taken in double precision and in the order of the rows given, so that with rows in the order of cell
-        names the order of the file does not matter. Nor does it matter which other groups are asked for. Of a lazy
-        matrix a copy is made first.
+        names the order of the file does not matter. Nor does it matter which other groups are asked for, or who sums
+        up. Of a lazy matrix a copy is made first.
         """
         if self._matrix.is_lazy:
             return self.at_hand().moments(groups)
-        n = np.array([len(g) for g in groups], dtype=np.int64)
-        shape = (len(groups), len(self.genes))
-        mean, variance = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
-        before = np.zeros((2, shape[1]))  # sums of the group that goes on in the next pieces
-        for pieces in pieces_of(n):
-            group = np.array([g for g, _, _ in pieces])
-            ends = np.cumsum([0, *(stop - start for _, start, stop in pieces)])
-            member = sparse.csr_matrix((np.ones(ends[-1]), np.arange(ends[-1]), ends), shape=(len(pieces), ends[-1]))
-            cells = self.rows(np.concatenate([groups[g][start:stop] for g, start, stop in pieces])).astype(np.float64)
-            sums = (member @ cells).toarray()
-            cells.data **= 2
-            squares = (member @ cells).toarray()
-            if pieces[0][1] > 0:
-                sums[0] += before[0]
-                squares[0] += before[1]
-            before = np.stack([sums[-1], squares[-1]])
-            size = n[group, None]
-            m = sums / size
-            mean[group] = m  # of a group that goes on, until its last piece
-            variance[group] = np.maximum(squares - size * m**2, 0) / np.maximum(size - 1, 1)
-        return Moments(mean, variance, n)
+        self._check()  # here, where all blocks are
+        n, together = np.array([len(g) for g in groups], dtype=np.int64), pieces_of([len(g) for g in groups])
+        rows = ([groups[g][start:stop] for g, start, stop in pieces] for pieces in together)
+        found = self._workers.each(Expression._sums, self, rows, at_once=_PIECES)
+        return moments_of(together, found, n, len(self.genes))
+
+    def _sums(self, pieces: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        return sums_of(self.rows(np.concatenate(pieces)), [len(piece) for piece in pieces])
 
     # -- reading and checking -----------------------------------------------------------------------------------------
 
@@ -290,7 +293,10 @@ class Expression:
         whole, exact, most, sums = True, True, 0.0, np.zeros(self.n_cells)
         self._raw(slice(0, 0))  # what is stored by columns is turned around once, not in every thread
         blocks = self.slices()
-        looks = map(self._look_at, blocks) if self._matrix.is_lazy else in_threads(self._look_at, blocks)
+        if self._workers.client is None and not self._matrix.is_lazy:
+            looks = in_threads(self._look_at, blocks)
+        else:
+            looks = self._workers.each(Expression._look_at, self, blocks)
         for rows, (is_whole, is_exact, highest, of_rows) in zip(blocks, looks, strict=True):
             whole, exact, most = whole and is_whole, exact and is_exact, max(most, highest)
             sums[rows] = of_rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import h5py
@@ -124,6 +125,11 @@ class PartOf(LazyMatrix):
             return None
         part = hashlib.sha256(self._rows.tobytes() + b"|" + self._columns.tobytes()).hexdigest()
         return (*self._whole.source, part)
+
+    @property
+    def files(self) -> list[Path]:
+        """Those of the whole."""
+        return self._whole.files
 
     def read(self, start: int, stop: int) -> sparse.csr_matrix:
         """Read rows in one piece, float32 in canonical format."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ from typing import Any
 import h5py
 import numpy as np
 from anndata import abc
+from anndata.io import sparse_dataset
 from scipy import sparse
 
 from virtualcell._settings import settings
+from virtualcell._tasks import Workers
 from virtualcell.data._copied import copy_of, key_of
 from virtualcell.data._stored import StoredMatrix, canonical_rows, compressed
 
@@ -90,9 +93,9 @@ class LazyMatrix(StoredMatrix):
         edges = [start, *inside.tolist(), stop]
         return stacked([self.read(a, b) for a, b in itertools.pairwise(edges)])
 
-    def copied(self, *, make: bool = True) -> StoredMatrix:
+    def copied(self, *, make: bool = True, workers: Workers | None = None) -> StoredMatrix:
         """Return a copy in the cache folder, made where there is none; itself where none is to be made."""
-        return copy_of(self, make=make) or self
+        return copy_of(self, make=make, workers=workers or Workers()) or self
 
     def sample(self) -> bytes:
         """Return some rows from all over the matrix, as bytes."""
@@ -109,12 +112,39 @@ def stacked(parts: list[sparse.csr_matrix]) -> sparse.csr_matrix:
 # -- files ------------------------------------------------------------------------------------------------------------
 
 
-class CSROnDisk(LazyMatrix):
+class OnDisk(LazyMatrix):
+    """A matrix in an h5ad or zarr file, which another process opens anew."""
+
+    _element: Any  # group or array of the file
+
+    def __reduce__(self) -> tuple:
+        element = self._element
+        if not isinstance(element, h5py.Group | h5py.Dataset):
+            return _opened_anew, (type(self), element)
+        return _opened_anew, (type(self), (os.path.abspath(element.file.filename), element.name))
+
+    @property
+    def source(self) -> tuple | None:
+        """File and place in it, its size and when it was written."""
+        return place_of(self._element)
+
+    @property
+    def files(self) -> list[Path]:
+        """The file, unless it is in the memory of a process or on the net."""
+        return [] if self.source is None else [Path(self.source[0])]
+
+
+def _opened_anew(kind: Callable[[Any], OnDisk], place: Any) -> OnDisk:
+    element = h5py.File(place[0], "r")[place[1]] if isinstance(place, tuple) else place
+    return kind(sparse_dataset(element) if hasattr(element, "keys") else element)
+
+
+class CSROnDisk(OnDisk):
     """Compressed rows in an h5ad or zarr file."""
 
     def __init__(self, stored: abc.CSRDataset) -> None:
         group = stored.group
-        self._group, self.shape = group, stored.shape
+        self._element, self.shape = group, stored.shape
         self._data, self._indices, self._indptr = (group[name] for name in ("data", "indices", "indptr"))
 
     @property
@@ -132,11 +162,6 @@ class CSROnDisk(LazyMatrix):
         """Rows that are rather read although nobody asked for them; in zarr, chunks would be decompressed again."""
         return _GAP if isinstance(self._data, h5py.Dataset) else self.shape[0]
 
-    @property
-    def source(self) -> tuple | None:
-        """File and place in it, its size and when it was written."""
-        return place_of(self._group)
-
     def read(self, start: int, stop: int) -> sparse.csr_matrix:
         """Read rows in one piece, float32 in canonical format."""
         indptr = self._indptr[start : stop + 1].astype(np.int64)
@@ -145,13 +170,13 @@ class CSROnDisk(LazyMatrix):
         return canonical_rows(sparse.csr_matrix(arrays, shape=(stop - start, self.shape[1])))
 
 
-class DenseOnDisk(LazyMatrix):
+class DenseOnDisk(OnDisk):
     """A dense matrix in an HDF5 or zarr file."""
 
     is_sparse = False
 
     def __init__(self, stored: Any) -> None:
-        self._stored, self.shape = stored, tuple(stored.shape)
+        self._element, self.shape = stored, tuple(stored.shape)
 
     @property
     def entries_per_cell(self) -> float:
@@ -161,21 +186,16 @@ class DenseOnDisk(LazyMatrix):
     @property
     def bytes_per_cell(self) -> float:
         """Memory that a row takes while it is read."""
-        return self.shape[1] * (self._stored.dtype.itemsize + 4)
+        return self.shape[1] * (self._element.dtype.itemsize + 4)
 
     @property
     def chunk(self) -> int:
         """Rows that the storage keeps together."""
-        return self._stored.chunks[0] if self._stored.chunks else 1
-
-    @property
-    def source(self) -> tuple | None:
-        """File and place in it, its size and when it was written."""
-        return place_of(self._stored)
+        return self._element.chunks[0] if self._element.chunks else 1
 
     def read(self, start: int, stop: int) -> sparse.csr_matrix:
         """Read rows in one piece, float32 in canonical format."""
-        return compressed(np.asarray(self._stored[start:stop]))
+        return compressed(np.asarray(self._element[start:stop]))
 
 
 class ByColumns(LazyMatrix):
@@ -189,6 +209,9 @@ class ByColumns(LazyMatrix):
     def _by_rows(self) -> StoredMatrix:
         return self.copied()
 
+    def __reduce__(self) -> tuple:
+        return _same, (self._by_rows,)  # another process reads the copy
+
     def read(self, start: int, stop: int) -> sparse.csr_matrix:
         """Read rows in one piece, float32 in canonical format."""
         return self._by_rows.rows(slice(start, stop))
@@ -199,36 +222,35 @@ class ByColumns(LazyMatrix):
         return b"" if first is None else first.data[:1000].tobytes() + first.indices[:1000].tobytes()
 
 
-class CSCOnDisk(ByColumns):
+def _same(copy: StoredMatrix) -> StoredMatrix:
+    return copy
+
+
+class CSCOnDisk(ByColumns, OnDisk):
     """Compressed columns in an h5ad or zarr file."""
 
     def __init__(self, stored: abc.CSCDataset) -> None:
-        self._group, self.shape = stored.group, stored.shape
+        self._element, self.shape = stored.group, stored.shape
 
     @property
     def entries_per_cell(self) -> float:
         """Mean number of stored entries of a row."""
-        return self._group["data"].shape[0] / max(self.shape[0], 1)
+        return self._element["data"].shape[0] / max(self.shape[0], 1)
 
     @property
     def bytes_per_cell(self) -> float:
         """Memory that a row takes while it is read."""
-        return self.entries_per_cell * (ENTRY + self._group["data"].dtype.itemsize)
-
-    @property
-    def source(self) -> tuple | None:
-        """File and place in it, its size and when it was written."""
-        return place_of(self._group)
+        return self.entries_per_cell * (ENTRY + self._element["data"].dtype.itemsize)
 
     def columns(self) -> Iterator[sparse.csc_matrix]:
         """Yield all columns, as many at a time as memory allows."""
-        indptr = self._group["indptr"][:].astype(np.int64)
+        indptr = self._element["indptr"][:].astype(np.int64)
         most = max(1, int(settings.max_memory * 2**30 / (_COPIES * 2 * ENTRY)))
         first = 0
         while first < self.shape[1]:
             last = max(first + 1, int(np.searchsorted(indptr, indptr[first] + most, side="right")) - 1)
             entries = slice(int(indptr[first]), int(indptr[last]))
-            arrays = self._group["data"][entries], self._group["indices"][entries], indptr[first : last + 1]
+            arrays = self._element["data"][entries], self._element["indices"][entries], indptr[first : last + 1]
             yield sparse.csc_matrix((*arrays[:2], arrays[2] - arrays[2][0]), shape=(self.shape[0], last - first))
             first = last
 

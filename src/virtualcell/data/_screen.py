@@ -7,7 +7,6 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib.metadata import version
 
 import numpy as np
 import pandas as pd
@@ -16,12 +15,14 @@ from mudata import MuData
 
 from virtualcell._errors import unknown_name
 from virtualcell._keys import ALL, SPLITS
+from virtualcell._tasks import Workers
 from virtualcell.data._cell_sets import CellGroups
 from virtualcell.data._design import Design
 from virtualcell.data._expression import Expression, Unit
 from virtualcell.data._labels import Written, expression_modality, parts, text
 from virtualcell.data._read_design import read_design
 from virtualcell.data._read_expression import read_embedding, read_expression, read_target_names
+from virtualcell.data._registry import scvi_registry
 from virtualcell.data._stored import row_numbers
 
 logger = logging.getLogger(__name__)
@@ -288,6 +289,10 @@ class Screen:
         """Return the same cells with their expression in another unit."""
         return dataclasses.replace(self, expression=self.expression.read_as(unit))
 
+    def by(self, workers: Workers) -> Screen:
+        """Return the same cells, of whose expression workers go through the blocks."""
+        return dataclasses.replace(self, expression=self.expression.by(workers))
+
     def with_split(self, split: np.ndarray) -> Screen:
         """Return the same cells in other parts."""
         return dataclasses.replace(self, split=split)
@@ -379,20 +384,6 @@ class Screen:
                 f"context {context!r} has no control cells ({self.design.control!r}) to start from. Drop it or add "
                 "controls."
             )
-
-
-def scvi_registry(model: str, setup: dict, states: dict[str, dict], summaries: dict[str, dict] | None = None) -> dict:
-    """Return a registry of scvi-tools for data that is not in an AnnData: state and summary by field."""
-    return {
-        "scvi_version": version("scvi-tools"),
-        "model_name": model,
-        "setup_method_name": "setup_anndata",
-        "setup_args": setup,
-        "field_registries": {
-            name: {"data_registry": {}, "state_registry": state, "summary_stats": (summaries or {}).get(name, {})}
-            for name, state in states.items()
-        },
-    }
 
 
 def _present(labels: pd.Categorical) -> list[str]:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from scipy import sparse
 
 from virtualcell._errors import unknown_name
+from virtualcell._tasks import Workers
 
-GROUPS = 256  # groups whose sums are held at a time
 BLOCK = 1024  # cells read at a time, few enough that copies of them are small beside any matrix
 
 
@@ -54,10 +55,16 @@ class StoredMatrix(ABC):
         """First rows of the blocks that a pass over the matrix reads, and the number of rows: (n_blocks + 1,)."""
         return np.append(np.arange(0, self.shape[0], BLOCK), self.shape[0])
 
-    def copied(self, *, make: bool = True) -> StoredMatrix:
+    @property
+    def files(self) -> list[Path]:
+        """What another process opens to read this matrix, where that is known."""
+        return []
+
+    def copied(self, *, make: bool = True, workers: Workers | None = None) -> StoredMatrix:
         """Return the same matrix where rows are quick to read in any order.
 
-        A lazy one is copied to the cache folder for that or, unless one is to be made, read from where it is.
+        A lazy one is copied to the cache folder for that, perhaps by workers, or, unless one is to be made, read from
+        where it is.
         """
         return self
 
@@ -148,18 +155,3 @@ def columns_of(names: pd.Index, genes: Sequence[str]) -> np.ndarray | None:
         remedy = f"{len(missing)} of {len(genes)} genes are missing; they are matched by name."
         raise unknown_name("genes", missing[0], index, remedy)
     return None if len(where) == len(index) and (where == np.arange(len(index))).all() else where
-
-
-def pieces_of(lengths: np.ndarray) -> Iterator[list[tuple[int, int, int]]]:
-    """Cut groups into pieces (group, start, stop) of at most `BLOCK` cells, and yield as many as go together."""
-    pieces, size = [], 0
-    for g, length in enumerate(lengths.tolist()):
-        for start in range(0, length, BLOCK):
-            stop = min(start + BLOCK, length)
-            if pieces and (size + stop - start > BLOCK or len(pieces) == GROUPS):
-                yield pieces
-                pieces, size = [], 0
-            pieces.append((g, start, stop))
-            size += stop - start
-    if pieces:
-        yield pieces

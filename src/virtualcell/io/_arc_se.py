@@ -18,7 +18,7 @@ from torch import Tensor
 
 from virtualcell._reading import mapping_of
 from virtualcell._unpickle import read_torch
-from virtualcell.data._screen import scvi_registry
+from virtualcell.data._registry import scvi_registry
 from virtualcell.data._tables import as_table
 from virtualcell.io._arc import (
     OURS,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from virtualcell._reading import mapping_of, require_bounded
 from virtualcell._unpickle import read_pickle, read_torch
-from virtualcell.data._screen import scvi_registry
+from virtualcell.data._registry import scvi_registry
 from virtualcell.io._arc import (
     OURS,
     checked_parameters,

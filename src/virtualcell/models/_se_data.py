@@ -21,7 +21,8 @@ from virtualcell.data._design import Scale
 from virtualcell.data._expression import Expression
 from virtualcell.data._fingerprint import digest, numbers, of_expression
 from virtualcell.data._labels import expression_modality, read_labels
-from virtualcell.data._screen import Screen, scvi_registry
+from virtualcell.data._registry import scvi_registry
+from virtualcell.data._screen import Screen
 from virtualcell.data._sentence_batches import SentenceBatches, Sentences
 from virtualcell.data._tables import Vectors, as_table
 from virtualcell.data._threads import in_threads

@@ -18,6 +18,7 @@ from mudata import MuData
 from virtualcell import _keys
 from virtualcell._interrupted import told_when_interrupted
 from virtualcell._settings import say
+from virtualcell._tasks import Workers, check_client
 from virtualcell._threads import own_threads
 from virtualcell.data._design import Design, Scale, check_library_sizes
 from virtualcell.data._labels import expression_modality
@@ -84,6 +85,7 @@ def fit_state(
     validate: Literal["contexts", "perturbations", "cells"] | bool = True,
     checkpoint_dir: str | os.PathLike | None = None,
     resume: bool = False,
+    client: object | None = None,
     seed: int | None = None,
 ) -> ST:
     """Fit ST and SE: learn what each perturbation does to the control cells of each context, and embed every cell.
@@ -184,6 +186,11 @@ def fit_state(
         Whether to go on from what is in `checkpoint_dir`. What was finished is not trained again, and the result is
         that of a fit which was not interrupted, bit for bit on a CPU. A folder that holds nothing yet is begun, so that
         a job can be sent again as it is. Trainings on other data or with other options are refused.
+    client
+        A `dask.distributed.Client` (`pip install "virtualcell[dask]"`) for data that is not in memory: its workers,
+        which open the same files and share the disk of `vc.settings.cache_dir`, copy and check the cells, and take the
+        sums from which genes are chosen and effects measured. What a worker did not finish another one does, and the
+        result is the same, bit for bit. Networks are trained here.
     seed
         Seed of everything random; by default `vc.settings.seed`.
 
@@ -218,6 +225,7 @@ def fit_state(
     (60, True)
     """
     check_library_sizes(scale, library_size_key)
+    check_client(client)
     options = FitOptions.from_(training, seed=seed, checkpoint_dir=checkpoint_dir, resume=resume)
     networks = NetworkOptions.of(network)
     of_se = SEOptions.of(se, init_from, networks.use_rep, options)
@@ -235,7 +243,7 @@ def fit_state(
     waits = of_se.makes(design.use_rep)  # ST, for the embedding that it works on, which is yet to be made
     screen = Screen.from_anndata(
         data, dataclasses.replace(design, use_rep=None) if waits else design, modality=modality
-    )
+    ).by(Workers(client))
     of_se.check_cells(adata, screen)
     goes_on = isinstance(init_from, ST)
     has_features = perturbation_features is not None or (goes_on and init_from.table.has_features)

@@ -13,6 +13,7 @@ from mudata import MuData
 from virtualcell import models
 from virtualcell._errors import unknown_name
 from virtualcell._settings import seed_of
+from virtualcell._tasks import Workers, check_client
 from virtualcell._threads import own_threads
 from virtualcell.data._design import Design, Scale, check_library_sizes, note_design
 from virtualcell.data._design_arguments import describes_design
@@ -49,6 +50,7 @@ def fit_baseline(
     n_top_genes: int | None = 2000,
     perturbation_features: pd.DataFrame | None = None,
     min_cells: int = 10,
+    client: object | None = None,
     seed: int | None = None,
 ) -> Baseline:
     """Fit a baseline on the cells and genes that :func:`virtualcell.tl.fit_state` would take, in seconds.
@@ -75,6 +77,9 @@ def fit_baseline(
         One row of features per perturbation, for "Ridge" and "NearestPerturbations".
     min_cells
         Smallest number of training cells of a perturbation to be learned.
+    client
+        A `dask.distributed.Client` whose workers go through cells that are not in memory, as in
+        :func:`virtualcell.tl.fit_state`.
     seed
         Seed of the tenth of each group that :func:`virtualcell.tl.fit_state` keeps for validation where there is no
         `split_key`, and which therefore has no part in the choice of genes; by default `vc.settings.seed`.
@@ -98,6 +103,7 @@ def fit_baseline(
     'Additive'
     """
     kind = _kind(model, perturbation_features)
+    check_client(client)
     check_library_sizes(scale, library_size_key)
     design = Design(
         perturbation_key=perturbation_key,
@@ -113,7 +119,7 @@ def fit_baseline(
         library_size_key=library_size_key,
         n_genes=expression_modality(adata, modality).n_vars,
     )
-    screen = Screen.from_anndata(adata, design, modality=modality)
+    screen = Screen.from_anndata(adata, design, modality=modality).by(Workers(client))
     screen = prepared(screen, min_cells=min_cells, has_features=perturbation_features is not None, seed=seed_of(seed))
     warn_of_panel(screen, adata, modality=modality)
     screen = screen.select(choose_genes(screen, n_top_genes, targets=screen.targets()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from contextlib import nullcontext
 from numbers import Integral
 
 import numpy as np
@@ -13,7 +14,7 @@ from anndata import AnnData
 from mudata import MuData
 
 from virtualcell._threads import torch_threads_kept
-from virtualcell.data._dask import as_dask
+from virtualcell.data._dask import as_dask, worked_on_by
 from virtualcell.data._labels import expression_modality, looks_combined, looks_like_control, obs_column, parts
 from virtualcell.data._screen import Screen
 
@@ -155,6 +156,6 @@ def choose_genes(screen: Screen, n_top_genes: int | None, *, targets: list[str])
     screen.expression.rows(np.arange(0))  # the first reading checks all cells
     train = screen.expression.take(screen.in_order(screen.is_train))
     cells = AnnData(train.rows() if train.in_memory else as_dask(train), var=pd.DataFrame(index=names))
-    with torch_threads_kept():
+    with torch_threads_kept(), nullcontext() if train.in_memory else worked_on_by(train.workers):
         table = sc.pp.highly_variable_genes(cells, n_top_genes=n_top_genes, flavor="seurat", inplace=False)
     return sorted(set(names[table["highly_variable"].to_numpy()]) | set(targets))

@@ -13,6 +13,8 @@ import pandas as pd
 from anndata import AnnData
 
 from virtualcell._keys import ALL
+from virtualcell._settings import settings
+from virtualcell.data._on_disk import ENTRY
 from virtualcell.data._screen import Screen
 from virtualcell.tl._evaluate_checks import Task
 
@@ -33,6 +35,7 @@ _KEY = "perturbation"
 
 def score(task: Task, *, generic: bool) -> list[pd.DataFrame]:
     """Rows of every source and context; see :func:`virtualcell.tl.evaluate`."""
+    _check_memory(task)
     config = dataclasses.replace(
         cell_eval2.EvalConfig.from_preset("vcc2026"),
         pert_col=_KEY,
@@ -57,6 +60,31 @@ def score(task: Task, *, generic: bool) -> list[pd.DataFrame]:
             rows = {"perturbation": ALL, "metric": anchor["metric"].to_list(), "value": anchor["replicate"].to_list()}
             parts.append(pd.DataFrame(rows).assign(source="ceiling", context=context))
     return parts
+
+
+def _check_memory(task: Task) -> None:
+    """Raise, before any are read, for cells that are not in memory and may not be there together.
+
+    The scorer takes files too, but reads them as a whole: of its metrics, those with moments and those of differential
+    expression go through parts of the cells only on a GPU and in a format of its own.
+    """
+    for context in task.contexts:
+        held = {}
+        for side in ("observed", *task.sources):
+            expression = task.screens[side].expression
+            n_cells = 0 if expression.in_memory else sum(map(len, task.rows(side, context).values()))
+            of_genes = len(expression.genes) / max(len(expression.gene_of_column), 1)
+            held[side] = n_cells, n_cells and n_cells * expression.entries_per_cell * of_genes * ENTRY / 2**30
+        n_cells, needed = np.sum([held["observed"], max(held[source] for source in task.sources)], axis=0)
+        if needed > settings.max_memory:
+            where = "" if context == ALL else f" of context {context!r}"
+            raise ValueError(
+                f"suite='vcc2026': the official scorer wants all cells{where} in memory at once, and {n_cells:.0f} of "
+                f"them are not there. They take {needed:.3g} GB, more than vc.settings.max_memory="
+                f"{settings.max_memory:g}. Say vc.settings.max_memory = {1.1 * needed:.2g} where there is as much, and "
+                "some more for the scorer itself; or score with suite='vcc2025' or 'full', which read perturbation by "
+                "perturbation."
+            )
 
 
 def challenge_score(metric: str, value: float, baseline: float, replicate: float | None) -> float:
