@@ -97,7 +97,7 @@ class Expression:
         self._columns: np.ndarray | None = None
         self._n_columns = adata.n_vars
         self._found, self._key = _Found(library_size), library_size_key
-        self._argument, self._measured, self._workers = scale_argument, measured, Workers()
+        self._argument, self._measured, self.workers = scale_argument, measured, Workers()
         self.scale, self.unit, self.target_sum, self.genes = scale, unit, target_sum, adata.var_names
         if genes is not None:
             self._columns, self.genes = columns_of(adata.var_names, genes), pd.Index(genes)
@@ -218,7 +218,7 @@ class Expression:
         if not self._matrix.is_lazy:
             return self
         out = copy.copy(self)
-        out._matrix = self._matrix.copied(make=make, workers=self._workers)
+        out._matrix = self._matrix.copied(make=make, workers=self.workers)
         return out
 
     def by(self, workers: Workers) -> Expression:
@@ -234,13 +234,8 @@ class Expression:
         for file in self._matrix.files:
             workers.require(file)
         out = copy.copy(self)
-        out._workers = workers
+        out.workers = workers
         return out
-
-    @property
-    def workers(self) -> Workers:
-        """Those who go through blocks of cells."""
-        return self._workers
 
     def slices(self, n: int | None = None) -> list[slice]:
         """Cut the cells, in their order, into blocks of `n`, by default as the matrix is best read."""
@@ -267,10 +262,10 @@ class Expression:
         if self._matrix.is_lazy:
             return self.at_hand().moments(groups)
         self._check()  # here, where all blocks are
-        n, together = np.array([len(g) for g in groups], dtype=np.int64), pieces_of([len(g) for g in groups])
-        rows = ([groups[g][start:stop] for g, start, stop in pieces] for pieces in together)
-        found = self._workers.each(Expression._sums, self, rows, at_once=_PIECES)
-        return moments_of(together, found, n, len(self.genes))
+        n = [len(g) for g in groups]
+        rows = ([groups[g][start:stop] for g, start, stop in pieces] for pieces in pieces_of(n))
+        found = self.workers.each(Expression._sums, self, rows, at_once=_PIECES)
+        return moments_of(n, found, len(self.genes))
 
     def _sums(self, pieces: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         return sums_of(self.rows(np.concatenate(pieces)), [len(piece) for piece in pieces])
@@ -293,10 +288,10 @@ class Expression:
         whole, exact, most, sums = True, True, 0.0, np.zeros(self.n_cells)
         self._raw(slice(0, 0))  # what is stored by columns is turned around once, not in every thread
         blocks = self.slices()
-        if self._workers.client is None and not self._matrix.is_lazy:
+        if self.workers.client is None and not self._matrix.is_lazy:
             looks = in_threads(self._look_at, blocks)
         else:
-            looks = self._workers.each(Expression._look_at, self, blocks)
+            looks = self.workers.each(Expression._look_at, self, blocks)
         for rows, (is_whole, is_exact, highest, of_rows) in zip(blocks, looks, strict=True):
             whole, exact, most = whole and is_whole, exact and is_exact, max(most, highest)
             sums[rows] = of_rows

@@ -52,13 +52,12 @@ def sums_of(cells: sparse.csr_matrix, lengths: Sequence[int]) -> tuple[np.ndarra
     return sums, (member @ cells).toarray()
 
 
-def moments_of(
-    together: Iterable[list[Piece]], found: Iterable[tuple[np.ndarray, np.ndarray]], n: np.ndarray, n_genes: int
-) -> Moments:
+def moments_of(lengths: Sequence[int], found: Iterable[tuple[np.ndarray, np.ndarray]], n_genes: int) -> Moments:
     """Add sums of pieces up in their order; a group may go on from some that were read together to the next."""
+    n = np.array(lengths, dtype=np.int64)
     mean, variance = np.zeros((len(n), n_genes), np.float32), np.zeros((len(n), n_genes), np.float32)
     before = np.zeros((2, n_genes))  # sums of the group that goes on
-    for pieces, (sums, squares) in zip(together, found, strict=True):
+    for pieces, (sums, squares) in zip(pieces_of(lengths), found, strict=True):
         group = np.array([g for g, _, _ in pieces])
         if pieces[0][1] > 0:
             sums[0] += before[0]
