@@ -111,6 +111,40 @@ def dask_sparse(adata: ad.AnnData, folder: Path) -> ad.AnnData:
     return with_x(adata, blocks)
 
 
+def of_zarr_3(adata: ad.AnnData, folder: Path) -> ad.AnnData:
+    with ad.settings.override(zarr_write_format=3):
+        return ad.experimental.read_lazy(written(adata, folder, sparse.csr_matrix, "zarr"))
+
+
+def dense_of_zarr_3(adata: ad.AnnData, folder: Path) -> ad.AnnData:
+    with ad.settings.override(zarr_write_format=3):
+        return vc.pp.read_lazy(written(adata, folder, dense, "zarr"))
+
+
+def dask_in_one_chunk(adata: ad.AnnData, folder: Path) -> ad.AnnData:
+    return with_x(adata, da.from_array(adata.X.toarray(), chunks=adata.shape))
+
+
+def dask_sparse_arrays(adata: ad.AnnData, folder: Path) -> ad.AnnData:
+    return with_x(adata, da.from_array(adata.X.toarray(), chunks=(40, -1)).map_blocks(sparse.csr_array))
+
+
+def backed_of_16_bits(adata: ad.AnnData, folder: Path) -> ad.AnnData:
+    return ad.read_h5ad(written(adata, folder, lambda x: x.astype(np.uint16)), backed="r")
+
+
+def lazy_dense_of_16_bits(adata: ad.AnnData, folder: Path) -> ad.AnnData:
+    return ad.experimental.read_lazy(written(adata, folder, lambda x: x.toarray().astype(np.uint16)))
+
+
+def by_columns_of_64_bits(adata: ad.AnnData, folder: Path) -> ad.AnnData:
+    return vc.pp.read_lazy(written(adata, folder, lambda x: sparse.csc_matrix(x.astype(np.int64))))
+
+
+def backed_float64(adata: ad.AnnData, folder: Path) -> ad.AnnData:
+    return ad.read_h5ad(written(adata, folder, lambda x: x.astype(np.float64)), backed="r")
+
+
 def in_mudata(adata: ad.AnnData, folder: Path) -> md.MuData:
     return md.MuData({"rna": with_x(adata, dask_sparse(adata, folder).X)})
 
@@ -122,7 +156,9 @@ def backed_mudata(adata: ad.AnnData, folder: Path) -> md.MuData:
 
 WHOLE = [
     backed, backed_by_columns, backed_dense, lazy_h5ad, lazy_by_columns, lazy_zarr, lazy_dense_zarr, sparse_of_h5ad,
-    sparse_of_zarr, array_of_h5, array_of_zarr, dask_dense, dask_sparse, in_mudata, backed_mudata,
+    sparse_of_zarr, array_of_h5, array_of_zarr, dask_dense, dask_sparse, in_mudata, backed_mudata, of_zarr_3,
+    dense_of_zarr_3, dask_in_one_chunk, dask_sparse_arrays, backed_of_16_bits, lazy_dense_of_16_bits,
+    by_columns_of_64_bits, backed_float64,
 ]  # fmt: skip
 
 
@@ -423,6 +459,35 @@ def test_what_files_lack_is_said(cells: ad.AnnData, tmp_path: Path, caplog: pyte
     np.testing.assert_array_equal(data[150:].X.compute().toarray(), cells[150:, 10:].X.toarray())
     # one file
     assert vc.pp.read_lazy(tmp_path / "one.h5ad").layers["other"].shape == (100, 60)
+
+
+def test_files_with_other_categories_and_the_same_cell_names_are_one_screen(cells: ad.AnnData, tmp_path: Path) -> None:
+    """The second file holds labels as text and cells that are called like those of the first."""
+    order = np.random.default_rng(0).permutation(cells.n_obs)
+    parts = [cells[order[:170]].copy(), cells[order[170:]].copy()]
+    parts[0].obs["cell_type"] = pd.Categorical(parts[0].obs["cell_type"], categories=["type_9", "type_2", "type_1"])
+    parts[1].obs["target_gene"] = parts[1].obs["target_gene"].astype(str)
+    parts[1].obs_names = parts[0].obs_names[: parts[1].n_obs]
+    for i, part in enumerate(parts):
+        part.write_h5ad(tmp_path / f"plate{i}.h5ad")
+    data = vc.pp.read_lazy([tmp_path / "plate0.h5ad", tmp_path / "plate1.h5ad"], label="plate")
+    part = data[::2][:, ::-1][5:]  # views of views
+    whole = ad.AnnData(sparse.vstack([p.X for p in parts]).tocsr(), obs=data.obs.copy(), var=cells.var.copy())
+    for found, expected in ((data, whole), (part, whole[::2][:, ::-1][5:].copy())):
+        models = [
+            vc.tl.fit_baseline(one, "Additive", **DESIGN, batch_key="plate", n_top_genes=30)
+            for one in (found, expected)
+        ]
+        assert models[0].genes == models[1].genes
+        assert models[0].contexts == models[1].contexts == ["type_1", "type_2"]
+        for name, array in models[1].arrays.items():
+            np.testing.assert_array_equal(models[0].arrays[name], array, err_msg=name)
+        asked = {"perturbation": models[0].perturbations[:2], "context": "type_1"}
+        counts = [
+            vc.tl.predict_perturbation(one, model=model, **asked).layers["counts"].toarray()
+            for one, model in zip((found, expected), models, strict=True)
+        ]
+        np.testing.assert_array_equal(*counts)
 
 
 def test_files_that_do_not_go_together(cells: ad.AnnData, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from anndata import AnnData
 from scipy import sparse
 
 from virtualcell._errors import UnknownNameError
-from virtualcell.data import _expression, _stored
+from virtualcell.data import _expression, _moments, _stored
 from virtualcell.data._expression import Expression, Moments
 from virtualcell.data._read_expression import read_expression
 
@@ -198,8 +198,8 @@ def by_name(adata: AnnData, groups: list[list[str]]) -> Moments:
 
 @pytest.mark.parametrize("block", [4096, 16, 5])
 def test_moments(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
-    monkeypatch.setattr(_stored, "BLOCK", block)
-    monkeypatch.setattr(_stored, "GROUPS", 4)
+    monkeypatch.setattr(_moments, "BLOCK", block)
+    monkeypatch.setattr(_moments, "_GROUPS", 4)
     expression = Expression(cells())
     values = expression.rows().toarray().astype(np.float64)
     rng = np.random.default_rng(1)
@@ -224,7 +224,7 @@ def test_moments(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
 
 @pytest.mark.parametrize("stored", [sparse.csr_matrix, sparse.csc_matrix, np.asarray])
 def test_order_of_a_file_changes_no_bit_of_moments(monkeypatch: pytest.MonkeyPatch, stored: Callable) -> None:
-    monkeypatch.setattr(_stored, "BLOCK", 16)
+    monkeypatch.setattr(_moments, "BLOCK", 16)
     adata = cells(200)
     rng = np.random.default_rng(2)
     names = rng.permutation(adata.obs_names)
@@ -245,7 +245,8 @@ def test_order_of_a_file_changes_no_bit_of_moments(monkeypatch: pytest.MonkeyPat
 
 def test_reading_copies_some_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_expression, "BLOCK", 100)
-    monkeypatch.setattr(_stored, "BLOCK", 100)
+    for module in (_stored, _moments):
+        monkeypatch.setattr(module, "BLOCK", 100)
     monkeypatch.setattr(_expression, "_SAMPLE", 100)
     rng = np.random.default_rng(0)
     counts = sparse.random(5000, 500, density=0.2, format="csr", dtype=np.float32, random_state=rng)

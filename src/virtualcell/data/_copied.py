@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import shutil
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,6 +37,8 @@ _BYTES_PER_ENTRY = 6  # at most: a gene of 16 bits, a value of 32
 _OPEN: weakref.WeakValueDictionary[Path, CopiedRows] = weakref.WeakValueDictionary()
 # Copies of what nothing tells apart after this process, by what tells it apart in it.
 _OF_SESSION: dict[str, Scratch] = {}
+# Python 3.11 parses the beginning of an array's file wrongly at times where several threads do so at once.
+_LOADING = threading.Lock()
 
 
 def copy_of(matrix: LazyMatrix, *, make: bool, workers: Workers) -> CopiedRows | None:
@@ -245,8 +248,9 @@ class CopiedRows(StoredMatrix):
         """Columns, values and row starts of a block."""
         if i not in self._open:
             paths = [self.folder / f"{i:06d}.{name}.npy" for name in _PARTS]
-            # an empty file cannot be mapped
-            genes, values, indptr = (np.load(p, mmap_mode="r" if p.stat().st_size > 128 else None) for p in paths)
+            with _LOADING:
+                # an empty file cannot be mapped
+                genes, values, indptr = (np.load(p, mmap_mode="r" if p.stat().st_size > 128 else None) for p in paths)
             self._open[i] = genes, values, indptr
         return self._open[i]
 
