@@ -288,10 +288,8 @@ class Expression:
         whole, exact, most, sums = True, True, 0.0, np.zeros(self.n_cells)
         self._raw(slice(0, 0))  # what is stored by columns is turned around once, not in every thread
         blocks = self.slices()
-        if self.workers.client is None and not self._matrix.is_lazy:
-            looks = in_threads(self._look_at, blocks)
-        else:
-            looks = self.workers.each(Expression._look_at, self, blocks)
+        here = self.workers.client is None and not self._matrix.is_lazy
+        looks = in_threads(self._look_at, blocks) if here else self.workers.each(Expression._look_at, self, blocks)
         for rows, (is_whole, is_exact, highest, of_rows) in zip(blocks, looks, strict=True):
             whole, exact, most = whole and is_whole, exact and is_exact, max(most, highest)
             sums[rows] = of_rows

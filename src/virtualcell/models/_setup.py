@@ -14,7 +14,8 @@ from scvi.model.base import BaseModelClass
 
 from virtualcell.data._design import Design
 from virtualcell.data._labels import expression_modality
-from virtualcell.data._screen import Screen, scvi_registry
+from virtualcell.data._registry import scvi_registry
+from virtualcell.data._screen import Screen
 
 
 def registry_without_cells(kind: str, design: Design, genes: Sequence[str]) -> dict:

@@ -18,10 +18,6 @@ from virtualcell._keys import AGREEMENT
 from virtualcell._state import State
 from virtualcell.data._design import Design, Scale
 from virtualcell.data._design_arguments import describes_design
-<<<<<<< HEAD
-=======
-from virtualcell.data._registry import scvi_registry
->>>>>>> 774db13 (Workers of a cluster go through cells on disk: copy, check, choice of genes, effects; what the official scorer cannot stream is refused before anything is read)
 from virtualcell.data._screen import Screen
 from virtualcell.models._baselines import Baseline
 from virtualcell.models._common import training_screen
