@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 _MOST_TIMES = 2000  # zeros compress by a factor of a thousand, and no more
 _NEVER_STORED = 16_000_000  # bytes of arrays that were made and never filled
+_ATTRIBUTE, _CONTINUED = 0x0C, 0x10  # kinds of messages in the header of an object
 # Where a text of any length is told: how long it is, and where in the file it lies.
 _REFERENCE = np.dtype([("length", "<u4"), ("address", "<u8"), ("index", "<u4")])
 
@@ -25,8 +27,9 @@ def check_h5(path: Path) -> None:
     """Raise for an HDF5 file that does not hang together, or whose arrays are larger than what is stored of them.
 
     Its library reserves the size of an array, of each of its pieces and of each text before it finds nothing there, and
-    may not come back from a file whose parts are damaged. The lengths of texts cannot be seen beforehand in attributes,
-    in tables of records, and in arrays packed by other filters than gzip; each of those reserves 4 GB at most.
+    may not come back from a file whose parts are damaged. The lengths of texts cannot be seen beforehand in tables of
+    records, in arrays packed by other filters than gzip, and in attributes in HDF5's newer forms, which h5py and
+    anndata do not write unasked; each of those reserves 4 GB at most.
 
     Raises
     ------
@@ -41,6 +44,7 @@ def check_h5(path: Path) -> None:
         nonlocal stored, missing
         attributes = [found.attrs.get_id(attribute) for attribute in found.attrs]
         missing += max(0, sum(math.prod(one.shape or ()) * one.dtype.itemsize for one in attributes) - room)
+        stored += _texts_of_attributes(found, path)
         if isinstance(found, h5py.Dataset) and found.shape is not None:
             if found.external or found.is_virtual:
                 return name  # which ends the visit; its library mistakes an error for one of its own
@@ -48,12 +52,12 @@ def check_h5(path: Path) -> None:
             times = _MOST_TIMES if found.id.get_create_plist().get_nfilters() else 1
             size = max(found.size, math.prod(found.chunks or ())) * found.dtype.itemsize  # a piece is read as a whole
             missing += max(0, size - times * here)
-            stored += here + _size_of_texts(found, path)
+            stored += here + sum(_lengths(part, found.dtype) for part in _stored_parts(found, path))
         return None
 
     with as_damaged(path, "HDF5 file"), h5py.File(path) as file:
         linked = file.visititems_links(lambda name, link: name if isinstance(link, h5py.ExternalLink) else None)
-        elsewhere = linked or file.visititems(look)
+        elsewhere = linked or look("/", file["/"]) or file.visititems(look)
     if elsewhere:
         raise DamagedFileError(
             f"{path}: {elsewhere} lies in another file, and such files are not followed. Copy all into one, as "
@@ -66,25 +70,28 @@ def check_h5(path: Path) -> None:
         )
 
 
-def _size_of_texts(found: h5py.Dataset, path: Path) -> int:
-    """Return what texts of any length, or lists, come to, which lie apart from the array and are never compressed."""
+def _is_apart(dtype: np.dtype) -> bool:
+    """Whether values are texts of any length, or lists, which lie elsewhere in the file and are never compressed."""
     import h5py
 
-    of_one = h5py.check_vlen_dtype(found.dtype)
-    is_text = h5py.check_string_dtype(found.dtype) is not None
-    if found.dtype.kind != "O" or not (is_text or of_one) or found.file.id.get_create_plist().get_sizes()[0] != 8:
-        return 0
-    width = 1 if is_text else np.dtype(of_one).itemsize
-    return sum(
-        width * int(np.frombuffer(raw[: len(raw) // 16 * 16], _REFERENCE)["length"].sum(dtype=np.int64))
-        for raw in _stored_parts(found, path)
-    )
+    return h5py.check_string_dtype(dtype) is not None or h5py.check_vlen_dtype(dtype) is not None
+
+
+def _lengths(raw: bytes, dtype: np.dtype) -> int:
+    """Add up how long such values say they are."""
+    import h5py
+
+    is_text = h5py.check_string_dtype(dtype) is not None
+    width = 1 if is_text else np.dtype(h5py.check_vlen_dtype(dtype)).itemsize
+    return width * int(np.frombuffer(raw[: len(raw) // 16 * 16], _REFERENCE)["length"].sum(dtype=np.int64))
 
 
 def _stored_parts(found: h5py.Dataset, path: Path) -> Iterator[bytes]:
-    """Yield the bytes of an array as they lie in the file, unpacked where we can."""
+    """Yield the bytes of an array of texts or lists as they lie in the file, unpacked where we can."""
     import h5py
 
+    if found.dtype.kind != "O" or not _is_apart(found.dtype) or found.file.id.get_create_plist().get_sizes()[0] != 8:
+        return
     plist = found.id.get_create_plist()
     filters = [plist.get_filter(i)[0] for i in range(plist.get_nfilters())]
     if found.chunks is None:
@@ -109,3 +116,47 @@ def _stored_parts(found: h5py.Dataset, path: Path) -> Iterator[bytes]:
             else:
                 raw = np.frombuffer(raw[: len(raw) // 16 * 16], np.uint8).reshape(16, -1).T.tobytes()
         yield raw
+
+
+def _texts_of_attributes(found: h5py.Dataset | h5py.Group, path: Path) -> int:
+    """Return what texts in attributes come to, as far as the header of their object is in the form that h5py writes."""
+    total = 0
+    for body in _attribute_messages(found, path):
+        version, (name, kind, space) = body[0], struct.unpack_from("<3H", body, 2)
+        start, pad = (9, 1) if version == 3 else (8, 8 if version == 1 else 1)
+        label = body[start : start + name].split(b"\0")[0]
+        if label not in found.attrs or not _is_apart((one := found.attrs.get_id(label)).dtype):
+            continue
+        at = start + sum(-(-part // pad) * pad for part in (name, kind, space))
+        total += _lengths(body[at : at + 16 * math.prod(one.shape or ())], one.dtype)
+    return total
+
+
+def _attribute_messages(found: h5py.Dataset | h5py.Group, path: Path) -> Iterator[bytes]:
+    """Yield the attributes of an object as they lie in the blocks of its header, of version 1."""
+    import h5py
+
+    base = found.file.userblock_size
+    with path.open("rb") as file:
+        file.seek(base + h5py.h5o.get_info(found.id).addr)
+        start = file.read(16)
+        if start[:1] != b"\1" or found.file.id.get_create_plist().get_sizes() != (8, 8):
+            return
+        blocks, seen = [(file.tell(), int.from_bytes(start[8:12], "little"))], set()
+        while blocks:
+            at, size = blocks.pop()
+            if at in seen:
+                continue
+            seen.add(at)
+            file.seek(at)
+            block = file.read(min(size, path.stat().st_size))
+            at = 0
+            while at + 8 <= len(block):
+                kind, length = struct.unpack_from("<2H", block, at)
+                body = block[at + 8 : at + 8 + length]
+                if kind == _ATTRIBUTE and len(body) > 8:
+                    yield body
+                elif kind == _CONTINUED and len(body) >= 16:
+                    there, more = struct.unpack_from("<2Q", body)
+                    blocks.append((base + there, more))
+                at += 8 + length

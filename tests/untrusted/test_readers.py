@@ -153,6 +153,28 @@ def test_texts_that_are_not_there(kind: str, tmp_path: Path) -> None:
             read(path)
 
 
+@pytest.mark.parametrize("where", ["/", "obs", "obs/_index"])
+@pytest.mark.usefixtures("few_megabytes")
+def test_texts_of_attributes_that_are_not_there(where: str, tmp_path: Path) -> None:
+    path, mark = tmp_path / "x.h5ad", "a text that is found again"
+    with h5py.File(HERE / "corpus" / "table.h5ad") as valid, h5py.File(path, "w") as file:
+        for name in valid:
+            valid.copy(name, file)
+        file.attrs.update(valid.attrs)
+        file["obs/_index"].attrs["note"] = mark
+        for i in range(30):  # so many that the header of the object goes on elsewhere
+            file[where].attrs[f"note {i}"] = [mark, mark[::-1]]
+    check_h5(path)
+    content = bytearray(path.read_bytes())
+    reference = struct.pack("<I", len(mark))
+    places = [i for i in range(0, len(content) - 15, 8) if content[i : i + 4] == reference]
+    for i in places[-20:]:
+        content[i : i + 4] = b"\0\xff\xff\xff"
+    path.write_bytes(content)
+    with pytest.raises(DamagedFileError, match=r"says that it holds \d+,\d{3},\d{3},\d{3} that are not in it"):
+        read_cells(path)
+
+
 def packed(content: bytes, how: dict) -> bytes:
     """Bytes of one piece as HDF5 stores it."""
     if how.get("shuffle"):
