@@ -39,12 +39,13 @@ def check_h5(path: Path) -> None:
     import h5py
 
     room, stored, missing = path.stat().st_size, 0, 0
+    heaps: set[int] = set()
 
     def look(name: str, found: h5py.Dataset | h5py.Group) -> str | None:
         nonlocal stored, missing
         attributes = [found.attrs.get_id(attribute) for attribute in found.attrs]
         missing += max(0, sum(math.prod(one.shape or ()) * one.dtype.itemsize for one in attributes) - room)
-        stored += _texts_of_attributes(found, path)
+        stored += _texts_of_attributes(found, path, heaps)
         if isinstance(found, h5py.Dataset) and found.shape is not None:
             if found.external or found.is_virtual:
                 return name  # which ends the visit; its library mistakes an error for one of its own
@@ -52,12 +53,14 @@ def check_h5(path: Path) -> None:
             times = _MOST_TIMES if found.id.get_create_plist().get_nfilters() else 1
             size = max(found.size, math.prod(found.chunks or ())) * found.dtype.itemsize  # a piece is read as a whole
             missing += max(0, size - times * here)
-            stored += here + sum(_lengths(part, found.dtype) for part in _stored_parts(found, path))
+            stored += here + sum(_lengths(part, found.dtype, heaps) for part in _stored_parts(found, path))
         return None
 
     with as_damaged(path, "HDF5 file"), h5py.File(path) as file:
         linked = file.visititems_links(lambda name, link: name if isinstance(link, h5py.ExternalLink) else None)
         elsewhere = linked or look("/", file["/"]) or file.visititems(look)
+        if not elsewhere and _goes_on_for_ever(heaps, file.userblock_size, path):
+            raise DamagedFileError(f"{path} is a damaged HDF5 file: texts in it lead nowhere. It was not read.")
     if elsewhere:
         raise DamagedFileError(
             f"{path}: {elsewhere} lies in another file, and such files are not followed. Copy all into one, as "
@@ -77,13 +80,34 @@ def _is_apart(dtype: np.dtype) -> bool:
     return h5py.check_string_dtype(dtype) is not None or h5py.check_vlen_dtype(dtype) is not None
 
 
-def _lengths(raw: bytes, dtype: np.dtype) -> int:
-    """Add up how long such values say they are."""
+def _lengths(raw: bytes, dtype: np.dtype, heaps: set[int]) -> int:
+    """Add up how long such values say they are, and note the heaps that they lie in."""
     import h5py
 
     is_text = h5py.check_string_dtype(dtype) is not None
     width = 1 if is_text else np.dtype(h5py.check_vlen_dtype(dtype)).itemsize
-    return width * int(np.frombuffer(raw[: len(raw) // 16 * 16], _REFERENCE)["length"].sum(dtype=np.int64))
+    references = np.frombuffer(raw[: len(raw) // 16 * 16], _REFERENCE)
+    heaps.update(np.unique(references["address"][references["length"] > 0]).tolist())
+    return width * int(references["length"].sum(dtype=np.int64))
+
+
+def _goes_on_for_ever(heaps: set[int], base: int, path: Path) -> bool:
+    """Whether a heap of texts has an empty piece, at which HDF5's library would stay."""
+    with path.open("rb") as file:
+        for address in sorted(heaps):
+            if base + address >= path.stat().st_size:
+                continue
+            file.seek(base + address)
+            start = file.read(16)
+            block = file.read(min(max(int.from_bytes(start[8:16], "little") - 16, 0), path.stat().st_size))
+            at = 0
+            while start[:4] == b"GCOL" and at + 16 <= len(block):
+                index, size = struct.unpack_from("<H6xQ", block, at)
+                step = 16 + -(-size // 8) * 8 if index else size
+                if not step:
+                    return True
+                at += step
+    return False
 
 
 def _stored_parts(found: h5py.Dataset, path: Path) -> Iterator[bytes]:
@@ -118,7 +142,7 @@ def _stored_parts(found: h5py.Dataset, path: Path) -> Iterator[bytes]:
         yield raw
 
 
-def _texts_of_attributes(found: h5py.Dataset | h5py.Group, path: Path) -> int:
+def _texts_of_attributes(found: h5py.Dataset | h5py.Group, path: Path, heaps: set[int]) -> int:
     """Return what texts in attributes come to, as far as the header of their object is in the form that h5py writes."""
     total = 0
     for body in _attribute_messages(found, path):
@@ -128,7 +152,7 @@ def _texts_of_attributes(found: h5py.Dataset | h5py.Group, path: Path) -> int:
         if label not in found.attrs or not _is_apart((one := found.attrs.get_id(label)).dtype):
             continue
         at = start + sum(-(-part // pad) * pad for part in (name, kind, space))
-        total += _lengths(body[at : at + 16 * math.prod(one.shape or ())], one.dtype)
+        total += _lengths(body[at : at + 16 * math.prod(one.shape or ())], one.dtype, heaps)
     return total
 
 
