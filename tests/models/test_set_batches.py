@@ -18,6 +18,7 @@ from virtualcell.models._set_batches import (
     SetSource,
     auto_batch_size,
     default_steps,
+    validation_interval,
     validation_steps,
 )
 
@@ -233,6 +234,12 @@ def test_small_groups_have_a_set_each() -> None:
     assert validation_steps(data, 64, 2) == 2
     assert validation_steps(data, 64, 3) == 2
     assert validation_steps(groups(*[1] * 10_000), 64, 8) == MOST_VALIDATION_STEPS
+
+
+@pytest.mark.parametrize(("n_steps", "n_each", "every"), [(400, 6, 20), (60, 1, 4), (1, 1, 4), (2000, 50, 167)])
+def test_validations_take_a_tenth_of_a_training_at_most(n_steps: int, n_each: int, every: int) -> None:
+    assert validation_interval(n_steps, n_each) == every
+    assert n_each / 3 <= 0.1 * every
 
 
 def test_batch_keys_leave_sets_and_length_as_they_are(design) -> None:

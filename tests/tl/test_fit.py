@@ -352,15 +352,21 @@ def test_an_se_that_diverges_leaves_the_st(screen, fit, targets):
     assert vc.tl.predict_perturbation(screen, targets[0], n_cells=2).n_obs == 6
 
 
-@pytest.mark.parametrize("n_steps", [1, 5, 50])
-def test_there_are_validation_losses_however_few_steps_there_are(screen, fit, n_steps):
-    # a pass over all cells would take 12 steps
-    st = fit(screen, network={"set_size": 4}, training={"max_steps": n_steps, "validate_every": None})
+@pytest.mark.parametrize(
+    ("n_steps", "early_stopping", "n"), [(1, False, 1), (5, True, 5), (5, False, 1), (50, True, 25)]
+)
+def test_there_are_validation_losses_however_few_steps_there_are(screen, fit, n_steps, early_stopping, n):
+    # a pass over all cells would take 12 steps; what is left out of them takes two
+    st = fit(
+        screen,
+        network={"set_size": 4},
+        training={"max_steps": n_steps, "validate_every": None, "early_stopping": early_stopping, "patience": 50},
+    )
     for name in ("train_loss", "validation_loss"):
         losses = st.history[name][name]
         assert losses.index[-1] == n_steps
         assert np.isfinite(losses).all()
-        assert len(losses) == min(n_steps, 25)
+        assert len(losses) == n
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -26,6 +27,7 @@ MOST_VALIDATION_STEPS = 64
 _ROWS_AT_ONCE = 1024
 _PASSES, _FEWEST_STEPS, _MANY_STEPS = 20, 400, 20_000
 _SETS_ON_CPU, _SETS_ON_GPU = 8, 64
+_VALIDATIONS, _SHARE_OF_VALIDATIONS = 20, 0.1
 
 
 @dataclass
@@ -170,6 +172,14 @@ def default_steps(groups: CellGroups, set_size: int, batch_size: int) -> int:
     """Count the steps of 20 passes over the cells, at least 400; above 20,000 fewer passes, but at least one."""
     one_pass = -(-groups.n_sets(set_size) // batch_size)
     return max(min(max(_PASSES * one_pass, _FEWEST_STEPS), _MANY_STEPS), one_pass)
+
+
+def validation_interval(n_steps: int, n_each: int) -> int:
+    """Choose the steps of training between two validations of `n_each` steps, each of which costs a third of one.
+
+    Some twenty validations in a training, fewer where they would take more than a tenth of its time.
+    """
+    return max(1, round(n_steps / _VALIDATIONS), math.ceil(n_each / 3 / _SHARE_OF_VALIDATIONS))
 
 
 def validation_steps(groups: CellGroups, set_size: int, batch_size: int) -> int:

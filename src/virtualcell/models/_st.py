@@ -237,7 +237,7 @@ class ST(PerturbationModel):
         train, held = screen.groups(screen.is_train), screen.groups(screen.is_val) if screen.is_val.any() else None
         if not len(train):
             raise ValueError("there is nothing to train on: no perturbed training cells with matching controls.")
-        options = completed(options, train, self.set_size)
+        options = completed(options, train, held, self.set_size)
         packed = PackedRows.pack(screen.expression)  # one copy for batches of training and of validation
         fitted_on = FittedOn.of(screen, packed)
         training, validation = self._batches(screen, packed, train, held, options)

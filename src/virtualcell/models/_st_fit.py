@@ -14,7 +14,7 @@ from virtualcell.data._fingerprint import digest, numbers, of_screen
 from virtualcell.data._labels import parts
 from virtualcell.data._screen import Screen
 from virtualcell.models._features import PerturbationTable
-from virtualcell.models._set_batches import auto_batch_size, default_steps
+from virtualcell.models._set_batches import auto_batch_size, default_steps, validation_interval, validation_steps
 from virtualcell.models._st_options import STTrainOptions
 from virtualcell.modules import STNetwork
 
@@ -56,8 +56,8 @@ def check_validation(screen: Screen, table: PerturbationTable) -> None:
         )
 
 
-def completed(options: STTrainOptions, groups: CellGroups, set_size: int) -> STTrainOptions:
-    """Decide the length and the size of a step, and say how often a cell is seen."""
+def completed(options: STTrainOptions, groups: CellGroups, held: CellGroups | None, set_size: int) -> STTrainOptions:
+    """Decide the length, the size of a step and how often to validate, and say how often a cell is seen."""
     size = options.batch_size or auto_batch_size(
         groups, set_size, on_gpu=_is_on_gpu(options), n_devices=_n_devices(options)
     )
@@ -68,7 +68,10 @@ def completed(options: STTrainOptions, groups: CellGroups, set_size: int) -> STT
         "%d sets of %d cells.",
         *(n_cells, steps * size * set_size / n_cells, len(groups), steps, size, set_size),
     )
-    return dataclasses.replace(options, batch_size=size, max_steps=steps)
+    every = options.validate_every
+    if every is None and held is not None and not options.early_stopping:  # which waits for so many validations
+        every = validation_interval(steps, validation_steps(held, set_size, size))
+    return dataclasses.replace(options, batch_size=size, max_steps=steps, validate_every=every)
 
 
 def learned_from(screen: Screen, table: PerturbationTable, set_size: int) -> dict[str, object]:

@@ -22,6 +22,18 @@ def _self_distances(x: Tensor) -> Tensor:
     return _distances(x, x).masked_fill(torch.eye(x.shape[-2], dtype=torch.bool, device=x.device), 0.0)
 
 
+def _from_products(x: Tensor, both: Tensor) -> Tensor:
+    """Distances between the first n cells of `both`, which are `x`, and all of them."""
+    n = x.shape[-2]
+    squares = torch.linalg.vecdot(both, both)
+    sums = squares[..., :n].unsqueeze(-1) + squares.unsqueeze(-2)
+    distances = sums - torch.matmul(x, both.mT).mul_(2)
+    rounding = 4 * torch.finfo(x.dtype).eps * sums  # what is left between a cell and its copy
+    distances = distances.masked_fill_(distances <= rounding, 0).sqrt_()
+    distances[..., :n].diagonal(dim1=-2, dim2=-1).zero_()
+    return distances
+
+
 class _MeanDistances(torch.autograd.Function):
     """Mean distance between x and y less half of that within x, (B,), of x (B, S, G) and y + origin, y (B, S', G).
 
@@ -38,12 +50,7 @@ class _MeanDistances(torch.autograd.Function):
         torch.sub(x, mean, out=both[..., :n, :])
         torch.sub(y, mean - origin, out=both[..., n:, :])
         x = both[..., :n, :]
-        squares = torch.linalg.vecdot(both, both)
-        sums = squares[..., :n].unsqueeze(-1) + squares.unsqueeze(-2)
-        distances = sums - torch.matmul(x, both.mT).mul_(2)
-        rounding = 4 * torch.finfo(x.dtype).eps * sums  # what is left between a cell and its copy
-        distances = distances.masked_fill_(distances <= rounding, 0).sqrt_()
-        distances[..., :n].diagonal(dim1=-2, dim2=-1).zero_()
+        distances = _from_products(x, both)
         ctx.save_for_backward(both, distances)
         within, between = distances.split([n, y.shape[-2]], dim=-1)
         return between.mean(dim=(-2, -1)) - within.mean(dim=(-2, -1)) / 2
@@ -82,7 +89,7 @@ class Target:
     def within(self) -> Tensor:
         """Mean distance between the cells of a set, (B,)."""
         if self._within is None:
-            self._within = _self_distances(self.cells).mean(dim=(-2, -1))
+            self._within = _from_products(self.cells, self.cells).mean(dim=(-2, -1))
         return self._within
 
 

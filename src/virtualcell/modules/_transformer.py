@@ -18,6 +18,9 @@ def _heads(x: Tensor, n_heads: int) -> Tensor:
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, n_heads: int, mask: Tensor | None = None, dropout: float = 0.0) -> Tensor:
     """Every token attends to every token (that `mask` allows)."""
+    if q.dtype != torch.float32 and q.device.type == "cpu":  # whose fused kernel is slower in 16 bits than in 32
+        with torch.autocast("cpu", enabled=False):
+            return _attend(q.float(), k.float(), v.float(), n_heads, mask, dropout).to(q.dtype)
     out = F.scaled_dot_product_attention(
         _heads(q, n_heads), _heads(k, n_heads), _heads(v, n_heads), attn_mask=mask, dropout_p=dropout
     )

@@ -80,7 +80,8 @@ class TrainOptions:
         Size of one step's batch over all processes, in the model's unit (sets of cells or cells).
     validate_every
         Number of steps between two validations, which is also that between two entries of the history; by default some
-        twenty in a training. The last step is always followed by a validation.
+        twenty in a training, fewer where they would take ST more than a tenth of its time, and ten of SE. The last step
+        is always followed by a validation.
     early_stopping
         Whether training ends when the validation loss has not fallen for `patience` validations.
     patience
@@ -95,8 +96,9 @@ class TrainOptions:
         notebooks need. "fsdp", which starts the script like "ddp", divides weights, gradients and the optimiser's
         states among the devices too, for networks that do not fit on one. "auto" is "ddp", in notebooks "ddp_notebook".
     precision
-        "32-true", or "bf16-mixed" and "16-mixed", which compute in 16 bits on GPUs and keep weights in 32. They
-        are faster for large networks, and an ST can lose its gradients by them.
+        "32-true", or "bf16-mixed" and "16-mixed" (GPUs alone), which compute in 16 bits and keep weights in 32. They
+        are faster for large networks, on GPUs and on CPUs that multiply such numbers (avx512_bf16 or amx_bf16 among
+        their flags), and an ST can lose its gradients by them.
     seed
         Seed of dropout and of whatever else is drawn while training; by default `vc.settings.seed`.
     progress_bar
