@@ -10,7 +10,8 @@ Processor time is given beside the time on the clock, which says little on a bus
 * embed: an SE with random weights (vectors of 5,120 numbers, width 64, 2 layers, sentences of 2,047 genes, every place
   taken), two numbers of cells: cells a second from the difference. The peer reads a checkpoint of the same weights.
 * train: ST of the published form (width 256, 4 layers, sets of 64 cells, 8 a step) on Kang's cells and 2,000 genes, two
-  numbers of steps: the whole call with the larger one, and from the difference cells a second. Ours validates, too.
+  numbers of steps: the whole call with the larger one, and from the difference cells a second. Ours validates, too, and
+  runs in float32 and with `precision="bf16-mixed"`.
 """
 
 from __future__ import annotations
@@ -60,8 +61,8 @@ def compared(calls: dict, sizes: tuple[int, int], each: int, args: argparse.Name
         found[clock] = {
             "whole": {k: more for k, (_, more) in whole.items()},
             "cells_per_second": rates,
-            "ratio_whole": whole["arc-state"][1] / whole["virtualcell"][1],
-            "ratio": rates["virtualcell"] / rates["arc-state"],
+            "ratio_whole": {k: whole["arc-state"][1] / more for k, (_, more) in whole.items()},
+            "ratio": {k: rate / rates["arc-state"] for k, rate in rates.items()},
         }
     return found
 
@@ -142,7 +143,7 @@ def embed(args: argparse.Namespace) -> dict:
 # -- ST ---------------------------------------------------------------------------------------------------------------
 
 
-def train_one(folder: Path, n: int) -> None:
+def train_one(folder: Path, n: int, precision: str = "32-true") -> None:
     """Train ST with this package, in this process."""
     import torch
 
@@ -155,7 +156,7 @@ def train_one(folder: Path, n: int) -> None:
     sizes = {"n_hidden": 256, "n_layers": 4, "n_heads": 4, "head_dim": 64, "n_feedforward": 1024, "n_encoder_layers": 1}
     form = {"preset": "published", "set_size": 64, "transfer": False, "n_decoder_layers": 1, "dropout": 0.0}
     st = vc.models.ST(adata, **form, **sizes)
-    st.train(max_steps=n, batch_size=8, lr=1e-3, progress_bar=False)
+    st.train(max_steps=n, batch_size=8, lr=1e-3, precision=precision, progress_bar=False)
     st.save(folder / "ours", overwrite=True)
 
 
@@ -173,10 +174,23 @@ def train(args: argparse.Namespace) -> dict:
         options = arc_options(folder, ARC | {"training.max_steps": n}, "control")
         return [args.peer / "bin" / "state", "tx", "train", *options]
 
-    def ours(n: int) -> list:
-        return [sys.executable, "-W", "ignore", __file__, "--work", folder, "--child", f"train {n}"]
+    def ours(n: int, *precision: str) -> list:
+        return [
+            sys.executable,
+            "-W",
+            "ignore",
+            __file__,
+            "--work",
+            folder,
+            "--child",
+            " ".join(["train", str(n), *precision]),
+        ]
 
-    return compared({"virtualcell": ours, "arc-state": theirs}, STEPS, 8 * 64, args)
+    def ours_in_bf16(n: int) -> list:
+        return ours(n, "bf16-mixed")
+
+    calls = {"virtualcell": ours, "virtualcell, bf16-mixed": ours_in_bf16, "arc-state": theirs}
+    return compared(calls, STEPS, 8 * 64, args)
 
 
 def main() -> None:
@@ -192,8 +206,8 @@ def main() -> None:
     args = parser.parse_args()
     args.work = args.work.resolve()
     if args.child:
-        name, n = args.child.split()
-        {"embed": embed_one, "train": train_one}[name](args.work, int(n))
+        name, n, *others = args.child.split()
+        {"embed": embed_one, "train": train_one}[name](args.work, int(n), *others)
         return
     args.work.mkdir(parents=True, exist_ok=True)
     result = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import platform
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 
 from virtualcell.train import TrainOptions
-from virtualcell.train._plan import Means, TrainingPlan
+from virtualcell.train._plan import Means, TrainingPlan, keep_memory
 
 
 def plan(**options: object) -> TrainingPlan:
@@ -58,3 +59,18 @@ def test_means_are_weighted_and_remember_the_first_bad_batch() -> None:
             assert float(means.sums["loss"]) / means.weight == 2
         means.add({"loss": torch.tensor(value)}, i, weight=weight)
     assert int(means.first_bad) == 2
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library has its own ways")
+def test_memory_of_a_step_is_not_fetched_anew() -> None:
+    import resource
+
+    def fetched() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(10):
+            [torch.ones(1 << 20) for _ in range(8)]  # 4 MiB each
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    keep_memory()
+    fetched()
+    assert fetched() < 10 * 8 * 1024 / 10  # pages of 4 KiB
