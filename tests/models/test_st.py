@@ -268,7 +268,7 @@ def test_history_has_losses_by_step(learned):
 
 
 def test_validation_cells_are_held_out_of_every_group(screen, fit, weights):
-    st = fit(screen, train={"val_fraction": 0.2, "max_steps": 4})
+    st = fit(screen, train={"val_fraction": 0.2, "max_steps": 4, "validate_every": 1})
     assert list(st.history["validation_loss"].index) == [1, 2, 3, 4]
     without = fit(screen, train={"val_fraction": 0.0})
     assert set(without.history) == {"train_loss", "train_loss_contrast"}

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from virtualcell.modules import Ensemble, STConfig, STNetwork, networks
-from virtualcell.modules._st import GeneDecoder
+from virtualcell.modules._st import GeneDecoder, _NotNegative
 
 B, S, G, P = 3, 7, 16, 4
 
@@ -82,6 +82,16 @@ def test_a_gene_silent_in_all_controls_can_be_switched_on(sets: tuple) -> None:
     cells[..., 0].sum().backward()
     assert net.project_out[-1].bias.grad[0] == B * S
     assert torch.autograd.grad(torch.relu(z := torch.zeros(1, requires_grad=True)).sum(), z)[0] == 0
+
+
+def test_gradient_of_what_is_not_negative_is_that_of_clamp_min() -> None:
+    x = torch.tensor([-1.0, -1e-30, -0.0, 0.0, 1e-30, 2.0, torch.nan], requires_grad=True)
+    weights = torch.arange(1.0, 8)
+    (expected,) = torch.autograd.grad((x.clamp_min(0) * weights).sum(), x)
+    ours = _NotNegative.apply(x)
+    assert torch.equal(ours.nan_to_num(9), x.clamp_min(0).nan_to_num(9))
+    (gradient,) = torch.autograd.grad((ours * weights).sum(), x)
+    assert torch.equal(gradient[:-1], expected[:-1])  # where x is NaN, so is the loss, and training stops
 
 
 def test_silent_gene_is_learned() -> None:

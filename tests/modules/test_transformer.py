@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from virtualcell.modules._transformer import Llama, PostNormEncoder, RMSNorm, SkipBlock, mlp
+from virtualcell.modules._transformer import Llama, PostNormEncoder, RMSNorm, SelfAttention, SkipBlock, mlp
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, n_heads: int, allowed: Tensor | None = None) -> Tensor:
@@ -164,3 +164,18 @@ def test_rms_norm_computes_in_the_numbers_of_its_input() -> None:
     half = norm(x.bfloat16())
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half.float(), plain(x), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_attention_of_16_bits_is_that_of_32(autocast: bool) -> None:
+    torch.manual_seed(0)
+    attend, x = SelfAttention(16, n_heads=2, head_dim=8), torch.randn(2, 9, 16, requires_grad=True)
+    expected = attend(x)
+    (gradient,) = torch.autograd.grad(expected.square().sum(), x)
+    if not autocast:
+        attend = attend.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = attend(x if autocast else x.bfloat16())
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.02)
+    torch.testing.assert_close(torch.autograd.grad(found.float().square().sum(), x)[0], gradient, rtol=0.05, atol=0.03)

@@ -311,7 +311,8 @@ class SE(BaseModelClass):
         precision
             Numbers that the network computes with: "float32", or "bf16", which is several times faster on GPUs that
             have it and gives nearly the same vectors (cosine at least 0.9999). "auto" takes bf16 on such a GPU, and
-            float32 everywhere else. The result is float32 in any case.
+            float32 everywhere else; on CPUs with avx512_bf16 or amx_bf16 among their flags, bf16 makes medium and large
+            models faster, and small ones not. The result is float32 in any case.
         progress_bar
             Whether a bar shows how many batches are embedded; by default what `vc.settings.progress` says.
         """

@@ -187,9 +187,9 @@ class SkipBlock(nn.Module):
         """
         w_left, w_right = self.intermediate_dense.weight.split([left.shape[-1], right.shape[-1]], dim=1)
         wide = F.embedding(places, F.linear(left, w_left))
-        wide = wide + F.linear(right, w_right, self.intermediate_dense.bias).unsqueeze(1)
+        wide += F.linear(right, w_right, self.intermediate_dense.bias).unsqueeze(1)
         x = torch.cat([F.embedding(places, left), right.unsqueeze(1).expand(-1, places.shape[1], -1)], dim=-1)
         return self._finish(x, wide)
 
     def _finish(self, x: Tensor, wide: Tensor) -> Tensor:
-        return self.layer_norm(x + self.dense(torch.relu(wide)))
+        return self.layer_norm(x + self.dense(wide.relu_()))  # in place: neither fetches another such tensor

@@ -69,7 +69,8 @@ def embed(
         Number of cells at a time; by default as many as fit the caches of a CPU, or keep a GPU busy.
     precision
         Numbers that the network computes with: "float32", or "bf16", which is several times faster on GPUs that have it
-        and gives nearly the same vectors. "auto" takes bf16 on such a GPU, and float32 everywhere else.
+        and gives nearly the same vectors. "auto" takes bf16 on such a GPU, and float32 everywhere else. On CPUs with
+        avx512_bf16 or amx_bf16 among their flags, bf16 makes medium and large models faster, and small ones not.
     modality
         Expression modality of a MuData.
     to
