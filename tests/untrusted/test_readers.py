@@ -218,6 +218,21 @@ def test_files_of_cells_that_are_sound(how: dict, tmp_path: Path) -> None:
     check_h5(tmp_path / "x.h5ad")
 
 
+def test_one_value_packed_by_zstandard(tmp_path: Path) -> None:
+    """As anndata writes with hdf5plugin: 4 MB of one value are 150 bytes."""
+    with h5py.File(tmp_path / "x.h5ad", "w") as file:
+        array = file.create_dataset(
+            "X", (10_000_000,), "f4", chunks=(1_000_000,), compression=32015, allow_unknown_filter=True
+        )
+        for i in range(10):
+            array.id.write_direct_chunk((i * 1_000_000,), bytes(150))
+    check_h5(tmp_path / "x.h5ad")
+    with h5py.File(tmp_path / "x.h5ad", "r+") as file:
+        file.create_dataset("unfilled", (10_000_000,), "f4", chunks=(1_000_000,))
+    with pytest.raises(DamagedFileError, match=r"says that it holds 40,000,000"):
+        check_h5(tmp_path / "x.h5ad")
+
+
 @pytest.mark.parametrize(
     ("key", "value"), [("n_hidden", 10**9), ("n_layers", 10**9), ("n_decoder_layers", 10**7), ("n_genes", 10**12)]
 )
