@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 import virtualcell as vc
 from virtualcell import _threads
 from virtualcell._threads import own_threads
+from virtualcell.data._threads import in_threads
 
 
 @pytest.fixture
@@ -47,6 +49,7 @@ def total(x):
 total(np.ones(100))
 before = torch.get_num_threads()
 from virtualcell._threads import own_threads
+from virtualcell.data._threads import in_threads
 with own_threads():
     print(before, torch.get_num_threads(), end=" ")
 print(torch.get_num_threads())
@@ -138,3 +141,24 @@ def test_a_busy_machine_is_noted_once_with_what_helps(n_threads: int, caplog, mo
     (line,) = caplog.messages
     assert "of 4 cores busy, and torch's 3 threads" in line
     assert "`vc.settings.n_threads = 1`, or OMP_WAIT_POLICY=PASSIVE" in line
+
+
+def test_what_waits_is_not_begun_after_an_error_or_when_nobody_asks_for_more() -> None:
+    begun = []
+
+    def work(i: int) -> int:
+        begun.append(i)
+        time.sleep(0.05)
+        if i == 3:
+            raise ValueError(i)
+        return i
+
+    with vc.settings.override(n_threads=2):
+        with pytest.raises(ValueError, match="3"):
+            list(in_threads(work, range(100)))
+        assert len(begun) <= 7  # without those that were handed out already
+        begun.clear()
+        results = in_threads(work, range(10, 100))
+        assert next(results) == 10
+        results.close()
+        assert len(begun) <= 4

@@ -22,17 +22,21 @@ def in_threads(function: Callable, items: Iterable, *, begin: Callable[[], None]
     """Yield what a function makes of each item, in order, by several threads, each of which calls `begin` first.
 
     Items are taken from the caller's thread, and no more of them than keep the threads busy: results wait for nobody.
-    A single item is left to the caller's thread.
+    A single item is left to the caller's thread. What has not begun when one fails, or when the caller stops, is not
+    begun.
     """
     n_threads = most_threads()
     if isinstance(items, Sized) and len(items) < 2:
         yield from map(function, items)
         return
     waiting: deque[Future] = deque()
-    with ThreadPoolExecutor(n_threads, initializer=begin) as threads:
+    threads = ThreadPoolExecutor(n_threads, initializer=begin)
+    try:
         for item in items:
             waiting.append(threads.submit(function, item))
             if len(waiting) > 2 * n_threads:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+    finally:
+        threads.shutdown(cancel_futures=True)
