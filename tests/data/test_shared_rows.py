@@ -158,6 +158,13 @@ def test_who_comes_second_waits_for_the_first(cells: Path, caplog: pytest.LogCap
     assert found[0].rows([1]).shape == (1, 30)
 
 
+def test_a_store_that_is_there_is_read_without_its_lock(cells: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a cache that another user keeps, no file may be opened for writing."""
+    packed = PackedRows.pack(expression(cells)).rows([1])
+    monkeypatch.setattr(_packed, "made_alone", lambda folder: (_ for _ in ()).throw(PermissionError(folder)))
+    np.testing.assert_array_equal(PackedRows.pack(expression(cells)).rows([1]), packed)
+
+
 def test_a_matrix_that_nothing_tells_apart_is_packed_for_one_fit(cells: Path) -> None:
     import dask.array as da
 

@@ -101,11 +101,13 @@ class PackedRows:
         key = expression.key
         kept = Scratch() if key is None else Hold(home() / f"packed-{key}-{dtype}-{_VERSION}")
         folder = Path(kept.name) if isinstance(kept, Scratch) else kept.folder
-        with made_alone(folder):
-            if not (folder / _INDEX).exists():
-                logger.info("%d cells x %d genes are packed in %s.", expression.n_cells, len(expression.genes), folder)
-                cls._packed(expression, dtype, folder, goes_on=True)
-                make_room()
+        if not (folder / _INDEX).exists():  # a store that is there may be another user's, and only to be read
+            with made_alone(folder):
+                if not (folder / _INDEX).exists():  # nor has another process made it meanwhile
+                    n_cells, n_genes = expression.n_cells, len(expression.genes)
+                    logger.info("%d cells x %d genes are packed in %s.", n_cells, n_genes, folder)
+                    cls._packed(expression, dtype, folder, goes_on=True)
+                    make_room()
         store = cls.open(folder)
         store._kept_by = kept
         return store
