@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 from collections.abc import Callable, Iterator
@@ -378,6 +379,28 @@ def test_copies_of_what_nothing_identifies_are_kept_for_the_session(cells: ad.An
     assert Expression(dask_sparse(cells, tmp_path)).at_hand()._matrix.folder == folder
     _copied._OF_SESSION.clear()
     assert not folder.exists()
+
+
+def test_parts_and_arrays_that_are_alike_in_some_rows_are_copied_each() -> None:
+    values = np.zeros((1000, 4), np.float32)
+    values[1:9] = [1, 2, 3, 4]  # none of which is looked at to tell copies apart
+    data, doubled = (ad.AnnData(da.from_array(x, chunks=(100, 4))) for x in (values, values * 2))
+    for part, expected in ((data[:, :2], [8, 16]), (data[:, 2:], [24, 32]), (doubled[:, :2], [16, 32])):
+        found = Expression(part, unit="counts").at_hand().rows()
+        np.testing.assert_array_equal(found.toarray().sum(axis=0), expected)
+
+
+def test_files_that_are_in_memory_or_of_another_folder(
+    cells: ad.AnnData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = io.BytesIO(written(cells, tmp_path, sparse.csr_matrix).read_bytes())
+    monkeypatch.chdir(tmp_path)
+    path = next(tmp_path.glob("*.h5ad")).name
+    with h5py.File(content) as in_memory, h5py.File(path) as file:
+        monkeypatch.chdir("/")
+        for group in (in_memory, file):
+            expression = Expression(with_x(cells, sparse_dataset(group["X"])), unit="counts")
+            np.testing.assert_array_equal(expression.at_hand().rows().toarray(), cells.X.toarray())
 
 
 def test_values_keep_their_digits(tmp_path: Path) -> None:

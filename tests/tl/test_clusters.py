@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import signal
@@ -15,9 +16,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import anndata as ad
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
+from anndata.io import sparse_dataset
 from scipy import sparse
 
 import virtualcell as vc
@@ -208,6 +211,18 @@ def test_baselines_measure_effects_by_workers_of_cells_on_disk_alone(screen, des
     with vc.settings.override(cache_dir=tmp_path / "cache"):
         found = vc.tl.fit_baseline(view_of_a_file(screen, tmp_path), **design, client=client)
     assert all((found.arrays[name] == array).all() for name, array in expected.arrays.items())
+
+
+def test_a_file_that_workers_cannot_open_is_named(screen, design, client, tmp_path):
+    screen.write_h5ad(tmp_path / "cells.h5ad")
+    cells = ad.read_h5ad(tmp_path / "cells.h5ad", backed="r+")
+    with pytest.raises(ValueError, match=r"cells\.h5ad, which is open for writing here\. Open it with backed='r'"):
+        vc.tl.fit_baseline(cells, **design, client=client)
+    cells.file.close()
+    with h5py.File(io.BytesIO((tmp_path / "cells.h5ad").read_bytes())) as file:
+        cells = ad.AnnData(sparse_dataset(file["X"]), obs=screen.obs, var=screen.var)
+        with pytest.raises(ValueError, match=r"BytesIO .*, which is no file, or was opened from another folder"):
+            vc.tl.fit_baseline(cells, **design, client=client)
 
 
 @pytest.fixture

@@ -68,7 +68,8 @@ def copy_of(matrix: LazyMatrix, *, make: bool, workers: Workers) -> CopiedRows |
 
 def key_of(matrix: LazyMatrix) -> str:
     """Return what tells a matrix from any other: where it is, when it was written, and some of its rows."""
-    known = repr((_VERSION, matrix.shape, matrix.source)).encode()
+    source = matrix.here if matrix.source is None else matrix.source
+    known = repr((_VERSION, matrix.shape, source)).encode()
     return hashlib.sha256(known + matrix.sample()).hexdigest()[:24]
 
 

@@ -100,7 +100,12 @@ class DaskRows(LazyMatrix):
     @property
     def source(self) -> tuple | None:
         """Name of an array of files; nothing tells whether what others are made of has changed."""
-        return (self._stored.name,) if self._stored.name.startswith(OF_FILES) else None
+        return self.here if self._stored.name.startswith(OF_FILES) else None
+
+    @property
+    def here(self) -> tuple:
+        """Name of the array, which is of what dask was told."""
+        return (self._stored.name,)
 
     def read(self, start: int, stop: int) -> sparse.csr_matrix:
         """Read rows in one piece, float32 in canonical format."""
@@ -108,8 +113,8 @@ class DaskRows(LazyMatrix):
         return _rows_of(self._stored[start:stop].compute(scheduler="synchronous"))
 
     def sample(self) -> bytes:
-        """Return the name of the array, which is of what dask was told, and some rows where that is not all."""
-        return self._stored.name.encode() + (super().sample() if self.source is None else b"")
+        """Return some rows where the name of the array is not all that tells of it."""
+        return super().sample() if self.source is None else b""
 
 
 class DaskColumns(ByColumns):
@@ -134,15 +139,16 @@ class DaskColumns(ByColumns):
         """Nothing tells whether what the array is made of has changed."""
         return None
 
+    @property
+    def here(self) -> tuple:
+        """Name of the array, which is of what dask was told."""
+        return (self._stored.name,)
+
     def columns(self) -> Iterator[sparse.csc_matrix]:
         """Yield all columns, one chunk at a time."""
         ends = np.cumsum([0, *self._stored.chunks[1]]).tolist()
         for start, stop in itertools.pairwise(ends):
             yield sparse.csc_matrix(self._stored[:, start:stop].compute(scheduler="synchronous"))
-
-    def sample(self) -> bytes:
-        """Return the name of the array, which is of what dask was told, and some of the first column."""
-        return self._stored.name.encode() + super().sample()
 
 
 def _rows_of(block: Any) -> sparse.csr_matrix:

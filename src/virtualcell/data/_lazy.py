@@ -121,10 +121,16 @@ class PartOf(LazyMatrix):
     @property
     def source(self) -> tuple | None:
         """That of the whole, and which part it is."""
-        if self._whole.source is None:
-            return None
-        part = hashlib.sha256(self._rows.tobytes() + b"|" + self._columns.tobytes()).hexdigest()
-        return (*self._whole.source, part)
+        return None if self._whole.source is None else (*self._whole.source, self._part)
+
+    @property
+    def here(self) -> tuple:
+        """That of the whole, and which part it is."""
+        return *self._whole.here, self._part
+
+    @property
+    def _part(self) -> str:
+        return hashlib.sha256(self._rows.tobytes() + b"|" + self._columns.tobytes()).hexdigest()
 
     @property
     def files(self) -> list[Path]:

@@ -47,6 +47,11 @@ class LazyMatrix(StoredMatrix):
         """What tells this matrix from any other, also after it was changed in place; `None` where nothing does."""
 
     @property
+    @abstractmethod
+    def here(self) -> tuple:
+        """What tells this matrix from any other in this process, as long as it is not changed in place."""
+
+    @property
     def key(self) -> str | None:
         """What tells this matrix from any other, and its copy too."""
         return None if self.source is None else key_of(self)
@@ -129,8 +134,33 @@ class OnDisk(LazyMatrix):
         return place_of(self._element)
 
     @property
+    def here(self) -> tuple:
+        """File or store, as this process has it open, and place in it."""
+        element = self._element
+        if isinstance(element, h5py.Group | h5py.Dataset):
+            return h5py.h5o.get_info(element.id).fileno, element.name
+        return str(element.store), element.path
+
+    @property
     def files(self) -> list[Path]:
-        """The file, unless it is in the memory of a process or on the net."""
+        """The file, unless it is in the memory of a process or on the net.
+
+        Raises
+        ------
+        ValueError
+            For an HDF5 file that no other process can open.
+        """
+        if isinstance(element := self._element, h5py.Group | h5py.Dataset):
+            if self.source is None:
+                raise ValueError(
+                    f"client=: its workers cannot open {element.file.filename}, which is no file, or was opened from "
+                    "another folder. Open a file by its whole path, or leave client out."
+                )
+            if element.file.mode != "r":
+                raise ValueError(
+                    f"client=: its workers cannot open {element.file.filename}, which is open for writing here. Open "
+                    "it with backed='r', or leave client out."
+                )
         return [] if self.source is None else [Path(self.source[0])]
 
 
@@ -258,7 +288,10 @@ class CSCOnDisk(ByColumns, OnDisk):
 def place_of(element: Any) -> tuple | None:
     """Tell a group or an array of a file from any other, also after the file was written anew."""
     if isinstance(element, h5py.Group | h5py.Dataset):
-        stat = Path(element.file.filename).stat()
+        try:
+            stat = Path(element.file.filename).stat()
+        except FileNotFoundError:  # in the memory of a process, or opened from another folder
+            return None
         return str(Path(element.file.filename).resolve()), element.name, stat.st_size, stat.st_mtime_ns
     root = getattr(element.store, "root", None)
     if root is None:  # in the memory of a process, or on the net
