@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
+from anndata._io.specs.registry import IORegistryError
 from scipy import sparse
 
 import virtualcell as vc
@@ -279,7 +280,12 @@ def test_labels_come_back_as_they_were(kind: str, column: str, tmp_path: object)
     joined = ad.concat([adata, predicted], join="inner", index_unique="-")
     assert joined.obs[column].value_counts()[one] == (adata.obs[column] == one).sum() + predicted.n_obs
     assert len(vc.tl.evaluate(predicted, adata, suite=["mae"])) == 1
-    predicted.write_h5ad(tmp_path / "predicted.h5ad")
+    with ad.settings.override(allow_write_nullable_strings=True):  # anndata 0.12.0 asks for it
+        try:
+            adata.write_h5ad(tmp_path / "data.h5ad")
+        except IORegistryError:
+            pytest.skip("this anndata cannot write such a column of the data either")
+        predicted.write_h5ad(tmp_path / "predicted.h5ad")
     written = one.decode() if kind == "bytes" else one
     assert (ad.read_h5ad(tmp_path / "predicted.h5ad").obs[column] == written).all()
 

@@ -9,10 +9,11 @@ import re
 from pathlib import Path
 from types import ModuleType
 
-import nbformat
 import pytest
 
 import virtualcell as vc
+
+nbformat = pytest.importorskip("nbformat")
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "tutorials").glob("[0-9]*.ipynb"))
