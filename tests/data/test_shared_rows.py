@@ -158,6 +158,29 @@ def test_who_comes_second_waits_for_the_first(cells: Path, caplog: pytest.LogCap
     assert found[0].rows([1]).shape == (1, 30)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="files have no greatest size")
+@pytest.mark.parametrize("lazy", [True, False])
+def test_a_full_disk_is_named_with_what_helps(cells: Path, lazy: bool) -> None:
+    """In a process whose files may not be larger than a few kilobytes, as if the disk were full."""
+    code = f"""
+import resource, signal
+from pathlib import Path
+from test_shared_rows import PackedRows, expression, vc
+vc.settings.cache_dir, vc.settings.progress, vc.settings.max_memory = Path("cache"), False, 0.002
+rows = expression(Path({str(cells)!r}))
+rows = rows if {lazy} else rows.at_hand()
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, ({"4000" if lazy else "200_000"}, resource.RLIM_INFINITY))
+(rows.at_hand if {lazy} else lambda: PackedRows.pack(rows))()
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    last = ended.stderr.strip().splitlines()[-1]
+    assert "cache/rows/" in last, ended.stderr
+    assert " is not written: " in last
+    assert "Free some space, or name a folder on a larger disk: `vc.settings.cache_dir = path`" in last
+
+
 def test_a_store_that_is_there_is_read_without_its_lock(cells: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a cache that another user keeps, no file may be opened for writing."""
     packed = PackedRows.pack(expression(cells)).rows([1])

@@ -59,6 +59,19 @@ def made_alone(folder: Path) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def written(path: Path) -> Iterator[None]:
+    """Say what helps where a file cannot be written; numpy says of a full disk how many numbers it holds."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"{path} is not written: {error}. Free some space, or name a folder on a larger disk: `vc.settings."
+            "cache_dir = path` for the cache, of which `vc.settings.max_cache = GB` has less kept. What is whole is "
+            "kept, and the next call goes on from there."
+        ) from error
+
+
 def is_of_process(folder: Path) -> bool:
     """Tell whether an entry is of no use after the process that made it."""
     return folder.name.startswith(_OF_PROCESS)

@@ -20,7 +20,7 @@ from scipy import sparse
 from virtualcell._files import put_in_place
 from virtualcell._progress import Bar
 from virtualcell._tasks import Workers
-from virtualcell.data._cache import Hold, Scratch, home, is_of_process, made_alone, make_room
+from virtualcell.data._cache import Hold, Scratch, home, is_of_process, made_alone, make_room, written
 from virtualcell.data._stored import StoredMatrix, canonical_rows, ranges
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ def _write_block(folder: Path, i: int, block: sparse.csr_matrix) -> None:
     }
     for name in _PARTS:
         part = folder / f"{i:06d}.{name}.{os.getpid()}.part"
-        with part.open("wb") as file:
+        with written(part), part.open("wb") as file:
             np.save(file, arrays[name])
         part.replace(folder / f"{i:06d}.{name}.npy")
 

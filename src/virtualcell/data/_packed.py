@@ -15,7 +15,7 @@ from scipy import sparse
 from torch import Tensor
 
 from virtualcell._files import put_in_place
-from virtualcell.data._cache import Hold, Scratch, home, made_alone, make_room
+from virtualcell.data._cache import Hold, Scratch, home, made_alone, make_room, written
 from virtualcell.data._expression import Expression
 from virtualcell.data._stored import ranges
 
@@ -300,7 +300,7 @@ class _Writer:
             if self.folder is None:
                 self.blocks[name].append(array)
             else:
-                with (self.folder / name).open("ab") as file:
+                with written(self.folder / name), (self.folder / name).open("ab") as file:
                     array.tofile(file)
 
     def whole(self, name: str) -> np.ndarray:
