@@ -390,6 +390,21 @@ def test_parts_and_arrays_that_are_alike_in_some_rows_are_copied_each() -> None:
         np.testing.assert_array_equal(found.toarray().sum(axis=0), expected)
 
 
+def test_a_file_that_was_replaced_while_it_was_open(cells: ad.AnnData, tmp_path: Path) -> None:
+    other = cells.copy()
+    other.X = cells.X.toarray()
+    other.X[1] += 1  # none of the rows that are looked at
+    path = written(cells, tmp_path, sparse.csr_matrix)
+    with h5py.File(path) as before:
+        other.X = sparse.csr_matrix(other.X)
+        other.write_h5ad(tmp_path / "other.h5ad")
+        os.replace(tmp_path / "other.h5ad", path)
+        with h5py.File(path) as now:
+            for group, adata in ((before, cells), (now, other)):
+                found = Expression(with_x(adata, sparse_dataset(group["X"])), unit="counts").at_hand().rows()
+                np.testing.assert_array_equal(found.toarray(), adata.X.toarray())
+
+
 def test_files_that_are_in_memory_or_of_another_folder(
     cells: ad.AnnData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import pickle
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import anndata as ad
@@ -20,7 +22,7 @@ from scipy import sparse
 
 import virtualcell as vc
 from virtualcell.data import _packed
-from virtualcell.data._cache import Hold, home, made_alone
+from virtualcell.data._cache import Hold, Scratch, home, made_alone
 from virtualcell.data._expression import Expression
 from virtualcell.data._packed import PackedRows
 
@@ -179,6 +181,16 @@ resource.setrlimit(resource.RLIMIT_FSIZE, ({"4000" if lazy else "200_000"}, reso
     assert "cache/rows/" in last, ended.stderr
     assert " is not written: " in last
     assert "Free some space, or name a folder on a larger disk: `vc.settings.cache_dir = path`" in last
+
+
+def test_locks_are_closed(cells: Path) -> None:
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", ResourceWarning)
+        kept = Scratch.of_session()  # whose lock another one does not get
+        PackedRows.pack(expression(cells))
+        del kept
+        gc.collect()
+    assert not [one for one in said if "in_use.lock" in str(one.message)]
 
 
 def test_a_store_that_is_there_is_read_without_its_lock(cells: Path, monkeypatch: pytest.MonkeyPatch) -> None:

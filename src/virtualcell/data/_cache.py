@@ -51,6 +51,10 @@ class Hold:
             with contextlib.suppress(OSError):  # of a cache that another user keeps
                 os.utime(index)
 
+    def __del__(self) -> None:
+        if getattr(self, "_lock", None) is not None:  # Python warns of a file that nobody closes
+            self._lock.close()
+
 
 @contextmanager
 def made_alone(folder: Path) -> Iterator[None]:
@@ -136,8 +140,12 @@ def _locked(folder: Path, *, exclusive: bool) -> IO[str] | None:
             return None
         try:
             file = path.open("a")
+        except OSError:
+            return None
+        try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB if exclusive else fcntl.LOCK_SH)
         except OSError:
+            file.close()
             return None
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):

@@ -153,8 +153,8 @@ class OnDisk(LazyMatrix):
         if isinstance(element := self._element, h5py.Group | h5py.Dataset):
             if self.source is None:
                 raise ValueError(
-                    f"client=: its workers cannot open {element.file.filename}, which is no file, or was opened from "
-                    "another folder. Open a file by its whole path, or leave client out."
+                    f"client=: its workers cannot open {element.file.filename}, which is no file, was opened from "
+                    "another folder, or was replaced since. Open a file by its whole path, or leave client out."
                 )
             if element.file.mode != "r":
                 raise ValueError(
@@ -288,11 +288,13 @@ class CSCOnDisk(ByColumns, OnDisk):
 def place_of(element: Any) -> tuple | None:
     """Tell a group or an array of a file from any other, also after the file was written anew."""
     if isinstance(element, h5py.Group | h5py.Dataset):
-        try:
-            stat = Path(element.file.filename).stat()
-        except FileNotFoundError:  # in the memory of a process, or opened from another folder
+        path = Path(element.file.filename)
+        if not path.exists():  # in the memory of a process, or opened from another folder
             return None
-        return str(Path(element.file.filename).resolve()), element.name, stat.st_size, stat.st_mtime_ns
+        stat = path.stat()
+        if element.file.driver == "sec2" and not os.path.samestat(stat, os.fstat(element.file.id.get_vfd_handle())):
+            return None  # another file is there by now
+        return str(path.resolve()), element.name, stat.st_size, stat.st_mtime_ns
     root = getattr(element.store, "root", None)
     if root is None:  # in the memory of a process, or on the net
         return None
