@@ -292,7 +292,8 @@ def place_of(element: Any) -> tuple | None:
         if not path.exists():  # in the memory of a process, or opened from another folder
             return None
         stat = path.stat()
-        if element.file.driver == "sec2" and not os.path.samestat(stat, os.fstat(element.file.id.get_vfd_handle())):
+        has_number = os.name == "posix" and element.file.driver == "sec2"  # Windows keeps open files in their place
+        if has_number and not os.path.samestat(stat, os.fstat(element.file.id.get_vfd_handle())):
             return None  # another file is there by now
         return str(path.resolve()), element.name, stat.st_size, stat.st_mtime_ns
     root = getattr(element.store, "root", None)
