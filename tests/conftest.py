@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,9 @@ _EXAMPLES = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], 
 settings.register_profile("fixed", derandomize=True, max_examples=60, **_EXAMPLES)
 settings.register_profile("search", derandomize=False, max_examples=2000, print_blob=True, **_EXAMPLES)
 settings.load_profile("fixed")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as it is behind `nohup` and `&`, and in all that is started
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

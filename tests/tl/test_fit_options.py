@@ -37,7 +37,7 @@ def refused(screen, design, trains_nothing):
 
 
 def test_fit_state_has_few_parameters():
-    assert len(inspect.signature(vc.tl.fit_state).parameters) <= 25
+    assert len(inspect.signature(vc.tl.fit_state).parameters) <= 26
 
 
 @pytest.mark.parametrize(
