@@ -33,12 +33,23 @@ distributed = pytest.importorskip("distributed")
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="kills a process")
 
 
+def come_to_rest(cluster: distributed.LocalCluster, seconds: float = 30) -> None:
+    """Wait until workers that died are replaced: distributed fails to close one that is about to be started."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        processes = [one.process for one in cluster.workers.values()]
+        if all(one is not None and one.status.name == "running" and one.is_alive() for one in processes):
+            return
+        time.sleep(0.1)
+
+
 @pytest.fixture(scope="module")
 def cluster():
     with distributed.LocalCluster(
         n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, silence_logs=logging.CRITICAL
     ) as cluster:
         yield cluster
+        come_to_rest(cluster)
 
 
 @pytest.fixture(scope="module")
@@ -234,6 +245,7 @@ def alone():
         distributed.Client(cluster) as client,
     ):
         yield cluster, client
+        come_to_rest(cluster)
 
 
 def test_what_all_tasks_need_is_sent_again_where_it_died_with_its_worker(alone):
