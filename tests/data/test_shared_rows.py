@@ -21,7 +21,7 @@ import torch
 from scipy import sparse
 
 import virtualcell as vc
-from virtualcell.data import _packed
+from virtualcell.data import _cache, _packed
 from virtualcell.data._cache import Hold, Scratch, home, made_alone
 from virtualcell.data._expression import Expression
 from virtualcell.data._packed import PackedRows
@@ -196,7 +196,7 @@ def test_locks_are_closed(cells: Path) -> None:
 def test_a_store_that_is_there_is_read_without_its_lock(cells: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a cache that another user keeps, no file may be opened for writing."""
     packed = PackedRows.pack(expression(cells)).rows([1])
-    monkeypatch.setattr(_packed, "made_alone", lambda folder: (_ for _ in ()).throw(PermissionError(folder)))
+    monkeypatch.setattr(_cache, "made_alone", lambda folder: (_ for _ in ()).throw(PermissionError(folder)))
     np.testing.assert_array_equal(PackedRows.pack(expression(cells)).rows([1]), packed)
 
 

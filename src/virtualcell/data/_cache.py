@@ -9,7 +9,7 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -61,6 +61,18 @@ def made_alone(folder: Path) -> Iterator[None]:
     """Wait until no other process makes an entry, and keep others waiting while this one does."""
     with filelock.FileLock(folder / _MAKING):
         yield
+
+
+def make_once(folder: Path, *, is_whole: Callable[[], bool], make: Callable[[], object]) -> None:
+    """Make an entry unless it is whole, or another process makes it meanwhile, for which this one waits.
+
+    One that is whole may be another user's, and only to be read: nothing is locked then.
+    """
+    if is_whole():
+        return
+    with made_alone(folder):
+        if not is_whole():
+            make()
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import shutil
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ from scipy import sparse
 from virtualcell._files import put_in_place
 from virtualcell._progress import Bar
 from virtualcell._tasks import Workers
-from virtualcell.data._cache import Hold, Scratch, home, is_of_process, made_alone, make_room, written
+from virtualcell.data._cache import Hold, Scratch, home, is_of_process, make_once, make_room, written
 from virtualcell.data._stored import StoredMatrix, canonical_rows, ranges
 
 if TYPE_CHECKING:
@@ -57,10 +58,8 @@ def copy_of(matrix: LazyMatrix, *, make: bool, workers: Workers) -> CopiedRows |
     if folder is None or (not make and not CopiedRows.is_whole(folder)):
         return None
     hold = Hold(folder)
-    if not CopiedRows.is_whole(folder):
-        with made_alone(hold.folder):
-            if not CopiedRows.is_whole(folder):  # nor has another process made it meanwhile
-                _make(matrix, folder.absolute(), workers)
+    copied = partial(_make, matrix, folder.absolute(), workers)
+    make_once(hold.folder, is_whole=partial(CopiedRows.is_whole, folder), make=copied)
     if (copy := _OPEN.get(folder)) is None:  # whoever maps files twice has their pages twice
         _OPEN[folder] = copy = CopiedRows(folder)
     return copy
@@ -112,12 +111,11 @@ def _make(matrix: LazyMatrix, folder: Path, workers: Workers) -> None:
         bar.show(n_cells - sum(b - a for _, a, b in todo))
         if turned is None:
             workers.require(index)
-            for n_copied in workers.each(_copy_block, (matrix, folder), todo):
-                bar.show(bar.done + n_copied)
-            todo = []
-        for i, start, stop in todo:  # of pieces of columns, which are put together here
-            _write_block(folder, i, turned(i))
-            bar.show(bar.done + stop - start)
+            copied = workers.each(_copy_block, (matrix, folder), todo)
+        else:  # of pieces of columns, which are put together here
+            copied = (_copy_turned(turned, folder, span) for span in todo)
+        for n_copied in copied:
+            bar.show(bar.done + n_copied)
     shutil.rmtree(folder / "turned", ignore_errors=True)
     make_room()
 
@@ -142,6 +140,12 @@ def _check_room(needed: int, folder: Path) -> None:
 def _copy_block(shared: tuple[LazyMatrix, Path], span: tuple[int, int, int]) -> int:
     (matrix, folder), (i, start, stop) = shared, span
     _write_block(folder, i, matrix.read(start, stop))
+    return stop - start
+
+
+def _copy_turned(turned: Callable[[int], sparse.csr_matrix], folder: Path, span: tuple[int, int, int]) -> int:
+    i, start, stop = span
+    _write_block(folder, i, turned(i))
     return stop - start
 
 

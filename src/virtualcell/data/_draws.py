@@ -193,13 +193,10 @@ def _raise(
     sums of the first rates are `rates`, where all cells have room for a count.
     """
     n_cells, t = len(y), 0.0
-    base, rise_of_base, n_added, missed = 0.0, 0.0, 0, 0
-    before[:] = y
-    if has_room:
-        sums[:] = rates
-        rise_of_base = n_cells / (dispersion * rates[-1]) if dispersion > 0 else np.inf
-    else:
-        n_added = n_cells
+    base, missed = 0.0, 0
+    n_added = 0 if has_room else n_cells
+    rise_of_base = n_cells / (dispersion * rates[-1]) if dispersion > 0 and rates[-1] > 0 else np.inf
+    sums[:], before[:] = rates, y
     while True:
         if n_added == n_cells or missed > n_cells or t > 2 * base + rise_of_base:  # rates of now
             n_added, missed, base, total = 0, 0, t, 0.0
@@ -210,7 +207,6 @@ def _raise(
                 sums[i] = total
             if total <= 0:
                 return
-            rise_of_base = n_cells / (dispersion * rates[-1]) if dispersion > 0 else np.inf
         reinforced = more[n_added - 1] if n_added else 0.0
         if dispersion > 0:
             t -= np.log(1 - _uniform(state)) / (sums[-1] + reinforced)

@@ -15,7 +15,7 @@ from scipy import sparse
 from torch import Tensor
 
 from virtualcell._files import put_in_place
-from virtualcell.data._cache import Hold, Scratch, home, made_alone, make_room, written
+from virtualcell.data._cache import Hold, Scratch, home, make_once, make_room, written
 from virtualcell.data._expression import Expression
 from virtualcell.data._stored import ranges
 
@@ -101,13 +101,13 @@ class PackedRows:
         key = expression.key
         kept = Scratch() if key is None else Hold(home() / f"packed-{key}-{dtype}-{_VERSION}")
         folder = Path(kept.name) if isinstance(kept, Scratch) else kept.folder
-        if not (folder / _INDEX).exists():  # a store that is there may be another user's, and only to be read
-            with made_alone(folder):
-                if not (folder / _INDEX).exists():  # nor has another process made it meanwhile
-                    n_cells, n_genes = expression.n_cells, len(expression.genes)
-                    logger.info("%d cells x %d genes are packed in %s.", n_cells, n_genes, folder)
-                    cls._packed(expression, dtype, folder, goes_on=True)
-                    make_room()
+
+        def make() -> None:
+            logger.info("%d cells x %d genes are packed in %s.", expression.n_cells, len(expression.genes), folder)
+            cls._packed(expression, dtype, folder, goes_on=True)
+            make_room()
+
+        make_once(folder, is_whole=(folder / _INDEX).exists, make=make)
         store = cls.open(folder)
         store._kept_by = kept
         return store

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -106,15 +106,15 @@ class Predictions:
         for groups in in_tasks(self.client, made, dataclasses.replace(self, client=None), numbers):
             yield from groups
 
-    def some_groups(self, numbers: Iterable[int], *, with_control: bool) -> Iterator[Group]:
+    def some_groups(self, numbers: Sequence[int], *, with_control: bool) -> Iterator[Group]:
         """Yield groups by their numbers, several of which are predicted and made into cells at the same time."""
         place = self.order.get_indexer(pd.Index(self.genes))
         in_order = np.array_equal(place, np.arange(len(place)))
         n_together = self._predicted_together()
         turns = BoundedSemaphore(n_together)
         if self.emit == "cells":
-            for _, in_genes in self.starts:
-                _ = in_genes.counted  # once, before several threads want them
+            for i in {number % len(self.starts) for number in numbers}:
+                _ = self.starts[i][1].counted  # once, before several threads want them
 
         def made(number: int) -> Group:
             question, (start, in_genes) = self._group(number)
