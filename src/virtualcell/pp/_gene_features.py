@@ -141,6 +141,11 @@ def _of_sets(
     idf = np.repeat(np.log(len(genes) / sizes), sizes)
     column = np.repeat(np.arange(len(sizes)), sizes)
     matrix = sparse.csr_matrix((idf, (member, column)), shape=(len(genes), len(sizes)))
+    if not idf.any():
+        raise ValueError(
+            f"All {len(used)} sets of {name} with min_genes={min_genes} to max_genes={max_genes} genes hold the same "
+            f"{len(genes)} genes, so that they tell no gene from another. Choose other sets, or another file."
+        )
     length = np.sqrt(np.asarray(matrix.multiply(matrix).sum(axis=1)).ravel())
     matrix = sparse.diags_array(1 / np.maximum(length, np.finfo(float).tiny)) @ matrix
     n_comps = _allowed(n_comps, min(matrix.shape) - 1, name)
