@@ -10,7 +10,7 @@ from pathlib import Path
 
 from virtualcell._reading import DamagedFileError
 
-_SECONDS = 10  # of the processor for any file, and one more for each megabyte
+_SECONDS = 5  # of the processor for any file, and one more for each megabyte
 _SLOWER = 20  # how much longer it may wait for a disk, or for other work on the machine
 _NOT_READ = "It was not read."
 
@@ -19,8 +19,8 @@ def check_h5(path: Path) -> None:
     """Raise for an HDF5 file that its library does not come through, or that holds more than is stored in it.
 
     For a file whose parts do not hang together that library may reserve gigabytes, stay in a loop, or end the process.
-    Another process therefore reads it first, to its end, with memory for twice the file and its largest piece (on Linux;
-    other systems do not limit it) and a limited time. This takes 0.2 s, and as long as reading the file takes.
+    Another process therefore reads it first, to its end, in a limited time and with memory for twice the file and its
+    largest piece (on Linux; other systems do not limit memory). This takes 0.2 s, and as long as reading the file.
 
     Raises
     ------
@@ -29,9 +29,17 @@ def check_h5(path: Path) -> None:
     """
     room = path.stat().st_size
     seconds = _SECONDS + room // 1_000_000
-    command = [sys.executable, "-P", str(Path(__file__).with_name("_hdf5_trial.py")), str(path.absolute()), str(seconds)]
+    command = [
+        sys.executable,
+        "-P",
+        str(Path(__file__).with_name("_hdf5_trial.py")),
+        str(path.absolute()),
+        str(seconds),
+    ]
     try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False, timeout=_SLOWER * seconds)
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, check=False, timeout=_SLOWER * seconds
+        )
     except subprocess.TimeoutExpired as error:
         raise DamagedFileError(_told(path, f"reading it takes more than {_SLOWER * seconds} s")) from error
     if done.returncode < 0:
@@ -46,8 +54,8 @@ def check_h5(path: Path) -> None:
         raise DamagedFileError(_told(path, found["error"]))
     if found["elsewhere"]:
         raise DamagedFileError(
-            f"{path}: {found['elsewhere']} lies in another file, and such files are not followed. Copy all into one, as "
-            "`anndata.read_h5ad(...).write_h5ad(...)` does."
+            f"{path}: {found['elsewhere']} lies in another file, and such files are not followed. Copy all into one, "
+            "as `anndata.read_h5ad(...).write_h5ad(...)` does."
         )
     if not found["is_sound"]:
         raise DamagedFileError(
