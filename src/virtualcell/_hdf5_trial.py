@@ -10,6 +10,7 @@ import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -100,16 +101,16 @@ def _parts(found: h5py.Dataset) -> Iterator[object]:
         yield found[tuple(slice(start, start + n) for start, n in zip(place, found.chunks, strict=True))]
 
 
-def _length(value: object, dtype: np.dtype) -> int:
+def _length(value: Any, dtype: np.dtype) -> int:
     """Return the bytes of texts and lists, which lie apart from the array that they belong to."""
     if not dtype.hasobject:
         return 0
     if isinstance(value, bytes | str):
         return len(value if isinstance(value, bytes) else value.encode(errors="surrogateescape"))
     if dtype.names:
-        return sum(_length(value[name], dtype[name]) for name in dtype.names)
+        return sum((_length(value[name], dtype[name]) for name in dtype.names), 0)
     if isinstance(value, np.ndarray) and value.dtype == object:
-        return sum(_length(one, dtype) for one in value.ravel())
+        return sum((_length(one, dtype) for one in value.ravel()), 0)
     return getattr(value, "nbytes", 0)
 
 
