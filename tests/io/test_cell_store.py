@@ -61,6 +61,34 @@ def test_what_died_goes_on_behind_the_last_whole_portion(tmp_path, suffix):
     check(path)
 
 
+@pytest.mark.parametrize("suffix", [".h5ad", ".zarr"])
+def test_places_that_are_the_same_are_packed_once(tmp_path, suffix):
+    path = tmp_path / f"cells{suffix}"
+
+    def store_of_both() -> CellStore:
+        return CellStore(path, made_for="x", matrices=["X", "layers/counts"], n_genes=GENES, same_places=True)
+
+    def add_both(store: CellStore, *numbers: int) -> None:
+        for i in numbers:
+            table = pd.DataFrame({"portion": np.full(N, i)}, index=[f"cell_{i}_{j}" for j in range(N)])
+            store.add({"X": PORTIONS[i], "layers/counts": PORTIONS[i] * 7}, table, {"change": np.full(2, i)})
+
+    add_both(store_of_both(), 0, 1)
+    root = zarr.open_group(tmp_path / f"cells{suffix}.part", mode="r+")
+    root["layers/counts/data"].append(np.full(7, 9, np.float32))
+    assert list(root["layers/counts"]) == ["data"]
+    store = store_of_both()
+    add_both(store, 2)
+    finish(store)
+    read, whole = ad.read_zarr(path) if suffix == ".zarr" else ad.read_h5ad(path), sparse.vstack(PORTIONS)
+    for cells in (read, opened(path).to_memory()):
+        for found, factor in ((cells.X, 1), (cells.layers["counts"], 7)):
+            assert found.has_canonical_format
+            np.testing.assert_array_equal(found.toarray(), whole.toarray() * np.float32(factor))
+    with pytest.raises(ValueError, match="layers/counts has entries at other places than X"):
+        add(CellStore(tmp_path / "y.zarr", made_for="", matrices=["X", "layers/counts"], same_places=True), 0)
+
+
 def test_what_is_there_stays(tmp_path):
     path = tmp_path / "cells.zarr"
     add(store_of(path), 0)

@@ -53,6 +53,9 @@ class CellStore:
         Number of their columns.
     dense
         Where dense matrices of all cells are, "obsm/X_state", and the number of their columns.
+    same_places
+        Whether the sparse matrices have their entries at the same places, as counts and their logarithms do: these are
+        packed once, and copied in the end.
 
     Raises
     ------
@@ -70,9 +73,11 @@ class CellStore:
         matrices: Sequence[str] = (),
         n_genes: int = 0,
         dense: Mapping[str, int] | None = None,
+        same_places: bool = False,
     ) -> None:
         self.path, self.matrices, self.n_genes = checked_path(path), list(matrices), n_genes
         self.dense = list(dense or {})
+        self._with_places = self.matrices[:1] if same_places else self.matrices
         self.folder = self.path.with_name(f"{self.path.name}.part")
         self._progress: dict[str, Any] = {
             "made_for": made_for,
@@ -88,14 +93,19 @@ class CellStore:
         for name in self.matrices:
             group = self._root.require_group(name)
             group.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0"})
-            for part, dtype in _ARRAYS.items():
-                group.create_array(part, shape=(0,), dtype=dtype, chunks=(_CHUNK,), compressors=_CODEC)
-            group["indptr"].append(np.zeros(1, np.int64))
+            for part in self._parts_of(name):
+                group.create_array(part, shape=(0,), dtype=_ARRAYS[part], chunks=(_CHUNK,), compressors=_CODEC)
+            if "indptr" in group:
+                group["indptr"].append(np.zeros(1, np.int64))
         for name, width in (dense or {}).items():
             chunks = (max(_CHUNK // max(width, 1), 1), width)
             array = self._root.create_array(name, shape=(0, width), dtype=np.float32, chunks=chunks, compressors=_CODEC)
             array.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
         self._note()
+
+    def _parts_of(self, name: str) -> list[str]:
+        """Return which arrays of a sparse matrix are written for itself."""
+        return list(_ARRAYS) if name in self._with_places else ["data"]
 
     def _go_on(self, made_for: str) -> None:
         progress = json.loads((self.folder / _PROGRESS).read_text())
@@ -107,10 +117,9 @@ class CellStore:
         self._progress = progress
         self._root = zarr.open_group(self.folder, mode="r+")
         for name in self.matrices:  # without what a portion left that was not written to the end
-            group = self._root[name]
-            group["indptr"].resize((progress["cells"] + 1,))
-            for part in ("data", "indices"):
-                group[part].resize((progress["entries"][name],))
+            for part in self._parts_of(name):
+                size = progress["cells"] + 1 if part == "indptr" else progress["entries"][name]
+                self._root[name][part].resize((size,))
         for name in self.dense:
             self._root[name].resize((progress["cells"], self._root[name].shape[1]))
         if progress["portions"]:
@@ -135,10 +144,13 @@ class CellStore:
         """Write a portion: matrices, (n_cells, n_columns), a table of its cells, other arrays."""
         entries = dict(self._progress["entries"])
         for name in self.matrices:
-            matrix, group = matrices[name], self._root[name]
+            matrix, group, first = matrices[name], self._root[name], matrices[self._with_places[0]]
             group["data"].append(matrix.data.astype(np.float32, copy=False))
-            group["indices"].append(matrix.indices.astype(np.int32, copy=False))
-            group["indptr"].append(matrix.indptr[1:].astype(np.int64) + entries[name])
+            if name in self._with_places:
+                group["indices"].append(matrix.indices.astype(np.int32, copy=False))
+                group["indptr"].append(matrix.indptr[1:].astype(np.int64) + entries[name])
+            elif not (np.array_equal(matrix.indptr, first.indptr) and np.array_equal(matrix.indices, first.indices)):
+                raise ValueError(f"{name} has entries at other places than {self._with_places[0]}.")
             entries[name] += matrix.nnz
         for name in self.dense:
             self._root[name].append(matrices[name])
@@ -170,6 +182,10 @@ class CellStore:
             put_in_place(self.path, lambda part: self._write_h5ad(part, rest))
             shutil.rmtree(self.folder)
             return
+        for name, part in self._places_to_copy():
+            to = self.folder / name / part
+            shutil.rmtree(to, ignore_errors=True)  # of a process that died here
+            shutil.copytree(self.folder / self._with_places[0] / part, to)
         _write_rest(self._root, rest)
         self.folder.replace(self.path)  # before anything is removed that going on would need
         for i in range(self.n_portions):
@@ -177,13 +193,18 @@ class CellStore:
             (self.path / f"{i}.npz").unlink(missing_ok=True)
         (self.path / _PROGRESS).unlink()
 
+    def _places_to_copy(self) -> list[tuple[str, str]]:
+        return [(name, part) for name in self.matrices for part in _ARRAYS if part not in self._parts_of(name)]
+
     def _write_h5ad(self, path: Path, rest: AnnData) -> None:
         with h5py.File(path, "w") as file:
             for name in self.matrices:
                 group, attrs = file.require_group(name), dict(self._root[name].attrs)
                 group.attrs.update({**attrs, "shape": np.array(attrs["shape"])})
-                for part in _ARRAYS:
+                for part in self._parts_of(name):
                     _copy(self._root[name][part], group, part)
+            for name, part in self._places_to_copy():
+                _copy(self._root[self._with_places[0]][part], file[name], part)
             for name in self.dense:
                 _copy(self._root[name], file, name)
             _write_rest(file, rest)

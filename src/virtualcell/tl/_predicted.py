@@ -191,8 +191,13 @@ class Predictions:
         Groups that are there, of a process that died, are not predicted again.
         """
         beside = _keys.COUNTS_LAYER if self.emit == "cells" else _keys.CONTROL_LAYER
-        names = ["X", f"layers/{beside}"]
-        store = CellStore(path, made_for=self._fingerprint(), matrices=names, n_genes=len(self.genes))
+        store = CellStore(
+            path,
+            made_for=self._fingerprint(),
+            matrices=["X", f"layers/{beside}"],
+            n_genes=len(self.genes),
+            same_places=self.emit == "cells",  # where these are counts and their logarithms
+        )
         done = sum(len(arrays["change"]) for arrays in store.arrays())
         with ThreadPoolExecutor(1) as writer, Bar("predicting", len(self), unit="group", done=done) as bar:
             written: Future | None = None
