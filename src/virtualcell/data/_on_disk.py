@@ -69,7 +69,7 @@ class LazyMatrix(StoredMatrix):
     @property
     def cells_at_once(self) -> int:
         """Rows that memory allows to read at a time."""
-        fits = int(settings.max_memory * 2**30 / (_COPIES * max(self.bytes_per_cell, 1)))
+        fits = int(settings.max_memory * 1e9 / (_COPIES * max(self.bytes_per_cell, 1)))
         return min(max(fits, 1), _MOST_CELLS)
 
     @cached_property
@@ -275,7 +275,7 @@ class CSCOnDisk(ByColumns, OnDisk):
     def columns(self) -> Iterator[sparse.csc_matrix]:
         """Yield all columns, as many at a time as memory allows."""
         indptr = self._element["indptr"][:].astype(np.int64)
-        most = max(1, int(settings.max_memory * 2**30 / (_COPIES * 2 * ENTRY)))
+        most = max(1, int(settings.max_memory * 1e9 / (_COPIES * 2 * ENTRY)))
         first = 0
         while first < self.shape[1]:
             last = max(first + 1, int(np.searchsorted(indptr, indptr[first] + most, side="right")) - 1)

@@ -143,7 +143,7 @@ def _blocks(expression: Expression) -> Blocks:
 
     Cells that are not in memory are read into it, or each time where `vc.settings.max_memory` does not allow that.
     """
-    if not expression.in_memory and expression.n_cells * expression.entries_per_cell * 8 > settings.max_memory * 2**30:
+    if not expression.in_memory and expression.n_cells * expression.entries_per_cell * 8 > settings.max_memory * 1e9:
         read = expression.at_hand().rows
     else:
         matrix = expression.rows()

@@ -32,7 +32,7 @@ class Cells:
     def read(cls, expression: Expression, rows: dict[str, np.ndarray]) -> Cells:
         """Read the rows of each group; of what is not in memory, and more than may be, when each is asked for."""
         size, joined = {n: len(r) for n, r in rows.items()}, np.concatenate(list(rows.values()))
-        if expression.in_memory or len(joined) * expression.entries_per_cell * _ENTRY < settings.max_memory * 2**30:
+        if expression.in_memory or len(joined) * expression.entries_per_cell * _ENTRY < settings.max_memory * 1e9:
             return cls(expression.rows(joined), size)
         return CellsOnDisk(expression.at_hand(), joined, size)
 
@@ -92,7 +92,7 @@ class CellsOnDisk(Cells):
 
     def portions(self, names: Sequence[str]) -> Iterator[list[str]]:
         """Cut groups into portions of which the cells can be in memory together, at least one group in each."""
-        most = settings.max_memory * 2**30 / (4 * _ENTRY * max(self._expression.entries_per_cell, 1))
+        most = settings.max_memory * 1e9 / (4 * _ENTRY * max(self._expression.entries_per_cell, 1))
         portion: list[str] = []
         for name in names:
             if portion and sum(self.size[n] for n in [*portion, name]) > most:

@@ -74,7 +74,7 @@ def _check_memory(task: Task) -> None:
             expression = task.screens[side].expression
             n_cells = 0 if expression.in_memory else sum(map(len, task.rows(side, context).values()))
             of_genes = len(expression.genes) / max(len(expression.gene_of_column), 1)
-            held[side] = n_cells, n_cells and n_cells * expression.entries_per_cell * of_genes * ENTRY / 2**30
+            held[side] = n_cells, n_cells and n_cells * expression.entries_per_cell * of_genes * ENTRY / 1e9
         n_cells, needed = np.sum([held["observed"], max(held[source] for source in task.sources)], axis=0)
         if needed > settings.max_memory:
             where = "" if context == ALL else f" of context {context!r}"
