@@ -444,7 +444,7 @@ def test_a_gene_table_may_use_names_of_a_column(screen, fit):
 
 def test_working_on_x_state(screen, fit, targets):
     st = fit(screen, se={"max_steps": 2}, network={"use_rep": "X_state", "decoder_hidden": (16,)})
-    assert st.config.n_input == 74
+    assert st.config.n_input == 31
     cells = vc.tl.predict_perturbation(screen, targets[0], context="type_3")
     assert cells.shape == (40, 90)
     assert (dense(cells.X) >= 0).all()

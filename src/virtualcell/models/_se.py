@@ -36,7 +36,7 @@ from virtualcell.models._se_data import (
 )
 from virtualcell.models._se_files import from_arc, from_state, state_of, to_arc
 from virtualcell.models._se_inference import Precision, cell_vectors, check_precision, decode, embed
-from virtualcell.models._se_options import SETrainOptions, network_options, train_options
+from virtualcell.models._se_options import SETrainOptions, completed, network_options, train_options
 from virtualcell.modules import SEConfig, SENetwork, se_loss
 from virtualcell.train import TrainOptions, fit
 
@@ -229,8 +229,9 @@ class SE(BaseModelClass):
     def train(self, options: TrainOptions | Mapping[str, object] | None = None, **keywords: object) -> None:
         """Train the cell vector to predict the expression of genes, drawn anew for every cell, from their embeddings.
 
-        Where nothing else is stated, training takes 1,000 steps of 32 cells with a learning rate of 2e-3, keeps a tenth
-        of the cells for validation and looks at these ten times.
+        Where nothing else is stated, training takes 1,200 steps of 16 cells where `n_hidden` is at most 64, and 1,000
+        of 32 in larger networks, with a learning rate of 2e-3. It keeps a tenth of the cells for validation and looks
+        at these five times, or ten with early stopping.
 
         Parameters
         ----------
@@ -246,7 +247,7 @@ class SE(BaseModelClass):
         FloatingPointError
             If a loss is not finite.
         """
-        options = self.train_options(options, **keywords)
+        options = completed(self.train_options(options, **keywords), self.config.n_hidden)
         source = training_source(self)
         dataset = source.dataset_codes(self.setup["dataset_key"], self.datasets)
         cells = read_cells(self, source)

@@ -11,12 +11,14 @@ from virtualcell.modules import SEConfig
 from virtualcell.train import TrainOptions
 
 SIZES = {
+    # its decoder is 80 wide, n_hidden + n_output + 1 + n_dataset: products of other widths take up to twice as long
     "small": {
-        "n_hidden": 64,
+        "n_hidden": 48,
         "n_layers": 2,
-        "n_heads": 4,
-        "n_feedforward": 128,
-        "n_output": 64,
+        "n_heads": 2,
+        "n_feedforward": 96,
+        "n_output": 24,
+        "n_dataset": 7,
         "length": 128,
         "n_targets": (64, 32, 64),
     },
@@ -65,29 +67,34 @@ class SETrainOptions(TrainOptions):
             raise ValueError(f"val_fraction={self.val_fraction!r} must be at least 0 and less than 1.")
 
 
-N_VALIDATIONS = 10  # in a training, where nothing else is stated
-
-DEFAULTS = {
-    "max_steps": 1000,
-    "batch_size": 32,
-    "lr": 2e-3,
-    "final_lr": 0.3,
-    "gradient_clip": 0.8,
-    "val_fraction": 0.1,
-}
+DEFAULTS = {"lr": 2e-3, "final_lr": 0.3, "gradient_clip": 0.8, "val_fraction": 0.1}
+# Steps, and cells in each, where they are not stated; small networks learn as much from a batch of half the size.
+N_STEPS, BATCH_SIZE = 1000, 32
+N_STEPS_SMALL, BATCH_SIZE_SMALL = 1200, 16
+SMALL = 64  # n_hidden
+# Validations in a training, where nothing else is stated: each takes as long as 20 to 50 steps of a few thousand cells.
+N_VALIDATIONS, N_VALIDATIONS_TO_STOP = 5, 10
 
 
 def train_options(
     options: TrainOptions | Mapping[str, object] | None, keywords: Mapping[str, object]
 ) -> SETrainOptions:
-    """Complete the options of a training, and raise for one that there is not or that was given twice."""
+    """Complete the options of a training, up to its length, and raise for one that there is not or was given twice."""
     stated = options.stated if isinstance(options, TrainOptions) else dict(options or {})
     twice = sorted(set(stated) & set(keywords))
     if twice:
         raise ValueError(f"{twice[0]}={keywords[twice[0]]!r} and options={{{twice[0]!r}: ...}} were both given.")
-    complete = SETrainOptions.from_({**stated, **keywords}, **DEFAULTS)
-    every = complete.validate_every or max(1, round(complete.max_steps / N_VALIDATIONS))
-    return dataclasses.replace(complete, validate_every=every)
+    return SETrainOptions.from_({**stated, **keywords}, **DEFAULTS)
+
+
+def completed(options: SETrainOptions, n_hidden: int) -> SETrainOptions:
+    """Decide the length of a training, the size of a step and how often to validate."""
+    is_small = n_hidden <= SMALL
+    steps = options.max_steps or (N_STEPS_SMALL if is_small else N_STEPS)
+    size = options.batch_size or (BATCH_SIZE_SMALL if is_small else BATCH_SIZE)
+    n_validations = N_VALIDATIONS_TO_STOP if options.early_stopping else N_VALIDATIONS
+    every = options.validate_every or max(1, round(steps / n_validations))
+    return dataclasses.replace(options, max_steps=steps, batch_size=size, validate_every=every)
 
 
 def network_options(size: str, network: Mapping[str, object]) -> dict:
