@@ -89,6 +89,27 @@ def test_places_that_are_the_same_are_packed_once(tmp_path, suffix):
         add(CellStore(tmp_path / "y.zarr", made_for="", matrices=["X", "layers/counts"], same_places=True), 0)
 
 
+def test_a_folder_that_was_not_removed_to_the_end_is_not_gone_on_with(tmp_path, monkeypatch):
+    path = tmp_path / "cells.h5ad"
+    store = store_of(path)
+    add(store, 0, 1, 2)
+
+    def died(folder: Path) -> None:
+        (folder / "X" / "data" / "0").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", died)
+        with pytest.raises(KeyboardInterrupt):
+            finish(store)
+    path.unlink()
+    again = store_of(path)
+    assert again.n_portions == 0
+    add(again, 0, 1, 2)
+    finish(again)
+    check(path)
+
+
 def test_what_is_there_stays(tmp_path):
     path = tmp_path / "cells.zarr"
     add(store_of(path), 0)

@@ -14,7 +14,7 @@ import tracemalloc
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -178,6 +178,75 @@ def test_texts_of_attributes_that_are_not_there(where: str, tmp_path: Path) -> N
         read_cells(path)
 
 
+TEXT = {"encoding-type": "string-array", "encoding-version": "0.2.0"}
+
+
+def groups_that_share_groups(file: h5py.File) -> None:
+    group = file["uns"]
+    for i in range(40):
+        below = file.create_group(f"uns/{i}") if i == 0 else file.create_group(f"below{i}")
+        below.attrs.update({"encoding-type": "dict", "encoding-version": "0.1.0"})
+        if i:
+            group["a"] = group["b"] = below
+        group = below
+
+
+def links_to_one_array(file: h5py.File) -> None:
+    file["uns"].create_dataset("array", data=np.zeros(1_000_000))
+    for i in range(150):
+        file[f"uns/hard{i}"], file[f"uns/soft{i}"] = file["uns/array"], h5py.SoftLink("/uns/array")
+
+
+def a_group_within_itself(file: h5py.File) -> None:
+    file["uns/itself"] = file["uns"]
+
+
+def a_long_text_for_all(file: h5py.File) -> None:
+    made = file["uns"].create_dataset("x", (2000,), h5py.string_dtype(), chunks=(1000,), fillvalue="x" * 1_000_000)
+    made.attrs.update(TEXT)
+
+
+def a_filter_that_was_left_out(file: h5py.File) -> None:
+    once = file["uns"].create_dataset("once", data=["x" * 1_000_000], dtype=h5py.string_dtype())
+    once.attrs.update(TEXT)
+    file.flush()
+    with Path(file.filename).open("rb") as raw:
+        raw.seek(once.id.get_offset())
+        reference = raw.read(16)
+    how = {"chunks": (2000,), "compression": 32015, "allow_unknown_filter": True}
+    made = file["uns"].create_dataset("x", (2000,), h5py.string_dtype(), **how)
+    made.id.write_direct_chunk((0,), reference * 2000, 1)
+    made.attrs.update(TEXT)
+
+
+def a_column_that_is_named_twice(file: h5py.File) -> None:
+    file["obs"]["x"] = np.arange(file["obs/_index"].size)
+    file["obs"].attrs["column-order"] = ["x", "x"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (groups_that_share_groups, "paths lead to"),
+        (links_to_one_array, r"says that it holds \d+,\d{3},\d{3},\d{3} that are not in it"),
+        (a_group_within_itself, "paths lead to|recursion"),
+        (a_long_text_for_all, TOO_LARGE),
+        (a_filter_that_was_left_out, TOO_LARGE),
+        (a_column_that_is_named_twice, "/obs names a column twice"),
+    ],
+)
+@pytest.mark.usefixtures("few_megabytes")
+def test_what_is_read_many_times(change: Callable[[h5py.File], None], message: str, tmp_path: Path) -> None:
+    """anndata reads along paths, of which links make as many as they like, and fills what is not stored."""
+    path = tmp_path / "x.h5ad"
+    shutil.copy(HERE / "corpus" / "table.h5ad", path)
+    with h5py.File(path, "r+") as file:
+        change(file)
+    for read in (read_cells, vc.pp.read_gene_embeddings):
+        with pytest.raises(DamagedFileError, match=message):
+            read(path)
+
+
 def packed(content: bytes, how: dict) -> bytes:
     """Bytes of one piece as HDF5 stores it."""
     return zlib.compress(content) if "compression" in how else content
@@ -217,6 +286,39 @@ def test_files_of_cells_that_are_sound(how: dict, tmp_path: Path) -> None:
         lists = file["uns"].create_dataset("lists", (3,), h5py.vlen_dtype(np.dtype("f8")))
         lists[0] = np.arange(1000.0)
     check_h5(tmp_path / "x.h5ad")
+
+
+def test_files_that_are_sound_and_odd(tmp_path: Path) -> None:
+    """Thousands of small arrays, links, a large piece behind filters, types that h5py does not know, an open file."""
+    path = tmp_path / "-x é.h5ad"
+    shutil.copy(HERE / "corpus" / "table.h5ad", path)
+    with h5py.File(path, "r+") as file:
+        for i in range(3000):
+            file[f"uns/many/{i}"] = float(i)
+        file["uns/again"], file["uns/lost"] = h5py.SoftLink("/uns/many/1"), h5py.SoftLink("/nowhere")
+        how = {"compression": "gzip", "shuffle": True, "fletcher32": True}
+        file["uns"].create_dataset("piece", data=np.zeros(10_000_000), chunks=(10_000_000,), **how)
+        space = h5py.h5s.create_simple((3,))
+        h5py.h5d.create(file["uns"].id, b"time", h5py.h5t.UNIX_D32LE, space)
+        file.flush()
+        check_h5(path)
+
+
+def test_another_process_that_cannot_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    for other, message in [("/bin/false", "status 1"), (None, "")]:
+        monkeypatch.setattr(sys, "executable", other)
+        monkeypatch.setenv("PATH", "")
+        with pytest.raises(RuntimeError, match=rf"another process reads it first.*{message}.*Set sys.executable"):
+            check_h5(HERE / "corpus" / "table.h5ad")
+
+
+def test_the_other_process_looks_where_this_one_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "h5py.py").write_text("raise RuntimeError('not this one')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    check_h5(HERE / "corpus" / "table.h5ad")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    with pytest.raises(RuntimeError, match="not this one"):
+        check_h5(HERE / "corpus" / "table.h5ad")
 
 
 def test_one_value_packed_by_zstandard(tmp_path: Path) -> None:

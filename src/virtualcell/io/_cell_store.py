@@ -180,6 +180,7 @@ class CellStore:
             self._root[name].attrs["shape"] = shape
         if self.path.suffix == ".h5ad":
             put_in_place(self.path, lambda part: self._write_h5ad(part, rest))
+            (self.folder / _PROGRESS).unlink()  # first: a folder that has it, and lacks pieces, would be gone on with
             shutil.rmtree(self.folder)
             return
         for name, part in self._places_to_copy():

@@ -93,8 +93,8 @@ def fit_state(
     `X` and the layers stay as they are. Written are `obsm["X_state"]` (unless `se=False`) and `uns["virtualcell"]`: the
     design, the verdict on cells that were left out, and the fitted ST, so that
     :func:`virtualcell.tl.predict_perturbation` needs no more than the data, also after it was saved as h5ad. ST comes
-    first and is written as soon as it is fitted. SE, which takes most of the time and which predictions of genes do not
-    use, follows: whoever interrupts it has the ST. Only an ST that works on `"X_state"` (`network`) waits for it.
+    first and is written as soon as it is fitted. SE, which predictions of genes do not use, follows: whoever interrupts
+    it has the ST. Only an ST that works on `"X_state"` (`network`) waits for it.
 
     Training cells are learned from and choose everything: the genes, the embedding, the weights, and the verdict.
     Validation cells (those that `split_key` says, or else a tenth of each group) tell when to stop, where that is asked

@@ -80,8 +80,8 @@ class TrainOptions:
         Size of one step's batch over all processes, in the model's unit (sets of cells or cells).
     validate_every
         Number of steps between two validations, which is also that between two entries of the history; by default some
-        twenty in a training, fewer where they would take ST more than a tenth of its time, and five of SE. The last step
-        is always followed by a validation.
+        twenty in a training, fewer where they would take ST more than a tenth of its time, and five of SE. The last
+        step is always followed by a validation.
     early_stopping
         Whether training ends when the validation loss has not fallen for `patience` validations.
     patience
