@@ -15,6 +15,8 @@ from typing import TextIO
 # Text and tables shrink to a tenth or so when they are compressed; what unfolds to more was made to fill the memory.
 _MOST_TIMES, _ALWAYS = 100, 100_000_000
 _LONGEST_LINE = 10_000_000
+# For pandas: its own parser of numbers ends the process at an exponent of many digits, such as 1e991000000000.
+SAFE_NUMBERS = {"float_precision": "round_trip"}
 _OF_THE_SYSTEM = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 _OF_THE_DISK = (errno.EIO, errno.ENOSPC, errno.EMFILE, errno.ESTALE)
 _MOST_VALUES, _DEEPEST = 10_000_000, 100  # of a configuration

@@ -413,6 +413,19 @@ def test_configurations_that_unfold(tmp_path: Path) -> None:
                 vc.models.ST.from_arc(folder)
 
 
+@pytest.mark.parametrize("name", ["csv", "csv.gz", "edges", "links", "positions"])
+def test_numbers_whose_exponents_are_long(name: str) -> None:
+    """One of pandas' two parsers of numbers ends the process at them."""
+    reader = READERS.READERS[name]
+    content = reader.valid()
+    text = gzip.decompress(content) if name.endswith("gz") else content
+    number = next(word for word in (b"0.9", b"1.0", b"900", b"10") if word in text)
+    with READERS.workplace(reader) as folder:
+        for long in (b"1.5e991000000000", b"1e-99999999999999"):
+            changed = text.replace(number, long)
+            assert reader(gzip.compress(changed) if name.endswith("gz") else changed, folder) in ("read", "refused")
+
+
 def test_splits_that_are_none(tmp_path: Path) -> None:
     for text, message in [("[" * 100_000, "is no split"), ("{}", "is no split"), ("[]", "must hold names")]:
         (tmp_path / "split.json").write_text(text)

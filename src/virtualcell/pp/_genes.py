@@ -19,7 +19,7 @@ from scipy import sparse
 
 from virtualcell._errors import unknown_name
 from virtualcell._hdf5 import check_h5
-from virtualcell._reading import DamagedFileError, as_damaged, open_text, require_room
+from virtualcell._reading import SAFE_NUMBERS, DamagedFileError, as_damaged, open_text, require_room
 from virtualcell._unpickle import read_torch
 from virtualcell.data._labels import column_of, var_of
 
@@ -275,7 +275,7 @@ def _read_csv(path: Path) -> pd.DataFrame:
             header = pd.read_csv(file, nrows=0).columns
         gene = "gene" if "gene" in header else header[0]
         with open_text(path) as file:  # a converter keeps a gene called NA from being read as a missing value
-            return pd.read_csv(file, converters={gene: str}).set_index(gene)
+            return pd.read_csv(file, converters={gene: str}, **SAFE_NUMBERS).set_index(gene)
 
 
 def _read_npz(path: Path) -> pd.DataFrame:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from virtualcell._reading import as_damaged, lines_of, open_text
+from virtualcell._reading import SAFE_NUMBERS, as_damaged, lines_of, open_text
 
 _MOST_ROWS = 200_000_000  # STRING has 14 million links for human; more is a broken or hostile file
 _ROWS_AT_A_TIME = 1_000_000
@@ -70,7 +70,7 @@ def _chunks(path: Path, **how: object) -> Iterator[pd.DataFrame]:
     with (
         as_damaged(path, "table of pairs", "Is the download complete?"),
         open_text(path) as file,
-        pd.read_csv(file, **how) as chunks,
+        pd.read_csv(file, **SAFE_NUMBERS, **how) as chunks,
     ):
         yield from chunks
 
@@ -117,7 +117,7 @@ def _named(edges: pd.DataFrame, path: Path, names: Path | None) -> pd.DataFrame:
         )
     with as_damaged(names, "table of proteins"), open_text(names) as file:
         used = {"usecols": lambda column: column.lstrip("#") in (_INFO_ID, _INFO_NAME), "nrows": _MOST_ROWS}
-        info = pd.read_csv(file, sep="\t", keep_default_na=False, quoting=csv.QUOTE_NONE, **used)
+        info = pd.read_csv(file, sep="\t", keep_default_na=False, quoting=csv.QUOTE_NONE, dtype=str, **used)
     info.columns = [c.lstrip("#") for c in info.columns]
     if set(info.columns) != {_INFO_ID, _INFO_NAME}:
         raise ValueError(f"names={names.name!r} has no columns {_INFO_ID} and {_INFO_NAME}: it is no protein.info.")
