@@ -13,6 +13,7 @@ from virtualcell._keys import X_STATE
 from virtualcell.data._design import Scale
 from virtualcell.data._expression import Expression
 from virtualcell.data._labels import column_of, expression_modality, obs_column, text, without_version
+from virtualcell.data._numbers import as_numbers
 
 
 def read_expression(
@@ -74,10 +75,10 @@ def read_embedding(data: AnnData | MuData, key: str, *, modality: str = "rna") -
     elif isinstance(values, abc.CSRDataset | abc.CSCDataset):
         values = values.to_memory()
     if isinstance(values, pd.DataFrame):
-        text = [c for c in values if pd.to_numeric(values[c], errors="coerce").isna().ne(values[c].isna()).any()]
+        text = [c for c in values if as_numbers(values[c]).isna().ne(values[c].isna()).any()]
         if text:
             raise ValueError(f"obsm[{key!r}] has columns that hold no numbers, {text[:3]}: leave them out.")
-        values = values.apply(pd.to_numeric).to_numpy(dtype=np.float32, na_value=np.nan)
+        values = values.apply(as_numbers).to_numpy(dtype=np.float32, na_value=np.nan)
     values = values.toarray() if sparse.issparse(values) else np.ma.filled(np.ma.asarray(values), np.nan)
     if values.ndim != 2 or not values.shape[1] or values.dtype.kind not in "fiub":
         raise ValueError(

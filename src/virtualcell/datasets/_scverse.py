@@ -12,6 +12,7 @@ from anndata import AnnData
 
 from virtualcell._errors import unknown_name
 from virtualcell._files import read_cells
+from virtualcell.data._numbers import as_numbers
 from virtualcell.datasets._fetch import retrieve_unpinned
 from virtualcell.datasets._tidy import (
     BATCH,
@@ -287,7 +288,7 @@ def load(
     }
     obs = pd.DataFrame(columns, index=adata.obs_names).astype("category")
     if dose_key is not None:
-        obs[DOSE] = pd.to_numeric(labels_of(adata, name, "dose_key", dose_key), errors="coerce")
+        obs[DOSE] = as_numbers(labels_of(adata, name, "dose_key", dose_key))
     obs = obs.join(adata.obs.drop(columns=obs.columns, errors="ignore"))
     counts = counts_of(adata, name, None if layer == "X" else layer)
     labelled = (perturbation.notna() & ~perturbation.isin(noted.left_out) & obs[CONTEXT].notna()).to_numpy()

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from virtualcell._reading import as_damaged, lines_of, open_text
+from virtualcell.data._numbers import as_numbers
 from virtualcell.pp._genes import ENSEMBL_VERSION
 
 logger = logging.getLogger(__name__)
@@ -175,7 +176,7 @@ def _starts(table: pd.DataFrame, lowered: dict[str, str]) -> pd.Series:
 
 
 def _whole_numbers(table: pd.DataFrame, column: str) -> pd.Series:
-    numbers = pd.to_numeric(table[column], errors="coerce")
+    numbers = as_numbers(table[column])
     wrong = ~(numbers.ge(0) & (numbers % 1 == 0))
     if wrong.any():
         raise ValueError(
