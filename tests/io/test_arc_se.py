@@ -327,3 +327,8 @@ def test_our_own_model_goes_to_arc_and_back(
     assert again.cls_expression_gene is None
     assert not again.fill_sentences
     np.testing.assert_allclose(embed(again, cells), embed(se, cells), atol=1e-6)
+    other = vc.models.SE(cells, table, n_dataset=7)
+    other.train(max_steps=1, progress_bar=False, accelerator="cpu")
+    with pytest.raises(ValueError, match=r"n_dataset=7, but Arc's models have 10"):
+        other.to_arc(tmp_path / "other")
+    assert not (tmp_path / "other").exists()

@@ -74,7 +74,7 @@ def test_loss_falls_on_training_and_validation_cells(trained):
 
 def test_cell_types_are_told_apart(trained, pbmc):
     x = trained.get_latent_representation(pbmc)
-    assert x.shape == (600, 16 + 7)
+    assert x.shape == (600, 16 + 10)
     assert x.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(x[:, :16], axis=1), 1, rtol=1e-5)
     accuracy = cross_val_score(KNeighborsClassifier(15), x, pbmc.obs["cell_type"], cv=5).mean()
@@ -105,7 +105,7 @@ def test_decode_takes_embedded_cells(trained, pbmc):
     assert list(decoded.index) == list(some.obs_names)
     expected = trained.decode(trained.get_latent_representation(some), genes, read_depth=3.0)
     np.testing.assert_allclose(decoded.to_numpy(), expected.to_numpy(), rtol=1e-6)
-    with pytest.raises(ValueError, match=r"shape \(20, 7\); this model makes \(n_cells, 23\)"):
+    with pytest.raises(ValueError, match=r"shape \(20, 7\); this model makes \(n_cells, 26\)"):
         trained.decode(np.zeros((20, 7)), genes)
 
 
@@ -159,7 +159,7 @@ def test_other_data_sets_with_other_genes(trained, pbmc, cite_file):
     assert np.abs(trained.get_latent_representation(half) - x).max() > 1e-3
     mdata = mudata.read_h5mu(cite_file)
     other = trained.get_latent_representation(mdata)
-    assert other.shape == (400, 23)
+    assert other.shape == (400, 26)
     assert np.isfinite(other).all()
     np.testing.assert_array_equal(other, trained.get_latent_representation(mdata["rna"]))
 
@@ -367,7 +367,7 @@ def test_options(counts, table):
 
 def test_repr(counts, table):
     se = build(counts, table)
-    assert repr(se).startswith("SE model: 80 genes x 12 dimensions, sentences of 16 genes, cell vectors of 8 + 7, ")
+    assert repr(se).startswith("SE model: 80 genes x 12 dimensions, sentences of 16 genes, cell vectors of 8 + 10, ")
     assert repr(se).endswith("Not trained yet.")
     assert repr(train(se)).endswith("M parameters.")
 

@@ -117,6 +117,11 @@ def write_se(
     folder: Path, network: SENetwork, genes: pd.Index, vectors: Tensor, arguments: dict, *, overwrite: bool
 ) -> None:
     """Write `config.yaml`, `model.safetensors` and `protein_embeddings.pt` as the reference package writes them."""
+    if network.config.n_dataset != SEConfig.n_dataset:
+        raise ValueError(
+            f"n_dataset={network.config.n_dataset}, but Arc's models have {SEConfig.n_dataset} numbers that tell data "
+            "sets apart, and their files do not say so. Save it with `se.save`, or train one without n_dataset=."
+        )
     files = [folder / name for name in (_WEIGHTS, _CONFIG, _GENES)]
     if not overwrite and (there := [f.name for f in files if f.exists()]):
         raise FileExistsError(f"{folder} holds {', '.join(there)} already. Pass overwrite=True to replace them.")
