@@ -229,7 +229,7 @@ class SE(BaseModelClass):
     def train(self, options: TrainOptions | Mapping[str, object] | None = None, **keywords: object) -> None:
         """Train the cell vector to predict the expression of genes, drawn anew for every cell, from their embeddings.
 
-        Where nothing else is stated, training takes 1,200 steps of 16 cells where `n_hidden` is at most 64, and 1,000
+        Where nothing else is stated, training takes 1,300 steps of 16 cells where `n_hidden` is at most 64, and 1,000
         of 32 in larger networks, with a learning rate of 2e-3. It keeps a tenth of the cells for validation and looks
         at these five times, or ten with early stopping.
 
