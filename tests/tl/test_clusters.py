@@ -99,7 +99,8 @@ def test_cells_are_embedded_by_workers_of_which_one_dies(fitted, model, client, 
     np.testing.assert_allclose(cells.obsm["by_workers"], expected, atol=1e-5)
     vc.tl.embed(cells, model.se, to=tmp_path / "cells.zarr", client=client)
     by_file = ad.read_zarr(tmp_path / "cells.zarr")
-    np.testing.assert_array_equal(by_file.obsm["X_state"], cells.obsm["by_workers"])
+    # of fewer workers each gets more cells at a time, and products of other sizes differ in the last digit
+    np.testing.assert_allclose(by_file.obsm["X_state"], cells.obsm["by_workers"], atol=1e-6)
     assert list(by_file.obs_names) == list(cells.obs_names)
 
 

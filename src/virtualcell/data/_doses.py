@@ -11,7 +11,7 @@ import pandas as pd
 from scipy.interpolate import PchipInterpolator
 
 from virtualcell._errors import unknown_name
-from virtualcell.data._numbers import as_numbers
+from virtualcell._numbers import as_numbers
 
 _NAME = re.compile(r"(.+)_(\d+(?:\.\d+)?(?:e-?\d+)?)")
 
@@ -108,7 +108,7 @@ def numbers(column: pd.Series, key: str, is_control: np.ndarray) -> np.ndarray:
         For doses that are no positive numbers.
     """
     try:
-        doses = as_numbers(column, strict=True).to_numpy(dtype=np.float64, na_value=np.nan)
+        doses = as_numbers(column, strict=True).to_numpy(dtype=np.float64, na_value=np.nan, copy=True)
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"dose_key={key!r} holds what is no number ({error}). Put doses there as numbers, all in one unit."

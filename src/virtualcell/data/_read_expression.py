@@ -10,10 +10,10 @@ from scipy import sparse
 
 from virtualcell._errors import unknown_name
 from virtualcell._keys import X_STATE
+from virtualcell._numbers import as_numbers
 from virtualcell.data._design import Scale
 from virtualcell.data._expression import Expression
 from virtualcell.data._labels import column_of, expression_modality, obs_column, text, without_version
-from virtualcell.data._numbers import as_numbers
 
 
 def read_expression(

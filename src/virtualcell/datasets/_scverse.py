@@ -12,7 +12,7 @@ from anndata import AnnData
 
 from virtualcell._errors import unknown_name
 from virtualcell._files import read_cells
-from virtualcell.data._numbers import as_numbers
+from virtualcell._numbers import as_numbers
 from virtualcell.datasets._fetch import retrieve_unpinned
 from virtualcell.datasets._tidy import (
     BATCH,

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from virtualcell._numbers import as_numbers
 from virtualcell._reading import as_damaged, lines_of, open_text
-from virtualcell.data._numbers import as_numbers
 from virtualcell.pp._genes import ENSEMBL_VERSION
 
 logger = logging.getLogger(__name__)

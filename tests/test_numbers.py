@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from virtualcell.data._numbers import as_numbers
+from virtualcell._numbers import as_numbers
 
 
 @pytest.mark.parametrize(

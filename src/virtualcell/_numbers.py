@@ -8,7 +8,7 @@ import pandas as pd
 
 
 def as_numbers(values: pd.Series, *, strict: bool = False) -> pd.Series:
-    """Return a column as numbers, NaN where it holds none.
+    """Return a column as numbers, NaN where it holds none; a column of numbers as it is, not a copy.
 
     As `pandas.to_numeric`, whose parser ends the process at exponents of many digits, such as 1e991000000000.
 
