@@ -75,10 +75,11 @@ def read_embedding(data: AnnData | MuData, key: str, *, modality: str = "rna") -
     elif isinstance(values, abc.CSRDataset | abc.CSCDataset):
         values = values.to_memory()
     if isinstance(values, pd.DataFrame):
-        text = [c for c in values if as_numbers(values[c]).isna().ne(values[c].isna()).any()]
+        numbers = values.apply(as_numbers)
+        text = [c for c in values if numbers[c].isna().ne(values[c].isna()).any()]
         if text:
             raise ValueError(f"obsm[{key!r}] has columns that hold no numbers, {text[:3]}: leave them out.")
-        values = values.apply(as_numbers).to_numpy(dtype=np.float32, na_value=np.nan)
+        values = numbers.to_numpy(dtype=np.float32, na_value=np.nan)
     values = values.toarray() if sparse.issparse(values) else np.ma.filled(np.ma.asarray(values), np.nan)
     if values.ndim != 2 or not values.shape[1] or values.dtype.kind not in "fiub":
         raise ValueError(

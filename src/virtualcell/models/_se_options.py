@@ -71,7 +71,7 @@ DEFAULTS = {"lr": 2e-3, "final_lr": 0.3, "gradient_clip": 0.8, "val_fraction": 0
 N_STEPS, BATCH_SIZE = 1000, 32
 N_STEPS_SMALL, BATCH_SIZE_SMALL = 1300, 16
 SMALL = 64  # n_hidden
-# Validations in a training, where nothing else is stated: each takes as long as 20 to 50 steps of a few thousand cells.
+# Validations in a training, where nothing else is stated; early stopping decides at them.
 N_VALIDATIONS, N_VALIDATIONS_TO_STOP = 5, 10
 
 
