@@ -232,6 +232,26 @@ def test_nested_torch_file_in_a_plain_pickle(tmp_path: Path, marker: Path) -> No
     assert not marker.exists()
 
 
+def test_a_storage_in_a_plain_pickle_cannot_unfold(tmp_path: Path) -> None:
+    torch.save(torch.zeros(100_000).untyped_storage(), tmp_path / "x.pt")
+    inner = io.BytesIO()
+    with zipfile.ZipFile(tmp_path / "x.pt") as old, zipfile.ZipFile(inner, "w", zipfile.ZIP_DEFLATED) as new:
+        for i in old.infolist():
+            new.writestr(i.filename, old.read(i))
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps(Calls(torch.storage._load_from_bytes, inner.getvalue())))
+    with pytest.raises(UnsafePickleError, match=r"^x.pkl holds a storage that cannot be read as data. It was not read"):
+        read_pickle(tmp_path / "x.pkl")
+
+
+@pytest.mark.parametrize("start", [b"N", b"P\n", b"}"])
+@pytest.mark.parametrize("put", [b"r\x00\x5e\xd0\xb2", b"p3000000000\n"])
+def test_a_row_of_old_pickles_fills_no_memory(start: bytes, put: bytes, tmp_path: Path) -> None:
+    """Python's reader makes room for as many objects as the highest number: 48 GB here."""
+    (tmp_path / "x.pt").write_bytes(start + put + b".")
+    with pytest.raises(UnsafePickleError, match=r"^x.pt is not a file of torch.save"):
+        read_torch(tmp_path / "x.pt")
+
+
 def test_a_tensor_cannot_reach_beyond_its_data(tmp_path: Path) -> None:
     file = tmp_path / "m.ckpt"
     torch.save({"a": np.str_("x"), "t": torch.arange(4.0)}, file)  # numpy: past the reader of torch

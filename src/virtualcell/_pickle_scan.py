@@ -13,6 +13,7 @@ from virtualcell._reading import as_damaged, require_room
 
 # Deeper ones are hashed and compared without end by C code, which then takes the process down.
 _DEEPEST = 500
+LONGEST_ROW = 5  # pickles before the numbers of torch's format of before 1.6
 
 
 class UnsafePickleError(pickle.UnpicklingError):
@@ -39,22 +40,27 @@ def look_into_zip(path: Path) -> None:
         require_room(path, sum(entry.file_size for entry in archive.infolist()))
         pickles = [archive.read(name) for name in archive.namelist() if name.endswith(".pkl")]
     for content in pickles:
-        look_through(path, io.BytesIO(content))
+        look_through(path.name, io.BytesIO(content), path.stat().st_size)
 
 
-def look_through_row(path: Path) -> None:
+def look_through_row(name: str, file: IO[bytes], size: int) -> None:
     """Look through a row of pickles, in torch's format of before 1.6; what follows them are numbers."""
-    with path.open("rb") as file:
-        for _ in range(5):
-            start = file.read(1)
-            if start != pickle.PROTO:  # numbers, or the end
-                return
-            file.seek(-1, io.SEEK_CUR)
-            look_through(path, file)
+    if not is_at_pickle(file):
+        raise UnsafePickleError(f"{name} is not a file of torch.save. It was not read.")
+    for _ in range(LONGEST_ROW):
+        if is_at_pickle(file):
+            look_through(name, file, size)
 
 
-def look_through(path: Path, file: IO[bytes]) -> None:
-    """Raise for a pickle that would take more memory than it has bytes, or the process down, before it is run.
+def is_at_pickle(file: IO[bytes]) -> bool:
+    """Say whether a pickle as torch writes them begins here, and not numbers, the end, or one of protocol 0 or 1."""
+    start = file.read(1)
+    file.seek(-len(start), io.SEEK_CUR)
+    return start == pickle.PROTO
+
+
+def look_through(name: str, file: IO[bytes], size: int) -> None:
+    """Raise for a pickle that would take more memory than its `size` in bytes, or the process down, before it is run.
 
     Python's own reader fills memory up to the highest number that a pickle gives an object, and reserves what a byte
     array says that it will hold; objects within objects it goes through by recursion without a limit.
@@ -62,11 +68,11 @@ def look_through(path: Path, file: IO[bytes]) -> None:
     try:
         highest = _highest_number(file)
     except UnsafePickleError as error:
-        raise UnsafePickleError(f"{path.name} {error}. It was not read, and nothing in it was run.") from error
+        raise UnsafePickleError(f"{name} {error}. It was not read, and nothing in it was run.") from error
     except Exception as error:  # the tools of the standard library raise what they like
-        raise UnsafePickleError(f"{path.name} cannot be read as data: {error}") from error
-    if highest > path.stat().st_size:
-        raise UnsafePickleError(f"{path.name} numbers an object {highest:,}, and cannot hold so many. It was not read.")
+        raise UnsafePickleError(f"{name} cannot be read as data: {error}") from error
+    if highest > size:
+        raise UnsafePickleError(f"{name} numbers an object {highest:,}, and cannot hold so many. It was not read.")
 
 
 def _highest_number(file: IO[bytes]) -> int:

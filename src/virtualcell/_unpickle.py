@@ -23,7 +23,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from virtualcell._pickle_scan import UnsafePickleError, check_whole, look_into_zip, look_through, look_through_row
+from virtualcell._pickle_scan import (
+    LONGEST_ROW,
+    UnsafePickleError,
+    check_whole,
+    is_at_pickle,
+    look_into_zip,
+    look_through,
+    look_through_row,
+)
 from virtualcell._reading import as_damaged
 
 logger = logging.getLogger(__name__)
@@ -169,7 +177,13 @@ def _torch_parameter(data: Tensor, *_: object) -> Tensor:
 
 def _torch_storage(data: bytes) -> _Opaque:
     """Return a storage that a plain pickle carries as a file of its own."""
-    storage = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    file = io.BytesIO(data)
+    try:  # torch writes these as it wrote files before 1.6; a zip here could unfold to any size
+        look_through_row("a storage", file, len(data))
+    except UnsafePickleError as error:
+        raise UnsafePickleError("holds a storage that cannot be read as data") from error
+    file.seek(0)
+    storage = torch.load(file, map_location="cpu", weights_only=True)
     if not isinstance(storage, torch.storage.TypedStorage):
         raise UnsafePickleError(f"has {type(storage).__name__} in the place of a storage")
     return _Opaque(torch.empty(0, dtype=storage.dtype).set_(storage))
@@ -294,7 +308,7 @@ def read_pickle(path: str | Path) -> Any:
     """Read a plain pickle of containers, numbers, text, arrays and tensors; anything else is refused by its name."""
     path = Path(path)
     content = path.read_bytes()
-    look_through(path, io.BytesIO(content))
+    look_through(path.name, io.BytesIO(content), len(content))
     return _load(path, _Unpickler(io.BytesIO(content)))
 
 
@@ -308,7 +322,11 @@ def read_torch(path: str | Path, *, stand_ins: bool = False) -> Any:
     check_whole(path)
     with as_damaged(path, "file of torch"):
         is_zip = zipfile.is_zipfile(path)
-    look_into_zip(path) if is_zip else look_through_row(path)
+    if is_zip:
+        look_into_zip(path)
+    else:
+        with path.open("rb") as row:
+            look_through_row(path.name, row, path.stat().st_size)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # about formats that are refused below
@@ -372,8 +390,9 @@ def _load(path: Path, unpickler: _Unpickler) -> object:
 def _refuse_legacy(path: Path) -> object:
     """Raise for torch's format of before 1.6, a row of pickles, naming what was asked for where one of them tells."""
     with path.open("rb") as file:
-        for _ in range(4):
-            _load(path, _Names(file))
+        for _ in range(LONGEST_ROW):
+            if is_at_pickle(file):  # others were not looked through
+                _load(path, _Names(file))
     raise UnsafePickleError(
         f"{path.name} is in torch's format of before 1.6 and holds more than tensors. Write it anew with torch.save."
     )
