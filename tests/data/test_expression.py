@@ -426,6 +426,43 @@ def test_other_logarithms_are_refused() -> None:
         read(AnnData(adata.X.toarray() * 1000.5), scale="log1p")
 
 
+OTHERS = {
+    "log1p": (lambda rates: np.log1p(np.log1p(rates)), r"was put through log\(1 \+ x\) twice"),
+    "base 2": (lambda rates: np.log2(1 + rates), "holds logarithms to base 2"),
+    "base 10": (lambda rates: np.log10(1 + rates), "holds logarithms to base 10"),
+    "roots": (np.sqrt, "holds square roots"),
+    "arcsinh": (np.arcsinh, "holds inverse hyperbolic sines"),
+    "none": (lambda rates: rates / 100, "holds counts that were divided by their total"),
+    "to one": (lambda rates: np.log1p(rates) / np.log1p(rates).max(axis=0), "holds genes that were scaled to between"),
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("n_genes", [20, 200, 2000])
+def test_other_logarithms_of_some_genes_are_refused(name: str, n_genes: int, kang: AnnData) -> None:
+    """Where genes were left out cells have no one total: that values are multiples of one of them tells."""
+    taken, told = OTHERS[name]
+    counts = kang.X.toarray().astype(np.float64)
+    rates = counts / counts.sum(axis=1, keepdims=True) * 1e4
+    most = np.argsort(-np.log1p(rates).var(axis=0))[:n_genes]
+    with np.errstate(invalid="ignore"):
+        stated = AnnData(np.nan_to_num(taken(rates[:, most])).astype(np.float32))
+    with pytest.raises(ValueError, match=f"'log1p' was stated, but X {told}"):
+        read(stated, scale="log1p")
+
+
+def test_logarithms_of_what_was_never_counted_are_read() -> None:
+    """Fractions of counts, and rounded logarithms, are no sign of another logarithm."""
+    rng = np.random.default_rng(0)
+    log = np.log1p(rng.gamma(0.5, 20.0, (300, 50)) * (rng.random((300, 50)) < 0.4)).astype(np.float32)
+    np.testing.assert_array_equal(read(AnnData(log), scale="log1p"), log)
+    counts = rng.poisson(1.0, (300, 50)) * rng.uniform(1, 9, (300, 1))
+    for to in (lambda x: x.round(2), lambda x: x.astype(np.float16)):
+        log = to(np.log1p(counts)).astype(np.float32)
+        np.testing.assert_array_equal(read(AnnData(log), scale="log1p"), log)
+
+
 def test_totals_of_predicted_cells_scatter() -> None:
     rng = np.random.default_rng(0)
     right = lognorm(cells(100))

@@ -8,10 +8,11 @@ from typing import Literal
 import numpy as np
 from scipy import sparse
 
+from virtualcell.data._scales import smallest_counts
+
 Sampling = Literal["systematic", "multinomial", "averaged"]
 _ROWS = 1000  # drawn at a time, which bounds the memory
 _AVERAGED = 4  # predicted cells that sampling="averaged" takes the mean of
-_MOST_SMALLEST = 5  # counts that the smallest value of a cell may stand for, where few genes are left
 
 
 class NoCountsError(ValueError):
@@ -31,18 +32,12 @@ def library_of(log_expression: sparse.csr_matrix, target_sum: float = 1e4) -> np
         If a cell has other values.
     """
     log = sparse.csr_matrix(log_expression, dtype=np.float64)
-    rates, width = np.expm1(log.data), np.diff(log.indptr)
+    width = np.diff(log.indptr)
     full = np.flatnonzero(width)
+    smallest, n = smallest_counts(log.expm1())
+    fits = n > 0
     library = np.full(len(width), np.nan)
-    smallest = np.ones(len(width))
-    if len(full):
-        smallest[full] = np.minimum.reduceat(rates, log.indptr[full])
-    cell = np.repeat(np.arange(len(width)), width)
-    for n in range(1, _MOST_SMALLEST + 1):
-        counts = n * rates / smallest[cell]
-        off = np.abs(counts - np.rint(counts)) > np.minimum(0.01 * counts, 0.25)
-        fits = np.isnan(library) & (width > 0) & (np.bincount(cell, off, minlength=len(width)) == 0)
-        library[fits] = n * target_sum / smallest[fits]
+    library[fits] = n[fits] * target_sum / smallest[fits]
     lost = full[np.isnan(library[full])]
     if len(lost):
         raise NoCountsError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 
 import numpy as np
@@ -13,9 +14,11 @@ from virtualcell.data._stored import row_sums
 
 _FEW_CELLS = 10  # equal totals of fewer cells than this may be chance
 _FEW_PART = 5  # so may totals, equal to five digits, of fewer
+_NEAR = 0.05  # of a count, within which values are taken for multiples where that is not known
 _FEW_STEPS = 5  # multiples of one number, of which logarithms have few
 _FEW_VALUES = 20  # that may be whole by chance
 _FEW = 1 << 15  # values looked at together
+_MOST_SMALLEST = 5  # counts that the smallest value of a cell may stand for, where few genes are left
 _LOOKED_AT = 100  # cells of a matrix that nobody asked for
 
 # What is no natural logarithm of 1 + x though it was stated to be one, and what undoes it: if the cells then have one
@@ -77,17 +80,57 @@ def totals_of(totals: np.ndarray) -> dict[float, float]:
     return found if sum(found.values()) > 0.9 else {}
 
 
+def smallest_counts(rates: sparse.csr_matrix, most_off: float = 0.25) -> tuple[np.ndarray, np.ndarray]:
+    """Return the smallest value of each cell, and the fewest counts that it can be.
+
+    These are 0 where no number of them makes all values of the cell whole numbers of counts, within 1 % and `most_off`.
+    Where genes were left out the smallest value may be two counts or more.
+    """
+    width = np.diff(rates.indptr)
+    full = np.flatnonzero(width)
+    smallest, n_counts = np.ones(len(width)), np.zeros(len(width), int)
+    if len(full):
+        smallest[full] = np.minimum.reduceat(rates.data, rates.indptr[full])
+    cell = np.repeat(np.arange(len(width)), width)
+    for n in range(1, _MOST_SMALLEST + 1):
+        counts = n * rates.data / smallest[cell]
+        on = np.abs(counts - np.rint(counts)) <= np.minimum(0.01 * counts, most_off)
+        n_counts[(n_counts == 0) & (width > 0) & (np.bincount(cell, ~on, minlength=len(width)) == 0)] = n
+    return smallest, n_counts
+
+
+def are_multiples(rates: sparse.csr_matrix) -> bool:
+    """Tell whether each cell holds whole counts times a number of its own, which is no matter of chance."""
+    data, edges = rates.data, itertools.pairwise(rates.indptr)
+    if not np.isfinite(data).all():
+        return False
+    tells = np.array([len(np.unique(data[start:stop])) >= _FEW_STEPS for start, stop in edges])
+    if tells.sum() < _FEW_CELLS:
+        return False
+    return bool(np.mean(smallest_counts(rates, _NEAR)[1][tells] > 0) > 0.9)
+
+
 def other_logarithm(logs: sparse.csr_matrix) -> str | None:
     """Name the logarithm that was taken where it is no natural one of 1 + x, `None` where nothing says so."""
-    with np.errstate(over="ignore"):  # of values and of their sums, which are then no one total
-        if is_one_total(row_sums(logs.expm1())):
+    with np.errstate(over="ignore", invalid="ignore"):  # of values and of their sums, which are then no one total
+        if is_one_total(row_sums(logs.expm1())) or are_multiples(logs.expm1()):
             return None
-        is_divided = is_one_total(row_sums(logs))  # which what undoes logarithms hardly changes where shares are small
+        is_divided = are_divided(logs)  # which what undoes logarithms hardly changes where shares are small
         for what, undone in OTHER_LOGARITHMS.items():
             counts = sparse.csr_matrix((undone(logs.data), logs.indices, logs.indptr), shape=logs.shape)
-            if (is_one_total(row_sums(counts)) and not is_divided) or look_counted(counts.data):
+            if (not is_divided and are_divided(counts)) or look_counted(counts.data):
                 return what
     return None
+
+
+def are_divided(rates: sparse.csr_matrix) -> bool:
+    """Tell whether these are counts that were divided by the totals of their cells, perhaps of some of the genes."""
+    return is_one_total(row_sums(rates)) or are_multiples(rates)
+
+
+def are_of_zero_to_one(sample: sparse.csr_matrix) -> bool:
+    """Tell whether genes were scaled to between 0 and 1: the highest values of several are 1 to the last bit."""
+    return sample.data.max(initial=0) == 1 and len(np.unique(sample.indices[sample.data == 1])) >= _FEW_STEPS
 
 
 def unit_of(values: np.ndarray) -> float | None:
@@ -110,16 +153,22 @@ def fault_of_fractions(
         return (
             f"{what}. Use `sc.pp.log1p(adata)`, once and without a base, or give raw counts with {argument}='counts'."
         )
-    if measured and is_one_total(row_sums(sample)):  # sums of predicted logarithms may be near each other
+    if measured and are_of_zero_to_one(sample):
         return (
-            f"holds counts that were divided by their total, and no logarithms of these. Run `sc.pp.normalize_total("
-            f"adata, target_sum={target_sum:g})` and `sc.pp.log1p(adata)`, and say {argument}='log1p', or give raw "
+            "holds genes that were scaled to between 0 and 1: these are neither raw counts nor logarithms. Give raw "
             f"counts with {argument}='counts'."
         )
     if scale == "log1p" and (unit := unit_of(sample.data[sample.data > 0])) is not None:
         return (
             f"holds whole numbers times {unit:.3g}: these are neither raw counts nor logarithms. Give raw counts with "
             f"{argument}='counts', or divide by that number, round with `np.rint`, and say so."
+        )
+    is_rate = is_one_total(row_sums(sample)) or (scale == "log1p" and are_multiples(sample))
+    if measured and is_rate:  # sums of predicted logarithms may be near each other
+        return (
+            f"holds counts that were divided by their total, and no logarithms of these. Run `sc.pp.normalize_total("
+            f"adata, target_sum={target_sum:g})` and `sc.pp.log1p(adata)`, and say {argument}='log1p', or give raw "
+            f"counts with {argument}='counts'."
         )
     return None
 
