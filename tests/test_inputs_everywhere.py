@@ -799,6 +799,78 @@ def test_designs_that_tell_nothing(case: str, plain: ad.AnnData) -> None:
             call(data)
 
 
+# -- names that are no text, and arguments of another kind -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("table", ["var", "obs"])
+@pytest.mark.parametrize("names", ["numbers", "missing"])
+def test_names_that_are_no_text(table: str, names: str, plain: ad.AnnData, calls: dict[str, Callable]) -> None:
+    data = plain.copy()
+    frame = getattr(data, table)
+    if names == "numbers":
+        frame.index.name = "symbol"
+        frame.reset_index(inplace=True)  # which is how names get lost
+    else:
+        frame.index = pd.Index([np.nan, *frame.index[1:]], name="symbol")
+    others = {
+        "split": lambda d, _: vc.pp.split(d, **DESIGN, holdout={"perturbations": ["A"]}),
+        "knockdown": lambda d, scale: vc.pp.knockdown_efficiency(d, **DESIGN, scale=scale),
+    }
+    check_refused(calls | others, data, "counts", ValueError, rf"{table}_names holds (0|nan), which is no text")
+    before = getattr(plain, f"{table}_names")
+    if names == "numbers":
+        setattr(data, f"{table}_names", frame["symbol"])  # as is advised
+        assert list(getattr(data, f"{table}_names")) == list(before)
+    else:
+        setattr(data, f"{table}_names", getattr(data, f"{table}_names").astype(str))
+    assert fitted(data).perturbations == ["A", "B", "C"]
+
+
+def test_counts_of_predictions_are_named_as_they_can_be_given(plain: ad.AnnData, predicted: ad.AnnData) -> None:
+    data, how = predicted.copy(), {**DESIGN, "scale": "counts", "suite": ["mae"]}
+    data.X = sparse.csr_matrix(data.X.toarray() / np.float32(np.log(2)))
+    message = r"predicted\.layers\['counts'\] holds whole numbers: `predicted\.X = predicted\.layers\['counts'\]`"
+    with pytest.raises(ValueError, match=message):
+        vc.tl.evaluate(data, plain, **how)
+    data.X = data.layers["counts"]  # which works
+    scores = vc.tl.evaluate(data, plain, **how, predicted_scale="counts")
+    right = vc.tl.evaluate(predicted, plain, **how)
+    np.testing.assert_allclose(scores["score"], right["score"], rtol=1e-4)
+
+
+BENCHMARK = {"splits": {"cells": {"fraction": 0.2}}, "suite": ["mae"], "floor": []}
+WRONG_ARGUMENTS: dict[str, tuple[Callable, type, str]] = {
+    "one seed": (lambda a: vc.tl.benchmark(a, ["Additive"], **DESIGN, **BENCHMARK, seeds=0), TypeError, r"\(0,\)"),
+    "half a seed": (lambda a: vc.tl.benchmark(a, ["Additive"], **DESIGN, **BENCHMARK, seeds=[0.5]), ValueError, "0.5"),
+    "floor": (
+        lambda a: vc.tl.benchmark(a, ["Additive"], **DESIGN, **BENCHMARK | {"floor": "NoChange"}),
+        TypeError,
+        r"floor='NoChange' must be a list of names, \['NoChange'\]",
+    ),
+    "genes": (
+        lambda a: vc.tl.prepare_submission(
+            a, "a.vcc", year=2025, genes="names.csv", perturbation_key="pert", control="NT", controls=a
+        ),
+        TypeError,
+        r"genes='names.csv' must be a list of names, such as `pd.read_csv",
+    ),
+    "model": (lambda a: vc.io.save(a, "folder"), TypeError, "model=AnnData is no model of vc.models"),
+    "seed": (lambda a: vc.tl.fit_baseline(a, "Additive", **DESIGN, seed="0"), ValueError, "seed='0' is not a whole"),
+    "table": (
+        lambda _: vc.pl.effect_heatmap(pd.DataFrame(columns=["perturbation", "gene", "log2_fold_change"])),
+        ValueError,
+        "effects has no rows",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_ARGUMENTS)
+def test_arguments_of_another_kind(case: str, plain: ad.AnnData) -> None:
+    call, error, message = WRONG_ARGUMENTS[case]
+    with Unchanged(plain), pytest.raises(error, match=message):
+        call(plain)
+
+
 # -- cells that are all untreated -------------------------------------------------------------------------------------
 
 

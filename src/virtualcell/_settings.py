@@ -7,11 +7,14 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum
+from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
 from typing import NoReturn
 
 import pooch
+
+from virtualcell._numbers import whole_number
 
 logger = logging.getLogger(__name__)
 
@@ -144,21 +147,17 @@ def _gigabytes(name: str, remedy: str = "") -> Callable[[object], float]:
     return check
 
 
-def _whole(name: str, least: int, remedy: str) -> Callable[[object], int]:
-    def check(value: object) -> int:
-        if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-            raise ValueError(f"{name}={value!r} is not a whole number of at least {least}.{remedy}")
-        return int(value)
-
-    return check
+def _whole(name: str, least: int, remedy: str = "") -> Callable[[object], int]:
+    return partial(whole_number, name, least=least, remedy=remedy)
 
 
-_n_threads = _whole("n_threads", 1, " Say None for as many as torch was told to take.")
+_seed = _whole("seed", 0)
+_n_threads = _whole("n_threads", 1, "Say None for as many as torch was told to take.")
 _max_cache = _gigabytes("max_cache", " Say None for no bound.")
 _CHECKS: dict[str, Callable[[object], object]] = {
     "verbosity": _verbosity,
     "progress": _progress,
-    "seed": _whole("seed", 0, ""),
+    "seed": _seed,
     "cache_dir": _folder,
     "max_cache": lambda value: None if value is None else _max_cache(value),
     "max_memory": _gigabytes("max_memory"),
@@ -186,7 +185,7 @@ settings = Settings()
 
 def seed_of(seed: int | None) -> int:
     """Return the seed that a call was given, or that of the settings."""
-    return settings.seed if seed is None else seed
+    return settings.seed if seed is None else _seed(seed)
 
 
 def say(text: str) -> None:

@@ -194,7 +194,12 @@ def test_several_splits_live_side_by_side_and_spare_what_others_wrote(screen, tm
         ({"holdout": {"contexts": ["K562", "RPE1"]}}, ValueError, "leaves no perturbed cell to train on"),
         ({"holdout": {"contexts": 3}}, ValueError, "whole number from 1 to 2"),
         ({"holdout": {"perturbations": 1.5}}, ValueError, "fraction between 0 and 1"),
-        ({"holdout": {"fraction": 1.0}}, ValueError, "must lie between 0 and 1"),
+        ({"holdout": {"fraction": 1.0}}, ValueError, "must be a number between 0 and 1"),
+        ({"holdout": {"fraction": "0.2"}}, ValueError, "fraction': '0.2'} must be a number between 0 and 1"),
+        ({"holdout": {"fraction": 0.1}, "val_fraction": "0.1"}, ValueError, "val_fraction='0.1' must be"),
+        ({"holdout": {"fraction": 0.1}, "seed": -1}, ValueError, "seed=-1 is not a whole number of at least 0"),
+        ({"holdout": {"fraction": 0.1}, "key_added": 3}, TypeError, "key_added=3 must be the name of a column"),
+        ({"holdout": {"fraction": 0.1}, "key_added": "cell_type"}, ValueError, "is the column of context_key=, which"),
         ({"holdout": {"fraction": 0.01}}, ValueError, "leaves no cell to test on"),
         ({"holdout": {"fraction": 0.1}, "val_fraction": 1}, ValueError, "val_fraction=1 "),
         ({"holdout": {"contexts": 1}, "context_key": None}, ValueError, "context_key is not given"),
@@ -207,6 +212,34 @@ def test_errors_name_what_was_wrong(screen, arguments, error, message):
         vc.pp.split(screen, **(DESIGN | arguments))
     assert "split" not in screen.obs
     assert "virtualcell" not in screen.uns
+
+
+@pytest.mark.parametrize(
+    "holdout", [{"contexts": ["RPE1"]}, {"perturbations": ["A"]}, {"contexts": ["RPE1"], "perturbations": ["A"]}]
+)
+def test_a_split_is_not_replayed_on_other_cells_of_the_same_names(screen, tmp_path, holdout):
+    screen.obs_names = [str(i) for i in range(screen.n_obs)]
+    other = screen[::-1].copy()
+    vc.pp.split(screen, **DESIGN, holdout=holdout)
+    vc.pp.save_split(screen, tmp_path / "split.json")
+    vc.pp.apply_split(other, tmp_path / "split.json")
+    assert (other.obs["split"] == screen.obs["split"][other.obs_names]).all()
+    other.obs_names = [str(i) for i in range(other.n_obs)]  # numbered anew after cells were sorted
+    del other.obs["split"]
+    with pytest.raises(ValueError, match=r"cells are not those of their names in the split saved in .*Held out were"):
+        vc.pp.apply_split(other, tmp_path / "split.json")
+    assert "split" not in other.obs
+    with pytest.raises(ValueError, match="'target_gene' is the column of perturbation_key=, which would be lost"):
+        vc.pp.apply_split(screen, tmp_path / "split.json", key_added="target_gene")
+
+
+def test_a_random_split_is_not_replayed_where_control_cells_would_be_tested(screen, tmp_path):
+    screen.obs_names = [str(i) for i in range(screen.n_obs)]
+    vc.pp.split(screen, **DESIGN, holdout={"fraction": 0.3})
+    vc.pp.save_split(screen, tmp_path / "split.json")
+    screen.obs["target_gene"] = screen.obs["target_gene"].to_numpy()[::-1]
+    with pytest.raises(ValueError, match=r"Held out were shares of cells, and control cells are 'train'"):
+        vc.pp.apply_split(screen, tmp_path / "split.json", key_added="again")
 
 
 def test_a_test_context_without_controls_is_refused(screen):

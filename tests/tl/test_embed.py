@@ -17,6 +17,10 @@ def test_writes_what_the_model_returns_and_nothing_else(screen, model):
     assert list(screen.obs) == list(before.obs)
     assert set(screen.uns) == set(before.uns)
     vc.tl.embed(screen, model.se, key_added="X_other", batch_size=50)
+    with pytest.raises(TypeError, match="key_added=3 must be a name in obsm, such as 'X_state'"):
+        vc.tl.embed(screen, model.se, key_added=3)
+    with pytest.raises(ValueError, match="batch_size=0 is not a whole number of at least 1"):
+        vc.tl.embed(screen, model.se, batch_size=0)
     np.testing.assert_allclose(screen.obsm["X_other"], screen.obsm["X_state"], atol=1e-5)
 
 

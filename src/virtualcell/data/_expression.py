@@ -89,7 +89,7 @@ class Expression:
     ) -> None:
         check_scale(scale, scale_argument)
         name = "X" if layer is None else f"layers[{layer!r}]"
-        self._where = f"{name} of {side}" if side else name
+        self._where, self._side = f"{name} of {side}" if side else name, side
         self._matrix = stored_matrix(adata, layer, self._where)
         self._data, self._layer = DataOf(adata), layer  # for messages
         self._cells = adata.obs_names
@@ -324,7 +324,7 @@ class Expression:
         return is_whole, is_exact, float(high), row_sums(block if is_exact or not is_whole else rounded(block))
 
     def _counts_elsewhere(self) -> str:
-        return self._data.counts_elsewhere(self._layer, self._argument)
+        return self._data.counts_elsewhere(self._layer, self._argument, self._side)
 
     def _check_fractions(self) -> None:
         """Raise where fractions are known to be neither counts nor the logarithms that are meant."""

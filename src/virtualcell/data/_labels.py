@@ -38,10 +38,22 @@ def expression_modality(data: AnnData | MuData, modality: str = "rna") -> AnnDat
     if isinstance(data, MuData):
         if modality not in data.mod:
             raise unknown_name("modality", modality, data.mod, "Name the modality that holds gene expression.")
-        return data.mod[modality]
+        data = data.mod[modality]
     if not isinstance(data, AnnData):
         raise TypeError(f"Expected an AnnData or a MuData, got {type(data).__name__}.")
+    for table, names in (("var", data.var_names), ("obs", data.obs_names)):
+        _require_text(names, table)
     return data
+
+
+def _require_text(names: pd.Index, table: str) -> None:
+    """Raise for names that are numbers or missing, as `adata.var.reset_index(inplace=True)` leaves them."""
+    if names.inferred_type not in ("string", "empty", "categorical"):
+        odd = next(name for name in names if not isinstance(name, str))
+        raise ValueError(
+            f"{table}_names holds {odd!r}, which is no text. Set names: `adata.{table}_names = adata.{table}[column]`,"
+            f" or `adata.{table}_names = adata.{table}_names.astype(str)`."
+        )
 
 
 def obs_column(data: AnnData | MuData, key: str, *, argument: str, modality: str = "rna") -> pd.Series:

@@ -226,21 +226,25 @@ class DataOf:
     def __reduce__(self) -> tuple:
         return DataOf, (None,)
 
-    def counts_elsewhere(self, layer: str | None, argument: str) -> str:
+    def counts_elsewhere(self, layer: str | None, argument: str, side: str) -> str:
         """Name another matrix of the data that holds whole numbers, as the end of a message, or nothing."""
         adata = None if self._adata is None else self._adata()
-        return "" if adata is None else _counts_elsewhere(adata, layer, argument)
+        return "" if adata is None else _counts_elsewhere(adata, layer, argument, side)
 
 
-def _counts_elsewhere(adata: AnnData, layer: str | None, argument: str) -> str:
+def _counts_elsewhere(adata: AnnData, layer: str | None, argument: str, side: str) -> str:
     say = f"{argument}='counts'"
     for name in adata.layers:
         if name != layer and _holds_counts(adata, name):
+            if argument == "predicted_scale":  # of predictions X is read
+                there = f"{side}.layers[{name!r}]"
+                return f" {there} holds whole numbers: `{side}.X = {there}`, with {say}."
             return f" layers[{name!r}] holds whole numbers: layer={name!r} with {say}."
     if layer is not None and _holds_counts(adata, None):
         return f" X holds whole numbers: leave layer= out, with {say}."
     if adata.raw is not None and not is_lazy(adata) and _holds_counts(AnnData(adata.raw.X), None):
-        return f" adata.raw holds whole numbers: `adata = adata.raw.to_adata()`, with {say}."
+        data = side or "adata"
+        return f" {data}.raw holds whole numbers: `{data} = {data}.raw.to_adata()`, with {say}."
     return ""
 
 

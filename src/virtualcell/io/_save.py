@@ -47,6 +47,8 @@ def save(model: Saved, folder: str | os.PathLike, *, overwrite: bool = False) ->
     >>> vc.io.load("my_model").genes == st.genes
     True
     """
+    if not hasattr(model, "state"):
+        raise TypeError(f"model={type(model).__name__} is no model of vc.models. Write data with its own `write`.")
     folder = Path(folder)
     if (folder / FILE).exists() and not overwrite:
         raise FileExistsError(f"{folder} holds a model already. Pass overwrite=True to replace it.")

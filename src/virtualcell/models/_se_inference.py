@@ -15,6 +15,7 @@ from mudata import MuData
 from torch import Tensor
 
 from virtualcell._errors import unknown_name
+from virtualcell._numbers import whole_number
 from virtualcell._progress import Bar
 from virtualcell._threads import own_threads
 from virtualcell.data._device_sentences import DeviceSentences
@@ -57,7 +58,11 @@ def embed(
     if dtype != torch.float32:  # the model itself keeps its weights
         network = network.with_products_in(dtype, _add_norm(network, device, dtype))
     out = np.empty((len(cells.names), network.config.n_output + network.config.n_dataset), np.float32)
-    size = _cells_at_once(network, cells.sentences.length, device) if batch_size is None else batch_size
+    size = (
+        _cells_at_once(network, cells.sentences.length, device)
+        if batch_size is None
+        else whole_number("batch_size", batch_size)
+    )
     parts, found = [], []  # results wait on the device, so that it need not wait for the CPU
 
     def fetch() -> None:

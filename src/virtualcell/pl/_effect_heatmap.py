@@ -70,6 +70,8 @@ def effect_heatmap(
     for argument, n in (("n_genes", n_genes), ("n_perturbations", n_perturbations)):
         if n < 1:
             raise ValueError(f"{argument}={n!r}: at least one is needed.")
+    if effects.empty:
+        raise ValueError("effects has no rows: there is nothing to draw. See `vc.tl.effects(adata, ...)`.")
     sides = [side for side in ("", _OBSERVED) if f"{side}{value}" in effects]
     tables = [effects.pivot(index="perturbation", columns="gene", values=f"{side}{value}") for side in sides]
     if tables[0].isna().all(axis=None):

@@ -18,7 +18,7 @@ from mudata import MuData
 from virtualcell import _keys
 from virtualcell._errors import unknown_name
 from virtualcell._keys import SPLITS
-from virtualcell._reading import as_damaged, read_json, require_bounded
+from virtualcell._reading import as_damaged, mapping_of, read_json, require_bounded
 from virtualcell._settings import seed_of
 from virtualcell.data._design import OF_LABELS, Design, note_design, require_columns
 from virtualcell.data._doses import drug_and_dose
@@ -142,6 +142,8 @@ def split(
     control = design.control
     beside = {"batch_key": batch_key, "library_size_key": library_size_key}
     require_columns(adata, modality, **beside)
+    labels = {"perturbation_key": perturbation_key, "context_key": context_key, "dose_key": dose_key}
+    _require_own_column(key_added, labels | beside)
     cells = _cells(adata, design, modality)
     perturbed = cells["perturbation"] != control
     if perturbed.all():
@@ -150,8 +152,8 @@ def split(
     # Two streams, so that listing the names that a number would draw gives the very same split.
     names_rng, cells_rng = (np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(2))
     if kind == "random":
-        if not 0 < holdout["fraction"] < 1:
-            raise ValueError(f"holdout={{'fraction': {holdout['fraction']!r}}} must lie between 0 and 1.")
+        if not isinstance(holdout["fraction"], Real) or not 0 < holdout["fraction"] < 1:
+            raise ValueError(f"holdout={{'fraction': {holdout['fraction']!r}}} must be a number between 0 and 1.")
         held_out = {}
         test = perturbed & _draw(cells, holdout["fraction"], cells_rng)
     else:
@@ -202,13 +204,22 @@ def _kind(holdout: Mapping, val_fraction: float, context_key: str | None) -> str
             f"holdout={dict(holdout)!r} is none of the four kinds. Give one of {{'contexts': ...}}, "
             "{'contexts': ..., 'perturbations': ...}, {'perturbations': ...} or {'fraction': ...}."
         )
-    if not 0 <= val_fraction < 1:
+    if not isinstance(val_fraction, Real) or not 0 <= val_fraction < 1:
         raise ValueError(f"val_fraction={val_fraction!r} must be at least 0 and less than 1.")
     if "contexts" in holdout and context_key is None:
         raise ValueError(
             "holdout names contexts, but context_key is not given. Name the column of obs that holds them."
         )
     return kind
+
+
+def _require_own_column(key_added: object, columns: Mapping[str, str | None]) -> None:
+    """Raise for the name of a new column that is no text, or that of a column which the split is made from."""
+    if not isinstance(key_added, str) or not key_added:
+        raise TypeError(f"key_added={key_added!r} must be the name of a column of obs, such as {_keys.SPLIT!r}.")
+    if key_added in columns.values():
+        argument = next(argument for argument, column in columns.items() if column == key_added)
+        raise ValueError(f"key_added={key_added!r} is the column of {argument}=, which would be lost. Name another.")
 
 
 def save_split(
@@ -271,7 +282,7 @@ def apply_split(
     Raises
     ------
     ValueError
-        Cells of `adata` are not in the saved split.
+        Cells of `adata` are not in the saved split, or have other labels than those that had their names.
 
     Examples
     --------
@@ -289,8 +300,11 @@ def apply_split(
         if not set(saved.values()) <= set(SPLITS):
             raise ValueError(f"its parts are {sorted(set(saved.values()))[:5]}, not {SPLITS}")
         design = {k: manifest[k] for k in ("perturbation_key", "control", "kind")}
+        held_out = {part: [str(name) for name in names] for part, names in mapping_of(manifest["held_out"], "").items()}
     stated = {k: manifest[k] for k in ("context_key", "combination_separator", "dose_key") if k in manifest}
-    cells = _cells(adata, Design(design["perturbation_key"], design["control"], **stated), modality)
+    _require_own_column(key_added, {k: v for k, v in manifest.items() if k.endswith("_key")})
+    made = Design(design["perturbation_key"], design["control"], **stated)
+    cells = _cells(adata, made, modality)
     assigned = pd.Series(cells.index.map(saved), index=cells.index)
     missing = assigned.index[assigned.isna()]
     if len(missing):
@@ -298,8 +312,32 @@ def apply_split(
             f"{len(missing)} of {len(cells)} cells are not in the split saved in {str(path)!r}, among them "
             f"{list(missing[:3])}. Cells are matched by name: give the data the names they had, or drop these cells."
         )
+    _require_held_out(cells, assigned, made.control, held_out, path)
     _write(adata, cells, assigned, manifest, key_added, modality)
     logger.info("Replayed a %s split: %d of its %d cells are here.", manifest["kind"], len(cells), len(saved))
+
+
+def _require_held_out(
+    cells: pd.DataFrame, assigned: pd.Series, control: str, held_out: Mapping[str, list[str]], path: str | Path
+) -> None:
+    """Raise where cells have other labels than those that had their names when the split was saved."""
+    is_perturbed = cells["perturbation"] != control
+    may_be_tested = is_perturbed.copy()
+    for part, column in (("contexts", "context"), ("perturbations", "perturbation")):
+        if part in held_out:
+            may_be_tested &= cells[column].isin(held_out[part])
+    is_tested = assigned == "test"
+    wrong = (is_tested & ~may_be_tested) | (~is_perturbed & (assigned != "train"))
+    if held_out:
+        wrong |= may_be_tested & ~is_tested
+    if wrong.any():
+        cell = cells.index[wrong][0]
+        was = f"{cells['perturbation'][cell]!r} in {cells['context'][cell]!r} and was saved as {assigned[cell]!r}"
+        raise ValueError(
+            f"{wrong.sum()} of {len(cells)} cells are not those of their names in the split saved in {str(path)!r}, "
+            f"among them {cell!r}, which is {was}. Held out were {held_out or 'shares of cells'}, and control cells "
+            "are 'train'. Cells are matched by name: give the data the names and labels that it had."
+        )
 
 
 def _cells(adata: AnnData | MuData, design: Design, modality: str) -> pd.DataFrame:

@@ -16,12 +16,13 @@ from scipy import sparse
 
 from virtualcell import _settings
 from virtualcell._interrupted import told_when_interrupted
+from virtualcell._numbers import whole_number
 from virtualcell._progress import Bar
 from virtualcell._threads import count_threads, own_threads
 from virtualcell.data._design import Design, Scale, check_library_sizes
 from virtualcell.data._design_arguments import describes_design
 from virtualcell.data._expression import MOST_EXPRESSION
-from virtualcell.data._labels import expression_modality, var_of
+from virtualcell.data._labels import expression_modality, is_several, var_of
 from virtualcell.data._screen import Screen
 from virtualcell.models import ST
 from virtualcell.models._base import PerturbationModel
@@ -179,10 +180,14 @@ def benchmark(
     specs = model_specs(models, floor, perturbation_features)
     metrics = metric_names(suite)  # a wrong name shows now, and not when all is fitted
     count_threads(n_jobs)
-    if n_cells is not None and n_cells < 1:
-        raise ValueError(f"n_cells={n_cells!r}: at least one cell is needed.")
+    if n_cells is not None:
+        whole_number("n_cells", n_cells)
+    if not is_several(seeds):
+        raise TypeError(f"seeds={seeds!r} must be a list of numbers, such as ({seeds!r},).")
     if not len(seeds):
         raise ValueError("seeds=() is empty: give at least one, seeds=(0,).")
+    for seed in seeds:
+        whole_number("seeds", seed, 0)
     if suite == VCC2026:
         import_module("virtualcell.tl._vcc2026")  # an optional dependency: what is missing shows now
     check_library_sizes(scale, library_size_key)

@@ -43,6 +43,8 @@ def model_specs(
     """Class, arguments and source of each model by the name to show, those with something random in them first."""
     if isinstance(models, str):
         raise TypeError(f"models={models!r} must be a list of names, [{models!r}], or a dictionary.")
+    if isinstance(floor, str):
+        raise TypeError(f"floor={floor!r} must be a list of names, [{floor!r}].")
     given = dict(models) if isinstance(models, Mapping) else {name: name for name in models}
     if not given:
         raise ValueError(f"models={models!r} names no model.")

@@ -102,6 +102,8 @@ def embed(
             f"model={model!r} is no SE, which embeds cells. Give the `se` of an ST that was fitted without se=False, "
             "or a saved one, `vc.models.SE.load(folder)`."
         )
+    if not isinstance(key_added, str) or not key_added:
+        raise TypeError(f"key_added={key_added!r} must be a name in obsm, such as {_keys.X_STATE!r}.")
     expression = expression_modality(adata, modality)
     check_client(client)
     if to is not None:

@@ -16,6 +16,7 @@ from scipy import sparse
 from virtualcell._errors import unknown_name
 from virtualcell.data._counts import Sampling
 from virtualcell.data._design import Design
+from virtualcell.data._labels import is_several
 from virtualcell.data._screen import Screen
 
 logger = logging.getLogger(__name__)
@@ -72,6 +73,8 @@ def check_arguments(
 
 def gene_list(genes: Sequence[str], year: int) -> pd.Index:
     """Return the list as an index of distinct names; another length than the challenge's is only noted, as they do."""
+    if not is_several(genes):
+        raise TypeError(f"genes={genes!r} must be a list of names, such as `pd.read_csv(file)['gene_name']`.")
     names = pd.Index(genes, dtype=str)
     if not names.is_unique:
         raise ValueError(f"genes repeats {list(names[names.duplicated()][:3])}: a gene stands in the list once.")
