@@ -835,7 +835,7 @@ def test_counts_of_predictions_are_named_as_they_can_be_given(plain: ad.AnnData,
     data.X = data.layers["counts"]  # which works
     scores = vc.tl.evaluate(data, plain, **how, predicted_scale="counts")
     right = vc.tl.evaluate(predicted, plain, **how)
-    np.testing.assert_allclose(scores["score"], right["score"], rtol=1e-4)
+    np.testing.assert_allclose(scores["value"], right["value"], rtol=1e-4)
 
 
 BENCHMARK = {"splits": {"cells": {"fraction": 0.2}}, "suite": ["mae"], "floor": []}

@@ -206,7 +206,7 @@ def test_errors(run, screen, design):
         run(["Additive"], split_key=None, splits={})
     with pytest.raises(ValueError, match="n_top_genes=0: at least one gene"):
         run(["Additive"], n_top_genes=0)
-    with pytest.raises(ValueError, match="n_cells=0: at least one cell"):
+    with pytest.raises(ValueError, match="n_cells=0 is not a whole number of at least 1"):
         run(["Additive"], n_cells=0)
     in_test = ((screen.obs["cell_type"] == "type_3") & (screen.obs["target_gene"] == "non-targeting")).to_numpy()
     with pytest.raises(ValueError, match=r"context 'type_3' has no control cells .* to start from"):
