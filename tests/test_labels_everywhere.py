@@ -456,7 +456,7 @@ def test_doses_between_follow_a_monotone_curve(at_doses: tuple[ad.AnnData, vc.mo
         ({"drug": "A", "dose": 0.01}, ValueError, "outside of the measured range, 0.1 to 10.0"),
         ({"drug": "A", "dose": 0}, ValueError, "outside of the measured range"),
         ({"drug": "A"}, KeyError, r"dose=None is unknown.*doses of A: give one as dose="),
-        ({"drug": "A", "dose": "1"}, TypeError, "dose='1' must be a number"),
+        ({"drug": "A", "dose": "1 uM"}, TypeError, "dose='1 uM' must be a number"),
         ({"drug": "AA", "dose": 1.0}, KeyError, "drug='AA' is unknown"),
         ({"dose": 1.0}, ValueError, "dose=1.0 was given without drug="),
         ({"perturbation": "A_30.0"}, ValueError, "outside of the measured range, 0.1 to 10.0"),
@@ -519,6 +519,69 @@ def test_labels_that_hold_drug_and_dose_themselves() -> None:
     one = vc.tl.predict_perturbation(adata, drug="A", dose=1.0, context="x")
     assert set(one.obs["pert"]) == {"A_1.0"}
     assert set(vc.tl.predict_perturbation(adata, drug="A", dose=2.0, context="x").obs["pert"]) == {"A_2.0"}
+
+
+STORED = {
+    "single precision": lambda x: x.astype(np.float32),
+    "half precision": lambda x: x.astype(np.float16),
+    "rounding noise": lambda x: x.where(np.arange(len(x)) % 2 == 0, x / 3 * (1 + 4e-16) * 3),
+    "text": lambda x: x.astype(str),
+    "categories": lambda x: x.astype(np.float32).astype("category"),
+}
+
+
+@pytest.mark.parametrize("stored", STORED)
+def test_a_dose_has_one_name_however_it_is_stored(stored: str, tmp_path: object) -> None:
+    """Or it would be another dose, which a prediction interpolates, and no other call knows."""
+    names = [f"{d}_{x}" for d in "AB" for x in (0.1, 0.3, 2.2)]
+    plain = dosed(doses=(0.1, 0.3, 2.2), n=10)
+    adata = plain.copy()
+    adata.obs["dose"] = STORED[stored](plain.obs["dose"].fillna(0))
+    assert adata.obs["dose"].nunique() > 4 or stored != "rounding noise"
+    model = vc.tl.fit_baseline(adata, "Additive", **DOSES, scale="counts", min_cells=4)
+    assert model.perturbations == names
+    model.save(tmp_path / "model")
+    again = vc.models.Additive.load(tmp_path / "model")
+    reference = vc.tl.fit_baseline(plain, "Additive", **DOSES, scale="counts", min_cells=4)
+    expected = vc.tl.predict_perturbation(plain, drug="A", dose=0.3, model=reference, context="x")
+    for dose in (0.3, np.float32(0.3), "0.3", 0.1 * 3):
+        found = vc.tl.predict_perturbation(adata, drug="A", dose=dose, model=again, context="x")
+        assert (found.X != expected.X).nnz == 0
+        scores = vc.tl.evaluate(found, plain, suite=["mae"], **DOSES, scale="counts")
+        assert list(scores["perturbation"]) == ["A_0.3"]
+    between = vc.tl.predict_perturbation(adata, drug="A", dose=1, model=again, context="x")
+    assert set(between.obs["dose"].astype(float)) == {1.0}
+    between.write_h5ad(tmp_path / "between.h5ad")
+    held = {"perturbations": ["A_0.1", "B_0.30000000000000004"]}
+    vc.pp.split(adata, **DOSES, holdout=held)
+    vc.pp.split(plain, **DOSES, holdout=held)
+    assert (adata.obs["split"] == plain.obs["split"]).all()
+    assert (plain.obs["split"] == "test").sum() == 40
+
+
+@pytest.mark.parametrize("there", ["vehicle", "", "nan", None, -1.0, np.inf, b"none"])
+@pytest.mark.parametrize("as_categories", [False, True])
+def test_doses_of_control_cells_are_not_read(there: object, as_categories: bool) -> None:
+    plain = dosed(n=10)
+    adata = plain.copy()
+    doses = adata.obs["dose"].astype(object)
+    doses[adata.obs["drug"] == "DMSO"] = there
+    adata.obs["dose"] = doses.astype("category") if as_categories else doses
+    before = adata.copy()
+    found, expected = (
+        vc.tl.predict_perturbation(
+            a,
+            ["A_1.0", "DMSO"],
+            context="x",
+            model=vc.tl.fit_baseline(a, "Additive", **DOSES, scale="counts", min_cells=4),
+        )
+        for a in (adata, plain)
+    )
+    same(adata, before)
+    assert (found.X != expected.X).nnz == 0
+    assert set(found.obs["dose"][found.obs["drug"] == "A"]) == {1.0}
+    vc.pp.split(adata, **DOSES, holdout={"perturbations": ["A_1"]})
+    assert set(adata.obs["dose"][adata.obs["split"] == "test"]) == {1.0}
 
 
 def test_benchmark_of_doses() -> None:

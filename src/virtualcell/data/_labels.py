@@ -237,10 +237,12 @@ class Written:
         codes, found = pd.factorize(np.asarray(names, dtype=object))
         other = self.read_off or (lambda name: (asked or {}).get(name, name))
         values = [self.values[name] if name in self.values else other(name) for name in found]
+        if all(isinstance(v, str) for v in self.values.values()):  # doses too, where those that are there are text
+            values = [text(v) for v in values]
         of_categories = isinstance(self.dtype, pd.CategoricalDtype)
         kind = self.dtype.categories.dtype if isinstance(self.dtype, pd.CategoricalDtype) else self.dtype
         try:
-            column = pd.Series(values).astype(kind)
+            column = pd.Series(values, dtype=object).astype(kind)
             if not all(text(a) == text(b) for a, b in zip(column, values, strict=True)):
                 raise ValueError("a label would become another")
         except (TypeError, ValueError):
