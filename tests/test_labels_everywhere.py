@@ -5,6 +5,8 @@ Right values are computed from the generated cells, whose perturbations multiply
 
 from __future__ import annotations
 
+import re
+
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -315,11 +317,122 @@ def test_labels_that_differ_by_spaces_are_refused(slip: str, column: str) -> Non
         lambda: vc.pp.split(adata, **DESIGN, holdout={"fraction": 0.2}),
         lambda: vc.tl.evaluate(predicted, adata, **DESIGN, scale="counts", predicted_scale="counts", suite=["mae"]),
     ):
-        with pytest.raises(ValueError, match="differ by spaces alone"):
+        with pytest.raises(ValueError, match="differ by spaces alone") as refused:
             call()
-    adata.obs[column] = adata.obs[column].astype(str).str.strip()  # as is advised
+    follow(refused.value, adata)
     assert (adata.obs[column] == before).all()
     assert fitted(adata).perturbations == ["A"]
+
+
+def follow(advice: Exception, adata: ad.AnnData) -> None:
+    """Do what the last sentence of a message says."""
+    exec(re.search(r"adata\.obs\[.*\] = .*", str(advice))[0].removesuffix("."), {"adata": adata})
+
+
+ALIKE = {
+    # two labels that look the same, the column, what they are called in the end
+    "composed": ("contr\xf4le", "contro\u0302le", "pert", "contr\xf4le"),
+    "micro sign and mu": ("5 \xb5M", "5 \u03bcM", "ctx", "5 \u03bcM"),
+    "no width": ("B", "B\u200b", "pert", "B"),
+    "byte order mark": ("\ufeffB", "B", "pert", "B"),
+    "hard space": ("drug B", "drug\xa0B", "pert", "drug B"),
+    "full width": ("B", "\uff22", "pert", "B"),
+    "joiner and a space": ("e\u200d\u0301 ", "\xe9", "ctx", "\xe9"),
+    "of a combination": ("A+\u03bc", "A+\xb5", "pert", "A+\u03bc"),
+}
+
+
+@pytest.mark.parametrize("kind", ["text", "categories", "bytes", "categories of bytes"])
+@pytest.mark.parametrize("alike", ALIKE)
+def test_labels_that_look_the_same_are_refused(alike: str, kind: str) -> None:
+    """Half of the control cells would be a perturbation."""
+    first, second, column, name = ALIKE[alike]
+    control = first if alike == "composed" else "NT"
+    adata = screen({"A": ["A"], "B": ["B"]})
+    whole = np.asarray(adata.obs[column] == {"pert": "NT" if alike == "composed" else "B", "ctx": "x"}[column])
+    adata.obs.loc[whole, column] = np.where(np.arange(whole.sum()) % 2 == 0, first, second)
+    adata.obs[column] = TYPES[kind.split(" ")[-1]](list(adata.obs[column])).to_numpy()
+    if kind.startswith("categories"):
+        adata.obs[column] = adata.obs[column].astype("category")
+    design = DESIGN | {"control": control}
+    predicted = adata[whole].copy()
+    calls = [
+        lambda: fitted(adata, control=control),
+        lambda: vc.tl.fit_baseline(adata, "Additive", **design, scale="counts"),
+        lambda: vc.pp.split(adata, **design, holdout={"fraction": 0.2}),
+        lambda: vc.tl.evaluate(predicted, adata, **design, scale="counts", predicted_scale="counts", suite=["mae"]),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="look the same, and are of other characters") as refused:
+            call()
+        assert ascii(first) in str(refused.value)
+        assert ascii(second) in str(refused.value)
+    follow(refused.value, adata)
+    assert set(adata.obs[column][whole]) == {name}
+    model = vc.tl.fit_baseline(
+        adata, "Additive", **DESIGN | {"control": name if control != "NT" else "NT"}, scale="counts"
+    )
+    assert model.perturbations == sorted(["A", name if (column, control) == ("pert", "NT") else "B"])
+
+
+def test_a_part_of_a_combination_may_look_like_another_label() -> None:
+    adata = screen({"B": ["\xb5"], "A+B": ["A+\u03bc"]})
+    with pytest.raises(ValueError, match=r"the labels '\\u03bc' and '\\xb5' look the same|'\\xb5' and '\\u03bc'"):
+        fitted(adata)
+
+
+def test_what_is_asked_for_in_other_characters_is_told_apart() -> None:
+    adata = screen({"\xb5M": ["\xb5M"], "B": ["B"]})
+    model = vc.tl.fit_baseline(adata, "Additive", **DESIGN, scale="counts")
+    predicted = vc.tl.predict_perturbation(adata, "\xb5M", model=model)
+    other = adata.copy()
+    other.obs["pert"] = other.obs["pert"].str.replace("\xb5", "\u03bc")
+    mu = r"='\\u03bcM' is unknown\. Did you mean '\\xb5M'\? That looks the same, and is of other characters"
+    for call, message in [
+        (lambda: vc.tl.predict_perturbation(adata, "\u03bcM", model=model), f"perturbation{mu}"),
+        (
+            lambda: vc.pp.split(adata, **DESIGN, holdout={"perturbations": ["\u03bcM"]}),
+            rf"holdout\['perturbations'\]{mu}",
+        ),
+        (
+            lambda: vc.tl.predict_perturbation(adata, "\xb5M", model=model, context="\uff58"),
+            r"context='\\uff58' is unknown\. Did you mean 'x'\?",
+        ),
+        (
+            lambda: vc.tl.fit_baseline(adata, "Additive", **DESIGN | {"control": "N\u200bT"}, scale="counts"),
+            r"control='N\\u200bT' is unknown\. Did you mean 'NT'\?",
+        ),
+        (
+            lambda: vc.tl.evaluate(predicted, other, **DESIGN, scale="counts", suite=["mae"]),
+            r"perturbation='\\xb5M' is unknown\. Did you mean '\\u03bcM'\?",
+        ),
+    ]:
+        with pytest.raises(KeyError, match=message):
+            call()
+
+
+@pytest.mark.parametrize("as_categories", [False, True])
+@pytest.mark.parametrize("column", ["pert", "ctx"])
+def test_bytes_that_are_no_text_are_refused(column: str, as_categories: bool) -> None:
+    adata = screen({"\xe9": ["\xe9"]})
+    adata.obs["ctx"] = adata.obs["ctx"].replace("y", "\xf4")
+    labels = pd.Series([v.encode("latin-1") for v in adata.obs[column]], index=adata.obs_names, dtype=object)
+    adata.obs[column] = labels.astype("category") if as_categories else labels
+    bad = {"pert": r"b'\\xe9'", "ctx": r"b'\\xf4'"}[column]
+    for call in (
+        lambda: fitted(adata),
+        lambda: vc.tl.fit_baseline(adata, "Additive", **DESIGN, scale="counts"),
+        lambda: vc.pp.split(adata, **DESIGN, holdout={"fraction": 0.2}),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"{column_of(column)}: the label {bad} is bytes that are not UTF-8"
+        ) as refused:
+            call()
+    follow(refused.value, adata)
+    assert set(adata.obs["ctx"]) == {"x", "\xf4"}
+    assert vc.tl.fit_baseline(adata, "Additive", **DESIGN, scale="counts").perturbations == ["\xe9"]
+    with pytest.raises(ValueError, match=r"the label b'\\xe9' is bytes that are not UTF-8"):
+        vc.tl.fit_baseline(adata, "Additive", **DESIGN | {"control": b"\xe9"}, scale="counts")
 
 
 @pytest.mark.parametrize("form", [np.array, tuple, set, pd.Index, lambda x: np.str_(x[0])])
