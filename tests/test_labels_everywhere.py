@@ -672,7 +672,7 @@ def test_a_dose_has_one_name_however_it_is_stored(stored: str, tmp_path: object)
     assert (plain.obs["split"] == "test").sum() == 40
 
 
-@pytest.mark.parametrize("there", ["vehicle", "", "nan", None, -1.0, np.inf, b"none"])
+@pytest.mark.parametrize("there", ["vehicle", "", "nan", "0 uM"])
 @pytest.mark.parametrize("as_categories", [False, True])
 def test_doses_of_control_cells_are_not_read(there: object, as_categories: bool) -> None:
     plain = dosed(n=10)
@@ -699,11 +699,13 @@ def test_doses_of_control_cells_are_not_read(there: object, as_categories: bool)
 
 def test_benchmark_of_doses() -> None:
     adata = dosed(n=20)
-    holdout = {"y unseen": {"contexts": ["y"], "perturbations": ["A"]}}
-    scores = vc.tl.benchmark(
-        adata, ["Additive"], **DOSES, splits=holdout, suite=["mae"], floor=[], ceiling=False, min_cells=5, seeds=[0]
-    )
-    assert sorted(scores["perturbation"].unique()) == ["A_0.1", "A_1.0", "A_10.0"]
+    adata.obs["dose"] = adata.obs["dose"].astype(np.float32)
+    for held, expected in (("A", ["A_0.1", "A_1.0", "A_10.0"]), ("A_0.1", ["A_0.1"])):
+        splits = {"y unseen": {"contexts": ["y"], "perturbations": [held]}}
+        scores = vc.tl.benchmark(
+            adata, ["Additive"], **DOSES, splits=splits, suite=["mae"], floor=[], ceiling=False, min_cells=5, seeds=[0]
+        )
+        assert sorted(scores["perturbation"].unique()) == expected
 
 
 # -- genes by other names ---------------------------------------------------------------------------------------------

@@ -401,11 +401,12 @@ def test_a_source_says_which_of_its_layers_lacks():
 
 def test_effects_on_disk_and_of_any_kind_are_read_alike(tmp_path):
     source = table(with_one(np.nan))
-    source.adata.write_h5ad(tmp_path / "effects.h5ad")
     expected = Transfer.fit([source], slope=1).effects(["P00", "P01"])
+    as_sparse = ad.AnnData(sparse.csc_matrix(source.adata.X), obs=source.adata.obs, var=source.adata.var)
+    as_sparse.write_h5ad(tmp_path / "effects.h5ad")
     for adata in (
         ad.read_h5ad(tmp_path / "effects.h5ad", backed="r"),
-        ad.AnnData(sparse.csc_matrix(source.adata.X), obs=source.adata.obs, var=source.adata.var),
+        as_sparse,
         ad.AnnData(source.adata.X.astype(object), obs=source.adata.obs, var=source.adata.var),
     ):
         found = Transfer.fit([dataclasses.replace(source, adata=adata)], slope=1).effects(["P00", "P01"])
