@@ -21,6 +21,14 @@ def test_message_lists_what_is_known_where_nothing_is_near() -> None:
     assert str(unknown_name("key", "zzz", [], "Make one.")) == "key='zzz' is unknown. There are none. Make one."
 
 
+def test_a_name_that_looks_the_same_is_shown_by_its_characters() -> None:
+    """Shown as they are, the two would read alike."""
+    error = unknown_name("control", "contro\u0302le", ["A", "contr\xf4le", "contro"], "Name it.")
+    expected = r"Did you mean 'contr\xf4le'? That looks the same, and is of other characters. Name it."
+    assert str(error) == rf"control='contro\u0302le' is unknown. {expected}"
+    assert str(unknown_name("key", "\xe9", ["e"])) == "key='\xe9' is unknown. Known: 'e'."
+
+
 def test_names_need_not_be_strings_and_may_come_once() -> None:
     assert str(unknown_name("batch", 12, iter([7, 8, 112]))) == "batch=12 is unknown. Did you mean '112'?"
 

@@ -5,6 +5,8 @@ Right values are computed from the generated cells, whose perturbations multiply
 
 from __future__ import annotations
 
+import re
+
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -315,11 +317,122 @@ def test_labels_that_differ_by_spaces_are_refused(slip: str, column: str) -> Non
         lambda: vc.pp.split(adata, **DESIGN, holdout={"fraction": 0.2}),
         lambda: vc.tl.evaluate(predicted, adata, **DESIGN, scale="counts", predicted_scale="counts", suite=["mae"]),
     ):
-        with pytest.raises(ValueError, match="differ by spaces alone"):
+        with pytest.raises(ValueError, match="differ by spaces alone") as refused:
             call()
-    adata.obs[column] = adata.obs[column].astype(str).str.strip()  # as is advised
+    follow(refused.value, adata)
     assert (adata.obs[column] == before).all()
     assert fitted(adata).perturbations == ["A"]
+
+
+def follow(advice: Exception, adata: ad.AnnData) -> None:
+    """Do what the last sentence of a message says."""
+    exec(re.search(r"adata\.obs\[.*\] = .*", str(advice))[0].removesuffix("."), {"adata": adata})
+
+
+ALIKE = {
+    # two labels that look the same, the column, what they are called in the end
+    "composed": ("contr\xf4le", "contro\u0302le", "pert", "contr\xf4le"),
+    "micro sign and mu": ("5 \xb5M", "5 \u03bcM", "ctx", "5 \u03bcM"),
+    "no width": ("B", "B\u200b", "pert", "B"),
+    "byte order mark": ("\ufeffB", "B", "pert", "B"),
+    "hard space": ("drug B", "drug\xa0B", "pert", "drug B"),
+    "full width": ("B", "\uff22", "pert", "B"),
+    "joiner and a space": ("e\u200d\u0301 ", "\xe9", "ctx", "\xe9"),
+    "of a combination": ("A+\u03bc", "A+\xb5", "pert", "A+\u03bc"),
+}
+
+
+@pytest.mark.parametrize("kind", ["text", "categories", "bytes", "categories of bytes"])
+@pytest.mark.parametrize("alike", ALIKE)
+def test_labels_that_look_the_same_are_refused(alike: str, kind: str) -> None:
+    """Half of the control cells would be a perturbation."""
+    first, second, column, name = ALIKE[alike]
+    control = first if alike == "composed" else "NT"
+    adata = screen({"A": ["A"], "B": ["B"]})
+    whole = np.asarray(adata.obs[column] == {"pert": "NT" if alike == "composed" else "B", "ctx": "x"}[column])
+    adata.obs.loc[whole, column] = np.where(np.arange(whole.sum()) % 2 == 0, first, second)
+    adata.obs[column] = TYPES[kind.split(" ")[-1]](list(adata.obs[column])).to_numpy()
+    if kind.startswith("categories"):
+        adata.obs[column] = adata.obs[column].astype("category")
+    design = DESIGN | {"control": control}
+    predicted = adata[whole].copy()
+    calls = [
+        lambda: fitted(adata, control=control),
+        lambda: vc.tl.fit_baseline(adata, "Additive", **design, scale="counts"),
+        lambda: vc.pp.split(adata, **design, holdout={"fraction": 0.2}),
+        lambda: vc.tl.evaluate(predicted, adata, **design, scale="counts", predicted_scale="counts", suite=["mae"]),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="look the same, and are of other characters") as refused:
+            call()
+        assert ascii(first) in str(refused.value)
+        assert ascii(second) in str(refused.value)
+    follow(refused.value, adata)
+    assert set(adata.obs[column][whole]) == {name}
+    model = vc.tl.fit_baseline(
+        adata, "Additive", **DESIGN | {"control": name if control != "NT" else "NT"}, scale="counts"
+    )
+    assert model.perturbations == sorted(["A", name if (column, control) == ("pert", "NT") else "B"])
+
+
+def test_a_part_of_a_combination_may_look_like_another_label() -> None:
+    adata = screen({"B": ["\xb5"], "A+B": ["A+\u03bc"]})
+    with pytest.raises(ValueError, match=r"the labels '\\u03bc' and '\\xb5' look the same|'\\xb5' and '\\u03bc'"):
+        fitted(adata)
+
+
+def test_what_is_asked_for_in_other_characters_is_told_apart() -> None:
+    adata = screen({"\xb5M": ["\xb5M"], "B": ["B"]})
+    model = vc.tl.fit_baseline(adata, "Additive", **DESIGN, scale="counts")
+    predicted = vc.tl.predict_perturbation(adata, "\xb5M", model=model)
+    other = adata.copy()
+    other.obs["pert"] = other.obs["pert"].str.replace("\xb5", "\u03bc")
+    mu = r"='\\u03bcM' is unknown\. Did you mean '\\xb5M'\? That looks the same, and is of other characters"
+    for call, message in [
+        (lambda: vc.tl.predict_perturbation(adata, "\u03bcM", model=model), f"perturbation{mu}"),
+        (
+            lambda: vc.pp.split(adata, **DESIGN, holdout={"perturbations": ["\u03bcM"]}),
+            rf"holdout\['perturbations'\]{mu}",
+        ),
+        (
+            lambda: vc.tl.predict_perturbation(adata, "\xb5M", model=model, context="\uff58"),
+            r"context='\\uff58' is unknown\. Did you mean 'x'\?",
+        ),
+        (
+            lambda: vc.tl.fit_baseline(adata, "Additive", **DESIGN | {"control": "N\u200bT"}, scale="counts"),
+            r"control='N\\u200bT' is unknown\. Did you mean 'NT'\?",
+        ),
+        (
+            lambda: vc.tl.evaluate(predicted, other, **DESIGN, scale="counts", suite=["mae"]),
+            r"perturbation='\\xb5M' is unknown\. Did you mean '\\u03bcM'\?",
+        ),
+    ]:
+        with pytest.raises(KeyError, match=message):
+            call()
+
+
+@pytest.mark.parametrize("as_categories", [False, True])
+@pytest.mark.parametrize("column", ["pert", "ctx"])
+def test_bytes_that_are_no_text_are_refused(column: str, as_categories: bool) -> None:
+    adata = screen({"\xe9": ["\xe9"]})
+    adata.obs["ctx"] = adata.obs["ctx"].replace("y", "\xf4")
+    labels = pd.Series([v.encode("latin-1") for v in adata.obs[column]], index=adata.obs_names, dtype=object)
+    adata.obs[column] = labels.astype("category") if as_categories else labels
+    bad = {"pert": r"b'\\xe9'", "ctx": r"b'\\xf4'"}[column]
+    for call in (
+        lambda: fitted(adata),
+        lambda: vc.tl.fit_baseline(adata, "Additive", **DESIGN, scale="counts"),
+        lambda: vc.pp.split(adata, **DESIGN, holdout={"fraction": 0.2}),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"{column_of(column)}: the label {bad} is bytes that are not UTF-8"
+        ) as refused:
+            call()
+    follow(refused.value, adata)
+    assert set(adata.obs["ctx"]) == {"x", "\xf4"}
+    assert vc.tl.fit_baseline(adata, "Additive", **DESIGN, scale="counts").perturbations == ["\xe9"]
+    with pytest.raises(ValueError, match=r"the label b'\\xe9' is bytes that are not UTF-8"):
+        vc.tl.fit_baseline(adata, "Additive", **DESIGN | {"control": b"\xe9"}, scale="counts")
 
 
 @pytest.mark.parametrize("form", [np.array, tuple, set, pd.Index, lambda x: np.str_(x[0])])
@@ -456,7 +569,7 @@ def test_doses_between_follow_a_monotone_curve(at_doses: tuple[ad.AnnData, vc.mo
         ({"drug": "A", "dose": 0.01}, ValueError, "outside of the measured range, 0.1 to 10.0"),
         ({"drug": "A", "dose": 0}, ValueError, "outside of the measured range"),
         ({"drug": "A"}, KeyError, r"dose=None is unknown.*doses of A: give one as dose="),
-        ({"drug": "A", "dose": "1"}, TypeError, "dose='1' must be a number"),
+        ({"drug": "A", "dose": "1 uM"}, TypeError, "dose='1 uM' must be a number"),
         ({"drug": "AA", "dose": 1.0}, KeyError, "drug='AA' is unknown"),
         ({"dose": 1.0}, ValueError, "dose=1.0 was given without drug="),
         ({"perturbation": "A_30.0"}, ValueError, "outside of the measured range, 0.1 to 10.0"),
@@ -521,13 +634,78 @@ def test_labels_that_hold_drug_and_dose_themselves() -> None:
     assert set(vc.tl.predict_perturbation(adata, drug="A", dose=2.0, context="x").obs["pert"]) == {"A_2.0"}
 
 
+STORED = {
+    "single precision": lambda x: x.astype(np.float32),
+    "half precision": lambda x: x.astype(np.float16),
+    "rounding noise": lambda x: x.where(np.arange(len(x)) % 2 == 0, x / 3 * (1 + 4e-16) * 3),
+    "text": lambda x: x.astype(str),
+    "categories": lambda x: x.astype(np.float32).astype("category"),
+}
+
+
+@pytest.mark.parametrize("stored", STORED)
+def test_a_dose_has_one_name_however_it_is_stored(stored: str, tmp_path: object) -> None:
+    """Or it would be another dose, which a prediction interpolates, and no other call knows."""
+    names = [f"{d}_{x}" for d in "AB" for x in (0.1, 0.3, 2.2)]
+    plain = dosed(doses=(0.1, 0.3, 2.2), n=10)
+    adata = plain.copy()
+    adata.obs["dose"] = STORED[stored](plain.obs["dose"].fillna(0))
+    assert adata.obs["dose"].nunique() > 4 or stored != "rounding noise"
+    model = vc.tl.fit_baseline(adata, "Additive", **DOSES, scale="counts", min_cells=4)
+    assert model.perturbations == names
+    model.save(tmp_path / "model")
+    again = vc.models.Additive.load(tmp_path / "model")
+    reference = vc.tl.fit_baseline(plain, "Additive", **DOSES, scale="counts", min_cells=4)
+    expected = vc.tl.predict_perturbation(plain, drug="A", dose=0.3, model=reference, context="x")
+    for dose in (0.3, np.float32(0.3), "0.3", 0.1 * 3):
+        found = vc.tl.predict_perturbation(adata, drug="A", dose=dose, model=again, context="x")
+        assert (found.X != expected.X).nnz == 0
+        scores = vc.tl.evaluate(found, plain, suite=["mae"], **DOSES, scale="counts")
+        assert list(scores["perturbation"]) == ["A_0.3"]
+    between = vc.tl.predict_perturbation(adata, drug="A", dose=1, model=again, context="x")
+    assert set(between.obs["dose"].astype(float)) == {1.0}
+    between.write_h5ad(tmp_path / "between.h5ad")
+    held = {"perturbations": ["A_0.1", "B_0.30000000000000004"]}
+    vc.pp.split(adata, **DOSES, holdout=held)
+    vc.pp.split(plain, **DOSES, holdout=held)
+    assert (adata.obs["split"] == plain.obs["split"]).all()
+    assert (plain.obs["split"] == "test").sum() == 40
+
+
+@pytest.mark.parametrize("there", ["vehicle", "", "nan", "0 uM"])
+@pytest.mark.parametrize("as_categories", [False, True])
+def test_doses_of_control_cells_are_not_read(there: object, as_categories: bool) -> None:
+    plain = dosed(n=10)
+    adata = plain.copy()
+    doses = adata.obs["dose"].astype(object)
+    doses[adata.obs["drug"] == "DMSO"] = there
+    adata.obs["dose"] = doses.astype("category") if as_categories else doses
+    before = adata.copy()
+    found, expected = (
+        vc.tl.predict_perturbation(
+            a,
+            ["A_1.0", "DMSO"],
+            context="x",
+            model=vc.tl.fit_baseline(a, "Additive", **DOSES, scale="counts", min_cells=4),
+        )
+        for a in (adata, plain)
+    )
+    same(adata, before)
+    assert (found.X != expected.X).nnz == 0
+    assert set(found.obs["dose"][found.obs["drug"] == "A"]) == {1.0}
+    vc.pp.split(adata, **DOSES, holdout={"perturbations": ["A_1"]})
+    assert set(adata.obs["dose"][adata.obs["split"] == "test"]) == {1.0}
+
+
 def test_benchmark_of_doses() -> None:
     adata = dosed(n=20)
-    holdout = {"y unseen": {"contexts": ["y"], "perturbations": ["A"]}}
-    scores = vc.tl.benchmark(
-        adata, ["Additive"], **DOSES, splits=holdout, suite=["mae"], floor=[], ceiling=False, min_cells=5, seeds=[0]
-    )
-    assert sorted(scores["perturbation"].unique()) == ["A_0.1", "A_1.0", "A_10.0"]
+    adata.obs["dose"] = adata.obs["dose"].astype(np.float32)
+    for held, expected in (("A", ["A_0.1", "A_1.0", "A_10.0"]), ("A_0.1", ["A_0.1"])):
+        splits = {"y unseen": {"contexts": ["y"], "perturbations": [held]}}
+        scores = vc.tl.benchmark(
+            adata, ["Additive"], **DOSES, splits=splits, suite=["mae"], floor=[], ceiling=False, min_cells=5, seeds=[0]
+        )
+        assert sorted(scores["perturbation"].unique()) == expected
 
 
 # -- genes by other names ---------------------------------------------------------------------------------------------

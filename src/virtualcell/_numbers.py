@@ -28,7 +28,7 @@ def as_numbers(values: pd.Series, *, strict: bool = False) -> pd.Series:
     if pd.api.types.is_numeric_dtype(values.dtype):
         return values
     values = values.astype(object)
-    numbers = values.map({value: _number(value) for value in values.unique()}).astype(float)
+    numbers = values.map({value: as_number(value) for value in values.unique()}).astype(float)
     wrong = numbers.isna() & values.notna()
     if strict and wrong.any():
         raise ValueError(f"{values[wrong].iloc[0]!r} is no number")
@@ -42,7 +42,8 @@ def whole_number(argument: str, value: object, least: int = 1, remedy: str = "")
     return int(value)
 
 
-def _number(value: object) -> float:
+def as_number(value: object) -> float:
+    """Return a number, or text that holds one, as a float; NaN for anything else."""
     if isinstance(value, str) and "_" in value:  # which Python takes for a thousands separator
         return math.nan
     try:

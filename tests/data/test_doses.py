@@ -5,7 +5,17 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from virtualcell.data._doses import at_dose, between_doses, check_between, dose_name, doses_of, drug_and_dose, name_at
+from virtualcell.data._doses import (
+    as_dose,
+    asked_dose,
+    at_dose,
+    between_doses,
+    check_between,
+    dose_name,
+    doses_of,
+    drug_and_dose,
+    name_at,
+)
 
 
 @pytest.mark.parametrize(
@@ -30,6 +40,58 @@ def test_names_hold_drug_and_dose(name: str, expected: tuple[str, float] | None)
 def test_a_name_comes_back(dose: float) -> None:
     assert drug_and_dose(dose_name("a_b", dose)) == ("a_b", dose)
     assert drug_and_dose(at_dose("[('A', 1.0, 'uM')]", dose)) == ("A", dose)
+
+
+@pytest.mark.parametrize(
+    ("number", "dose"),
+    [
+        (0.1 * 3, 0.3),
+        (np.float32(0.1), 0.1),
+        (np.float32(0.1) + np.float32(0.2), 0.3),
+        (float(np.float32(2.2)), 2.2),
+        (1 / 3, 0.333333),
+        (np.float32(1) / 3, 0.333333),
+        (1e-9, 1e-9),
+        (float(np.float32(1e-9)), 1e-9),
+        (float(np.float32(1e-5) / 512), 1.95313e-8),  # 1.953125e-8, which ends where two roundings part
+        (1e-5 / 512, 1.95313e-8),
+        (7, 7.0),
+        (1234567, 1234567.0),
+        (float(np.float32(1e11)), 1e11),
+        (1e-40, 1e-40),
+        (1e300, 1e300),
+    ],
+)
+def test_a_dose_is_one_number_however_it_is_stored(number: float, dose: float) -> None:
+    assert as_dose(number) == dose == as_dose(dose)
+    assert dose_name("A", number) == dose_name("A", dose)
+    assert drug_and_dose(f"[('A', {float(number)!r}, 'uM')]") == ("A", dose)
+
+
+def test_a_dose_has_one_name_in_single_and_in_double_precision() -> None:
+    doses = [
+        b / q**k for b in (1e-5, 1e-6, 3e-7, 1.0, 10, 100, 1000) for q in (2, 3, 5, 10, 10**0.5) for k in range(25)
+    ]
+    assert [as_dose(d) for d in doses] == [as_dose(float(np.float32(d))) for d in doses]
+    np.testing.assert_allclose([as_dose(d) for d in doses], doses, rtol=5e-6)
+
+
+@pytest.mark.parametrize("dose", [0.1, np.float32(0.1), np.float16(0.1), "0.1", 0.1 * 3 / 3])
+def test_a_dose_is_asked_for_in_any_form(dose: object) -> None:
+    assert asked_dose(dose) == 0.1
+    assert name_at(["A_0.1", "A_0.3"], "A", dose) == "A_0.1"
+
+
+@pytest.mark.parametrize("dose", [True, "0.1 uM", [0.1], float("nan")])
+def test_what_is_no_dose(dose: object) -> None:
+    with pytest.raises(TypeError, match=r"dose=.* must be a number, in the unit of the doses of the data"):
+        asked_dose(dose)
+
+
+def test_two_names_of_one_dose_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"drug='A': \['A_1', 'A_1.0'\] are of one dose. Ask for one by its name"):
+        doses_of(["A_1", "A_1.0", "B_1"], "A")
+    assert doses_of(["A_1", "A_1.0", "B_1"], "B") == {1.0: "B_1"}
 
 
 def test_doses_of_a_drug_rise() -> None:

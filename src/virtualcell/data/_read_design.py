@@ -52,8 +52,9 @@ def _at_doses(
 ) -> tuple[pd.Categorical, Written, Written]:
     """Return the names of drugs at doses, and how drugs and doses are written."""
     is_control = np.asarray(drugs == design.control)
+    if column.dtype == np.float16:  # whose 0.1 is 0.09998
+        column = column.astype(str).astype(float)
     doses = numbers(column, design.dose_key, is_control)
-    doses[is_control] = 0  # of which there may be several, or none
     table = pd.DataFrame({"drug": drugs.codes, "dose": doses})
     groups = table.groupby(["drug", "dose"], sort=True)
     codes, first = groups.ngroup().to_numpy(), table.drop_duplicates().sort_values(["drug", "dose"]).index

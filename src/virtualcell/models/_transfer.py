@@ -38,7 +38,14 @@ from virtualcell.models._transfer_fit import (
     report_coverage,
 )
 from virtualcell.models._transfer_slopes import choose_slopes, folds_of
-from virtualcell.models._transfer_sources import OWN, SourceEffects, Sources, checked_weights, named_sources
+from virtualcell.models._transfer_sources import (
+    OWN,
+    SourceEffects,
+    Sources,
+    checked_weights,
+    measure_each,
+    named_sources,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -207,7 +214,7 @@ class Transfer(Baseline):
         """Learn from the sources and one's own effects, and return what is remembered."""
         genes = sorted(self.genes)  # sums over genes then come out the same in whatever order they are given
         contexts = [] if own is None else sorted({str(c) for c in own.context})
-        tables = {name: source.measure(genes) for name, source in self.sources.items() if self._weight(name) > 0}
+        tables = measure_each({n: source for n, source in self.sources.items() if self._weight(n) > 0}, genes)
         if own is not None and self._weight(OWN) > 0:
             tables[OWN] = own.select(genes)
         if not tables:

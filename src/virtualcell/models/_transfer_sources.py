@@ -10,9 +10,8 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 from mudata import MuData
-from scipy import sparse
 
-from virtualcell._errors import unknown_name
+from virtualcell._errors import UnknownNameError, unknown_name
 from virtualcell._keys import ALL
 from virtualcell.data._design import Design, Scale, check_library_sizes, check_scale
 from virtualcell.data._labels import expression_modality, obs_column
@@ -221,26 +220,37 @@ class TransferSource:
         context = np.asarray(found.get("context_key", np.full(adata.n_obs, ALL)))
         order = np.argsort(adata.obs_names.to_numpy(dtype=str), kind="stable")
         rows = order[labels[order] != design.control]
-        values = _layer(adata, self.layer, rows, genes) * np.float32(UNITS[self.unit])
-        variance = None
-        if self.error_layer is not None:
-            variance = (_layer(adata, self.error_layer, rows, genes) * np.float32(UNITS[self.unit])) ** 2
+        unit = np.float32(UNITS[self.unit])
+        values = _values(adata, self.layer, rows, genes, "effects") * unit
+        variance = None if self.error_layer is None else (self._errors(adata, rows, genes) * unit) ** 2
         return SourceEffects.average(values, variance, context[rows], labels[rows], genes, has_control=True)
+
+    def _errors(self, adata: AnnData, rows: np.ndarray, genes: list[str]) -> np.ndarray:
+        """Return the standard errors of effects, NaN where they are not known."""
+        if self.error_layer not in adata.layers:
+            raise unknown_name(
+                "error_layer", self.error_layer, adata.layers, "Leave it out where errors are not known."
+            )
+        errors = _values(adata, self.error_layer, rows, genes, "standard errors")
+        if (bad := errors < 0).any():
+            raise ValueError(
+                f"error_layer={self.error_layer!r} holds {int(bad.sum())} negative standard errors, among them "
+                f"{errors[bad][0]:g}. Set those that are not known to NaN."
+            )
+        return errors
 
 
 _NO_CONTROL = "(no control)"  # label that no row has
 
 
-def _layer(adata: AnnData, layer: str | None, rows: np.ndarray, genes: list[str]) -> np.ndarray:
-    if layer is not None and layer not in adata.layers:
-        raise unknown_name("layer", layer, adata.layers, "Leave it out for X.")
-    values = adata.X if layer is None else adata.layers[layer]
-    values = values.toarray() if sparse.issparse(values) else np.asarray(values)
+def _values(adata: AnnData, layer: str | None, rows: np.ndarray, genes: list[str], what: str) -> np.ndarray:
+    """Return `X` or a layer, wherever it is, on some rows and genes; NaN where nothing was measured."""
+    where = "X" if layer is None else f"layers[{layer!r}]"
+    values = stored_matrix(adata, layer, where).rows(rows).toarray()
     columns = columns_of(adata.var_names, genes)
-    values = values[rows].astype(np.float32)
     values = values if columns is None else values[:, columns]
     if np.isinf(values).any():
-        raise ValueError(f"layer={layer!r} of a source holds infinite effects. Set them to NaN where not measured.")
+        raise ValueError(f"{where} holds infinite {what}. Set them to NaN where not measured.")
     return values
 
 
@@ -327,6 +337,17 @@ def named_sources(sources: Sources) -> dict[str, TransferSource]:
     if OWN in sources:
         raise ValueError(f"sources has the name {OWN!r}, which stands for the training cells: choose another.")
     return {str(name): TransferSource.of(source, str(name)) for name, source in sources.items()}
+
+
+def measure_each(sources: Mapping[str, TransferSource], genes: Sequence[str]) -> dict[str, SourceEffects]:
+    """Return the effects of each source on those of the genes that it has; errors name the source."""
+    found = {}
+    for name, source in sources.items():
+        try:
+            found[name] = source.measure(genes)
+        except (UnknownNameError, ValueError, TypeError) as error:
+            raise type(error)(f"sources[{name!r}]: {error}") from error
+    return found
 
 
 def checked_weights(weights: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from virtualcell._errors import UnknownNameError
-from virtualcell.data._doses import at_dose, between_doses, check_between, doses_of, drug_and_dose
+from virtualcell.data._doses import asked_dose, at_dose, between_doses, check_between, doses_of, drug_and_dose
 from virtualcell.models._base import PerturbationModel
 from virtualcell.models._start import Start
 from virtualcell.tl._emit import Effect, predicted_effect
@@ -83,9 +83,7 @@ def of_drug(
     if perturbation is not None:
         raise ValueError(f"perturbation={perturbation!r} and drug={drug!r} were both given: give one of them.")
     measured = doses_of(model.names, drug)
-    if dose is None or dose in measured:
+    if dose is None or (dose := asked_dose(dose)) in measured:
         return model.perturbation_name(drug=drug, dose=dose)
-    if isinstance(dose, bool) or not isinstance(dose, int | float | np.number):
-        raise TypeError(f"dose={dose!r} must be a number, in the unit of the doses of the data.")
     check_between(drug, dose, list(measured))
     return at_dose(next(iter(measured.values())), dose)

@@ -123,7 +123,8 @@ def fit_state(
     dose_key
         Column with the dose, a number, of the drug that `perturbation_key` names. Each drug at each dose is a
         perturbation, by the name "drug_1.0"; :func:`virtualcell.tl.predict_perturbation` takes `drug=` and `dose=`, and
-        doses between those that were measured.
+        doses between those that were measured. Doses are read to six digits, so that 0.1 in single precision is 0.1;
+        what control cells have there is not read.
     split_key
         Column with `train`, `val`, `test` (:func:`virtualcell.pp.split`).
     layer
