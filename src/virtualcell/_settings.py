@@ -13,6 +13,8 @@ from typing import NoReturn
 
 import pooch
 
+from virtualcell._arguments import require_whole
+
 logger = logging.getLogger(__name__)
 
 
@@ -146,14 +148,12 @@ def _gigabytes(name: str, remedy: str = "") -> Callable[[object], float]:
 
 def _whole(name: str, least: int, remedy: str) -> Callable[[object], int]:
     def check(value: object) -> int:
-        if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-            raise ValueError(f"{name}={value!r} is not a whole number of at least {least}.{remedy}")
-        return int(value)
+        return require_whole(name, value, least, remedy)
 
     return check
 
 
-_n_threads = _whole("n_threads", 1, " Say None for as many as torch was told to take.")
+_n_threads = _whole("n_threads", 1, "Say None for as many as torch was told to take.")
 _max_cache = _gigabytes("max_cache", " Say None for no bound.")
 _CHECKS: dict[str, Callable[[object], object]] = {
     "verbosity": _verbosity,

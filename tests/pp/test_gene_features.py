@@ -255,7 +255,7 @@ def test_missing_broken_and_foreign_files_are_refused(tmp_path):
         vc.pp.gene_features(links, names=mouse)
     with pytest.raises(ValueError, match=r"it is no protein\.info"):
         vc.pp.gene_features(links, names=links)
-    with pytest.raises(ValueError, match="n_comps=0 must be at least 1"):
+    with pytest.raises(ValueError, match="n_comps=0 is not a whole number of at least 1"):
         vc.pp.gene_features(links, names=mouse, n_comps=0)
 
 
