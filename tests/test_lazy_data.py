@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -543,3 +544,84 @@ def test_files_that_do_not_go_together(cells: ad.AnnData, tmp_path: Path) -> Non
         vc.pp.read_lazy([tmp_path / "four.h5ad"])
     with pytest.raises(ValueError, match="names no file"):
         vc.pp.read_lazy([])
+
+
+def test_damaged_files_are_named(cells: ad.AnnData, tmp_path: Path) -> None:
+    cells.write_h5ad(tmp_path / "whole.h5ad")
+    whole = (tmp_path / "whole.h5ad").read_bytes()
+    for name, content in (("x", b"x" * 100), ("empty", b""), ("half", whole[: len(whole) // 2]), ("end", whole[:-10])):
+        path = tmp_path / f"{name}.h5ad"
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{name}\.h5ad is no h5ad file, or it is cut off or damaged \(OSError"):
+            vc.pp.read_lazy([tmp_path / "whole.h5ad", path])
+    for lost in ("X/indices", "obs/cell_type/codes", "obs/target_gene/categories"):
+        cells.write_h5ad(tmp_path / "lost.h5ad")
+        with h5py.File(tmp_path / "lost.h5ad", "r+") as file:
+            del file[lost]
+        with pytest.raises(ValueError, match=r"lost\.h5ad is no h5ad file, or it is cut off or damaged \(KeyError"):
+            vc.pp.read_lazy(tmp_path / "lost.h5ad")
+    for x in (np.zeros(5), np.zeros((300, 7)), np.zeros((299, 60))):
+        with h5py.File(tmp_path / "whole.h5ad", "r+") as file:
+            del file["X"]
+            file["X"] = x
+        with pytest.raises(ValueError, match=rf"whole\.h5ad is damaged: X has the shape \({x.shape[0]}.*\(300, 60\)"):
+            vc.pp.read_lazy(tmp_path / "whole.h5ad")
+    with h5py.File(tmp_path / "whole.h5ad", "r+") as file:
+        del file["X"]
+    with pytest.raises(ValueError, match=r"no matrix in common, .*: they hold \{'whole\.h5ad': \[\]\}"):
+        vc.pp.read_lazy(tmp_path / "whole.h5ad")
+
+
+def test_a_file_that_is_being_written_is_not_called_damaged(cells: ad.AnnData, tmp_path: Path) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    with (tmp_path / "cells.h5ad").open("rb+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(BlockingIOError, match=r"cells\.h5ad is open for writing in another process"):
+            vc.pp.read_lazy(tmp_path / "cells.h5ad")
+    assert vc.pp.read_lazy(tmp_path / "cells.h5ad").shape == (300, 60)
+
+
+def test_folders_that_are_no_zarr_store(cells: ad.AnnData, tmp_path: Path) -> None:
+    (tmp_path / "empty.zarr").mkdir()
+    with pytest.raises(ValueError, match=r"empty\.zarr is a folder, and no zarr store.*Name the files in it"):
+        vc.pp.read_lazy(tmp_path / "empty.zarr")
+    cells.write_zarr(tmp_path / "cells.zarr")
+    shutil.rmtree(tmp_path / "cells.zarr" / "obs")
+    with pytest.raises(ValueError, match=r"cells\.zarr is no zarr store of AnnData, or it is cut off or damaged"):
+        vc.pp.read_lazy(tmp_path / "cells.zarr")
+
+
+def test_mudata_is_told_and_the_remedy_works(
+    cells: ad.AnnData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = md.MuData({"adt": cells[:, :5].copy(), "rna": cells.copy()})
+    both.write_h5mu(tmp_path / "both.h5mu")
+    both.write_zarr(tmp_path / "both.zarr")
+    monkeypatch.chdir(tmp_path)
+    for path in (tmp_path / "both.h5mu", tmp_path / "both.zarr"):
+        with pytest.raises(ValueError, match=r"is MuData, with the modalities \['adt', 'rna'\]\. `.*rna") as error:
+            vc.pp.read_lazy(path)
+        opened = eval(str(error.value).split("`")[1], {"vc": vc, "mudata": md})
+        opened = vc.pp.read_lazy("rna.h5ad") if opened is None else opened
+        np.testing.assert_array_equal(opened.X.compute().toarray(), cells.X.toarray())
+
+
+def test_files_of_other_programs(tmp_path: Path) -> None:
+    def written_with(name: str, *groups: str) -> Path:
+        with h5py.File(tmp_path / name, "w") as file:
+            for group in groups:
+                file.create_group(group)
+        return tmp_path / name
+
+    for groups in (("matrix/barcodes", "matrix/features"), ("GRCh38/barcodes", "GRCh38/genes")):
+        with pytest.raises(ValueError, match=r"is a file of 10x Genomics.*`scanpy\.read_10x_h5\(.*'filtered\.h5ad'\)`"):
+            vc.pp.read_lazy(written_with("filtered.h5", *groups))
+    with pytest.raises(ValueError, match=r"is a file of loom.*`anndata\.io\.read_loom\("):
+        vc.pp.read_lazy(written_with("a.loom", "matrix", "col_attrs", "row_attrs"))
+    with pytest.raises(ValueError, match=r"is no AnnData: it holds \['obs', 'stuff'\]"):
+        vc.pp.read_lazy(written_with("b.h5ad", "obs", "stuff"))
+    with pytest.raises(TypeError, match=r"paths= takes the path of a file, or a list of these, and not AnnData"):
+        vc.pp.read_lazy([ad.AnnData(np.ones((2, 2)))])
+    with pytest.raises(TypeError, match="not NoneType"):
+        vc.pp.read_lazy(None)

@@ -1,9 +1,8 @@
-"""Numbers that stand in a table as text, and those that calls are given."""
+"""Numbers that stand in a table as text."""
 
 from __future__ import annotations
 
 import math
-from numbers import Integral
 
 import pandas as pd
 
@@ -33,13 +32,6 @@ def as_numbers(values: pd.Series, *, strict: bool = False) -> pd.Series:
     if strict and wrong.any():
         raise ValueError(f"{values[wrong].iloc[0]!r} is no number")
     return numbers
-
-
-def whole_number(argument: str, value: object, least: int = 1, remedy: str = "") -> int:
-    """Return a number that an argument was given, or raise where it is not whole or less than `least`."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-        raise ValueError(f"{argument}={value!r} is not a whole number of at least {least}. {remedy}".strip())
-    return int(value)
 
 
 def as_number(value: object) -> float:

@@ -18,7 +18,7 @@ _LONGEST_LINE = 10_000_000
 # For pandas: its own parser of numbers ends the process at an exponent of many digits, such as 1e991000000000.
 SAFE_NUMBERS = {"float_precision": "round_trip"}
 _OF_THE_SYSTEM = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
-_OF_THE_DISK = (errno.EIO, errno.ENOSPC, errno.EMFILE, errno.ESTALE)
+_OF_THE_DISK = (errno.EIO, errno.ENOSPC, errno.EMFILE, errno.ESTALE, errno.EAGAIN)  # the last: it is locked
 _MOST_VALUES, _DEEPEST = 10_000_000, 100  # of a configuration
 
 

@@ -14,7 +14,7 @@ from typing import NoReturn
 
 import pooch
 
-from virtualcell._numbers import whole_number
+from virtualcell._arguments import require_whole
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +148,7 @@ def _gigabytes(name: str, remedy: str = "") -> Callable[[object], float]:
 
 
 def _whole(name: str, least: int, remedy: str = "") -> Callable[[object], int]:
-    return partial(whole_number, name, least=least, remedy=remedy)
+    return partial(require_whole, name, least=least, remedy=remedy)
 
 
 _seed = _whole("seed", 0)

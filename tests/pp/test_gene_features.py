@@ -255,5 +255,73 @@ def test_missing_broken_and_foreign_files_are_refused(tmp_path):
         vc.pp.gene_features(links, names=mouse)
     with pytest.raises(ValueError, match=r"it is no protein\.info"):
         vc.pp.gene_features(links, names=links)
-    with pytest.raises(ValueError, match="n_comps=0 must be at least 1"):
+    with pytest.raises(ValueError, match="n_comps=0 is not a whole number of at least 1"):
         vc.pp.gene_features(links, names=mouse, n_comps=0)
+
+
+@pytest.fixture(scope="module")
+def ring() -> pd.DataFrame:
+    """A network of twenty genes, each linked to the two that follow."""
+    numbers = np.arange(100, 120)
+    ends = np.concatenate([np.stack([numbers, np.roll(numbers, -k)], axis=1) for k in (1, 2)])
+    return pd.DataFrame(ends, columns=["a", "b"])
+
+
+def test_names_are_text(tmp_path, ring):
+    """Numbers are names too, as Entrez has them: as they are written, also where an end is missing."""
+    for prefix, suffix in (("", ""), ("00", ""), ("", "E1"), ("", ".0")):
+        lines = [f"{prefix}{a}{suffix}\t{prefix}{b}{suffix}" for a, b in ring.to_numpy()]
+        found = vc.pp.gene_features(
+            write(tmp_path / "edges.tsv", ["a\tb", *lines, f"{prefix}105{suffix}\t"]), n_comps=2
+        )
+        assert list(found.index) == [f"{prefix}{i}{suffix}" for i in range(100, 120)]
+
+
+def test_spaces_around_names_are_no_part_of_them(tmp_path, ring):
+    plain = vc.pp.gene_features(write(tmp_path / "plain.tsv", ["a\tb", *(f"g{a}\tg{b}" for a, b in ring.to_numpy())]))
+    assert list(plain.index) == [f"g{i}" for i in range(100, 120)]
+    spaced = ["a\tb", *(f" g{a}\tg{b} " for a, b in ring.to_numpy()), "g100\t ", " g101\tg101 "]
+    pd.testing.assert_frame_equal(vc.pp.gene_features(write(tmp_path / "spaced.tsv", spaced)), plain)
+    line = "UniProtKB\tid\t{}\tinvolved_in\tGO:{}\tPMID\tIDA\t\tP\t\t\tprotein\ttaxon\t2020\tUniProt"
+    symbols = [(f" G{i} " if i % 2 else f"G{i}", t) for t in range(6) for i in range(t, t + 6)] + [(" ", 1), ("", 2)]
+    found = vc.pp.gene_features(write(tmp_path / "go.gaf", [line.format(*one) for one in symbols]), n_comps=2)
+    assert sorted(found.index) == sorted(f"G{i}" for i in range(11))
+
+
+@pytest.mark.parametrize("has_score", [True, False])
+def test_an_index_that_was_written_along_is_no_gene(tmp_path, ring, has_score):
+    edges = "g" + ring.astype(str)
+    edges = edges.assign(score=0.9) if has_score else edges
+    edges.to_csv(tmp_path / "plain.csv", index=False)
+    expected = vc.pp.gene_features(tmp_path / "plain.csv", n_comps=4)
+    for rows in (edges.index, edges.index[::-1] + 7):
+        edges.set_axis(rows).to_csv(tmp_path / "edges.csv")
+        pd.testing.assert_frame_equal(vc.pp.gene_features(tmp_path / "edges.csv", n_comps=4), expected)
+    # the first column is of genes
+    edges.set_index("a").rename_axis(None).to_csv(tmp_path / "edges.csv")
+    pd.testing.assert_frame_equal(vc.pp.gene_features(tmp_path / "edges.csv", n_comps=4), expected)
+    ring.to_csv(tmp_path / "edges.csv")  # an index and two genes, or two genes and a score
+    with pytest.raises(
+        ValueError, match=r"numbers the rows\. Write the table without it, `to_csv\(\.\.\., index=False\)`"
+    ):
+        vc.pp.gene_features(tmp_path / "edges.csv")
+    ring.set_axis(["0", "1"], axis=1).to_csv(
+        tmp_path / "edges.csv", index=False
+    )  # as pandas calls columns without names
+    assert list(vc.pp.gene_features(tmp_path / "edges.csv").index) == [str(i) for i in range(100, 120)]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["100\t101", "101\t102", "102\t103"], r"has no header: it begins with \['100', '101'\]"),
+        (["A\tB", "B\tC", "C\tA"], r"has no header: it begins with \['A', 'B'\]"),
+        (["0\tA\tB", "1\tB\tC"], r"has no header: it begins with \['0', 'A', 'B'\]"),
+        (["a\tb", "A\tB\t0.9", "B\tC\t0.9"], "rows with more values than its first line has names"),
+        (["a;b;score", "A;B;0.9"], r"it is separated by ';', and not by '\\t'.*sep='\\t', index=False\)"),
+        (["a,b", "A,B"], r"it is separated by ',', and not by '\\t'"),
+    ],
+)
+def test_tables_of_pairs_that_are_not_what_they_seem(tmp_path, lines, message):
+    with pytest.raises(ValueError, match=message):
+        vc.pp.gene_features(write(tmp_path / "edges.tsv", lines))

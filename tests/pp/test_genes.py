@@ -7,10 +7,8 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from anndata import AnnData
 
-import virtualcell as vc
 from virtualcell.pp._genes import match_genes
 
 IDS = ["ENSG00000115415.20", "ENSG00000096968", "ENSG00000136997.5", "ENSG00000141867"]
@@ -95,82 +93,3 @@ def test_two_genes_for_one_row() -> None:
         match_genes(genes(["ENSG00000115415.1", "ENSG00000115415.2"]), pd.Index(["ENSG00000115415"]))
     with pytest.raises(ValueError, match=r"The gene table names 1 genes twice, among them \['MYC'\]"):
         match_genes(genes(["MYC"]), pd.Index(["MYC", "MYC"]))
-
-
-def test_arcs_file(golden: Path) -> None:
-    path = golden / "se" / "protein_embeddings.pt"
-    frame = vc.pp.read_gene_embeddings(path)
-    expected = torch.load(path, weights_only=True)
-    assert list(frame.index) == list(expected)
-    assert frame.index.name == "gene"
-    np.testing.assert_array_equal(frame.to_numpy(), torch.stack(list(expected.values())).numpy())
-    assert (frame.dtypes == np.float32).all()
-    # 20 of its 200 genes have no vector.
-    cells = anndata.read_h5ad(golden / "se" / "cells.h5ad")
-    assert (match_genes(cells, frame.index) >= 0).sum() == 180
-
-
-def test_every_format_reads_the_same(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    # NA is the name of a gene here, not a missing value.
-    table = pd.DataFrame(
-        rng.normal(size=(4, 3)).astype(np.float32), index=["STAT1", "NA", "nan", "MYC"], columns=["a", "b", "c"]
-    )
-    table.to_parquet(tmp_path / "index.parquet")
-    table.rename_axis("gene").reset_index().to_parquet(tmp_path / "column.parquet")
-    table.to_csv(tmp_path / "first.csv")
-    table.assign(gene=table.index).to_csv(tmp_path / "named.csv.gz", index=False)
-    np.savez(tmp_path / "t.npz", genes=np.array(table.index, dtype=str), embeddings=table.to_numpy())
-    AnnData(table.to_numpy(), obs=table[[]], var=table.T[[]]).write_h5ad(tmp_path / "t.h5ad")
-    torch.save(
-        {g: torch.tensor(v).bfloat16() for g, v in zip(table.index, table.to_numpy(), strict=True)}, tmp_path / "t.pt"
-    )
-    for path in tmp_path.iterdir():
-        frame = vc.pp.read_gene_embeddings(str(path))
-        assert list(frame.index) == list(table.index), path
-        np.testing.assert_allclose(frame.to_numpy(), table.to_numpy(), atol=2e-2 if path.suffix == ".pt" else 1e-7)
-
-
-def test_real_feature_tables(kang_file: Path) -> None:
-    path = kang_file.parent / "gene_features_reactome_svd64.parquet"
-    frame = vc.pp.read_gene_embeddings(path)
-    assert frame.shape == (10826, 64)
-    assert frame.index.name == "gene"
-    np.testing.assert_array_equal(frame.loc["STAT1"], pd.read_parquet(path).set_index("gene").loc["STAT1"])
-
-
-@pytest.mark.parametrize(
-    ("table", "message"),
-    [
-        (pd.DataFrame({"gene": ["A", "B", "A"], "x": [1.0, 2, 3]}), r"names 1 genes twice, among them \['A'\]"),
-        (pd.DataFrame({"gene": ["A"], "x": [1.0], "kind": ["kinase"]}), r"columns that are not numbers: \['kind'\]"),
-        (pd.DataFrame({"gene": ["A", "B"], "x": [1.0, np.nan]}), r"NaN or infinite values for 1 genes.*\['B'\]"),
-        (pd.DataFrame({"gene": ["A", None], "x": [1.0, 2]}), "1 rows without the name of a gene"),
-        (pd.DataFrame({"gene": ["A"]}), r"holds no gene vectors \(shape \(1, 0\)\)"),
-    ],
-)
-@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
-def test_bad_tables(tmp_path: Path, table: pd.DataFrame, message: str, suffix: str) -> None:
-    path = tmp_path / f"table{suffix}"
-    table.to_csv(path, index=False) if suffix == ".csv" else table.to_parquet(path)
-    with pytest.raises(ValueError, match=message):
-        vc.pp.read_gene_embeddings(path)
-
-
-def test_bad_files(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"unknown suffix. Known: .pt, .parquet, .csv, .npz, .h5ad, .csv.gz"):
-        vc.pp.read_gene_embeddings(tmp_path / "table.tsv")
-    with pytest.raises(FileNotFoundError, match=r"none\.pt' does not exist"):
-        vc.pp.read_gene_embeddings(tmp_path / "none.pt")
-    torch.save({"A": torch.ones(2), "B": torch.ones(3)}, tmp_path / "lengths.pt")
-    with pytest.raises(ValueError, match=r"vectors of different lengths: \[2, 3\]"):
-        vc.pp.read_gene_embeddings(tmp_path / "lengths.pt")
-    torch.save([torch.ones(2)], tmp_path / "list.pt")
-    with pytest.raises(ValueError, match="must hold a dictionary"):
-        vc.pp.read_gene_embeddings(tmp_path / "list.pt")
-    np.savez(tmp_path / "other.npz", x=np.ones(2))
-    with pytest.raises(ValueError, match=r"'genes' and 'embeddings', but holds \['x'\]"):
-        vc.pp.read_gene_embeddings(tmp_path / "other.npz")
-    pd.DataFrame({"x": [1.0]}).to_parquet(tmp_path / "nameless.parquet")
-    with pytest.raises(ValueError, match="no column 'gene', and its index holds no names"):
-        vc.pp.read_gene_embeddings(tmp_path / "nameless.parquet")

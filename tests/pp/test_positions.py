@@ -107,3 +107,89 @@ def test_errors(tmp_path, gtf):
         vc.pp.gene_positions(table[["gene", "start"]].assign(chr=None))
     with pytest.raises(ValueError, match="gtf has no rows"):
         vc.pp.gene_positions(table[:0])
+
+
+@pytest.fixture
+def small() -> pd.DataFrame:
+    return pd.DataFrame({"gene": ["A", "B"], "chromosome": ["1", "chr2"], "tss": [1, 5]})
+
+
+@pytest.mark.parametrize("backend", ["pyarrow", "numpy_nullable"])
+def test_types_of_pandas_extensions(small, backend):
+    expected = vc.pp.gene_positions(small)
+    assert expected["start"].tolist() == [1, 5]
+    for tss in ([1, 5], [1.0, 5.0]):
+        table = small.assign(tss=tss).convert_dtypes(convert_floating=False, dtype_backend=backend)
+        pd.testing.assert_frame_equal(vc.pp.gene_positions(table), expected)
+    table = small.assign(tss=[1, None]).convert_dtypes(dtype_backend=backend)
+    with pytest.raises(ValueError, match="column 'tss' holds <NA>; positions are whole numbers"):
+        vc.pp.gene_positions(table)
+    table = small.drop(columns="tss").assign(start=1, end=9, strand=["+", "-"]).convert_dtypes(dtype_backend=backend)
+    assert vc.pp.gene_positions(table)["start"].tolist() == [1, 9]
+
+
+def test_a_column_that_is_there_twice(small):
+    for twice in (
+        pd.concat([small, small[["gene"]]], axis=1),
+        pd.concat([small, small[["tss"]] + 1], axis=1),
+        small.assign(Gene=["X", "Y"]),
+        small.assign(a="+", b="-").rename(columns={"a": "strand", "b": "strand"}),
+    ):
+        with pytest.raises(ValueError, match=r"gtf has the columns \['\w+', '\w+'\], of which one is needed") as error:
+            vc.pp.gene_positions(twice)
+        kept = eval(str(error.value).split("`")[1], {"table": twice})
+        assert vc.pp.gene_positions(kept)["start"].tolist() == [1, 5]
+    # of columns that are not looked at there may be two
+    assert vc.pp.gene_positions(small.assign(a=1, b=2).rename(columns={"a": "x", "b": "x"}))["start"].tolist() == [1, 5]
+
+
+def test_a_chromosome_has_one_name(caplog):
+    table = pd.DataFrame({"gene": ["A", "A", "B", "C"], "chromosome": ["chr1", "1", "chr1", "chr2"]}).assign(
+        tss=[300, 500, 10, 20]
+    )
+    with caplog.at_level(logging.INFO):
+        found = vc.pp.gene_positions(table)
+    assert found.to_dict("index") == {
+        "A": {"chromosome": "1", "start": 300},
+        "B": {"chromosome": "1", "start": 10},
+        "C": {"chromosome": "chr2", "start": 20},
+    }
+    assert "several places" not in caplog.text
+    found = vc.pp.gene_positions(table.assign(gene=[" A", "A ", 7.0, "C"], chromosome=[1.0, "1", " 1", "X "]))
+    assert found["chromosome"].to_dict() == {"7": "1", "A": "1", "C": "X"}
+
+
+def test_where_nothing_would_be_left(small):
+    with pytest.raises(ValueError, match="1 names stand for genes at several places, such as A, and there are no oth"):
+        vc.pp.gene_positions(small.assign(gene="A"))
+    with pytest.raises(ValueError, match="1 rows without a gene or a chromosome"):
+        vc.pp.gene_positions(small.assign(gene=["A", " "]))
+
+
+@pytest.mark.parametrize(
+    ("tss", "message"),
+    [
+        ([True, False], "is of the type bool; positions are whole numbers"),
+        ([1j, 2], "is of the type complex128"),
+        ([1e300, 2], r"holds 1e\+300; positions are whole numbers"),
+        ([float("inf"), 2], "holds inf"),
+        (["1,000", "2"], "holds 1,000"),
+    ],
+)
+def test_what_is_no_position(small, tss, message):
+    with pytest.raises(ValueError, match=message):
+        vc.pp.gene_positions(small.assign(tss=tss))
+
+
+def test_tables_in_text_that_are_not_what_they_seem(small, tmp_path):
+    path = tmp_path / "genes.csv"
+    small.to_csv(path, sep=";", index=False)
+    with pytest.raises(ValueError, match=r"genes\.csv has one column.*it is separated by ';', and not by ','") as error:
+        vc.pp.gene_positions(path)
+    eval(str(error.value).split("`")[1], {"pd": pd})
+    assert vc.pp.gene_positions(path)["start"].tolist() == [1, 5]
+    path.write_text("gene,chromosome,tss\nA,1,1,x\nB,2,5,y\n")
+    with pytest.raises(ValueError, match="rows with more values than its first line has names"):
+        vc.pp.gene_positions(path)
+    with pytest.raises(TypeError, match="gtf= takes the path of a file or a DataFrame, and not dict"):
+        vc.pp.gene_positions({"gene": ["A"]})

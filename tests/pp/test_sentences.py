@@ -91,7 +91,7 @@ def test_cells_without_a_gene_of_the_table_are_reported(caplog: pytest.LogCaptur
 
 
 def test_wrong_arguments(kang: AnnData, table: pd.DataFrame) -> None:
-    with pytest.raises(ValueError, match="length=0 must be at least 1"):
+    with pytest.raises(ValueError, match="length=0 is not a whole number of at least 1"):
         vc.pp.cell_sentences(kang, table, length=0)
     with pytest.raises(TypeError, match=r"Read a file with `vc\.pp.read_gene_embeddings"):
         vc.pp.cell_sentences(kang, "protein_embeddings.pt")

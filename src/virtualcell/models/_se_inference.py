@@ -14,8 +14,8 @@ from anndata import AnnData
 from mudata import MuData
 from torch import Tensor
 
+from virtualcell._arguments import require_whole
 from virtualcell._errors import unknown_name
-from virtualcell._numbers import whole_number
 from virtualcell._progress import Bar
 from virtualcell._threads import own_threads
 from virtualcell.data._device_sentences import DeviceSentences
@@ -61,7 +61,7 @@ def embed(
     size = (
         _cells_at_once(network, cells.sentences.length, device)
         if batch_size is None
-        else whole_number("batch_size", batch_size)
+        else require_whole("batch_size", batch_size)
     )
     parts, found = [], []  # results wait on the device, so that it need not wait for the CPU
 

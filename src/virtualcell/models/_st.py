@@ -13,6 +13,7 @@ import torch
 from anndata import AnnData
 from mudata import MuData
 
+from virtualcell._arguments import require_whole
 from virtualcell._errors import unknown_name
 from virtualcell.data._cell_sets import CellGroups, SetSampler
 from virtualcell.data._labels import Known
@@ -131,8 +132,7 @@ class ST(PerturbationModel):
         if self.transfer and not in_genes:
             raise ValueError("transfer=True is about genes, and this model works on embeddings: leave it out.")
         for argument, value in (("n_networks", n_networks), ("set_size", set_size)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{argument}={value!r} is not a whole number of at least 1.")
+            require_whole(argument, value)
         self.table = perturbation_table(self.screen, perturbation_features) if table is None else table
         if self.screen is not None:
             check_validation(self.screen, self.table)

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from virtualcell.pp._coexpression import expression_gene_embeddings
     from virtualcell.pp._esm import gene_embeddings
     from virtualcell.pp._gene_features import gene_features
-    from virtualcell.pp._genes import read_gene_embeddings
+    from virtualcell.pp._gene_vectors import read_gene_embeddings
     from virtualcell.pp._knockdown import knockdown_efficiency
     from virtualcell.pp._positions import gene_positions
     from virtualcell.pp._read_lazy import read_lazy

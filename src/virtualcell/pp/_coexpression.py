@@ -14,6 +14,7 @@ from mudata import MuData
 from scipy import sparse
 from scipy.linalg import lu
 
+from virtualcell._arguments import require_whole
 from virtualcell._settings import seed_of, settings
 from virtualcell.data._design import Design, Scale, note_design, only_stated, require_columns
 from virtualcell.data._design_arguments import LabelArguments, takes_design
@@ -101,8 +102,8 @@ def expression_gene_embeddings(
 
 def coexpression_vectors(expression: Expression, *, n_comps: int | None = None, seed: int = 0) -> pd.DataFrame:
     """As :func:`expression_gene_embeddings`, of cells that are read already; by default 256, or what they allow."""
-    if n_comps is not None and n_comps < 1:
-        raise ValueError(f"n_comps={n_comps} must be at least 1.")
+    if n_comps is not None:
+        require_whole("n_comps", n_comps)
     genes = sorted(expression.genes)
     cells = _some_cells(expression, seed).select(genes)
     n_cells, blocks = cells.n_cells, _blocks(cells)

@@ -21,6 +21,7 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from virtualcell._arguments import require_whole
 from virtualcell._errors import unknown_name
 from virtualcell._progress import tqdm
 from virtualcell._settings import settings
@@ -97,8 +98,8 @@ def gene_embeddings(
     >>> table = vc.pp.gene_embeddings("proteins.fasta", model="esm2_t6_8M_UR50D")  # doctest: +SKIP
     >>> table.to_parquet("gene_embeddings.parquet")  # doctest: +SKIP
     """
-    if max_length < 1 or residues_per_batch < 1:
-        raise ValueError(f"max_length={max_length} and residues_per_batch={residues_per_batch} must be at least 1.")
+    require_whole("max_length", max_length)
+    require_whole("residues_per_batch", residues_per_batch)
     progress_bar = settings.progress if progress_bar is None else progress_bar
     isoforms = isoforms_of_genes(sequences)
     network, alphabet, identity = _load(model, progress_bar)

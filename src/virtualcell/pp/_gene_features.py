@@ -12,6 +12,7 @@ from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 from scipy.sparse.linalg import eigsh, svds
 
+from virtualcell._arguments import require_number, require_whole
 from virtualcell.pp._relations import read_annotations, read_edges, read_sets
 
 logger = logging.getLogger(__name__)
@@ -90,8 +91,9 @@ def gene_features(
     for argument, file in (("path", path), ("names", names)):
         if file is not None and not file.is_file():
             raise FileNotFoundError(f"{argument}={str(file)!r} does not exist.")
-    if n_comps < 1:
-        raise ValueError(f"n_comps={n_comps} must be at least 1.")
+    for argument, value in (("n_comps", n_comps), ("min_genes", min_genes), ("max_genes", max_genes)):
+        require_whole(argument, value)
+    require_number("min_score", min_score)
     suffix = Path(path.name.removesuffix(".gz")).suffix
     known = {".gmt": read_sets, ".gaf": read_annotations, ".txt": read_edges, ".tsv": read_edges, ".csv": read_edges}
     if suffix not in known:

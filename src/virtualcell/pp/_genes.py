@@ -1,26 +1,15 @@
-"""Match genes by name, and read tables of gene vectors."""
+"""Match genes by name."""
 
 from __future__ import annotations
 
 import logging
-import math
-import zipfile
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import IO
 
-import anndata
 import numpy as np
 import pandas as pd
-import pyarrow.parquet as pq
-import torch
 from anndata import AnnData
-from scipy import sparse
 
 from virtualcell._errors import unknown_name
-from virtualcell._hdf5 import check_h5
-from virtualcell._reading import SAFE_NUMBERS, DamagedFileError, as_damaged, open_text, require_room
-from virtualcell._unpickle import read_torch
 from virtualcell.data._labels import column_of, var_of
 
 logger = logging.getLogger(__name__)
@@ -68,7 +57,7 @@ def match_genes(
         If too few genes match, two genes of the data match the same row, or the table names a gene twice.
     """
     table = pd.Index(gene_names).astype(str)
-    _check_unique(table, "The gene table")
+    require_unique(table, "The gene table")
     names = _names(adata, gene_key)
     aliases = dict(aliases or {})
     ways: dict[str, tuple[Callable, Callable]] = {
@@ -127,7 +116,7 @@ def _names(adata: AnnData, gene_key: str | None) -> pd.Index:
     return pd.Index([None if pd.isna(name) else str(name) for name in column], dtype=object)
 
 
-def _check_unique(names: pd.Index, what: str) -> None:
+def require_unique(names: pd.Index, what: str) -> None:
     """Raise if a name stands there twice."""
     doubled = names[names.duplicated()].unique()
     if len(doubled):
@@ -173,146 +162,3 @@ def _no_match(adata: AnnData, names: pd.Index, table: pd.Index, gene_key: str | 
     if best is None:
         return f"{message} var_names match {share[best]:.0%}: leave gene_key out."
     return f"{message} var[{best!r}] matches {share[best]:.0%}: pass gene_key={best!r}."
-
-
-def read_gene_embeddings(path: str | Path) -> pd.DataFrame:
-    """Read a table of gene vectors.
-
-    ============  ==================================================================================================
-    suffix        layout
-    ============  ==================================================================================================
-    `.pt`         dictionary {gene: vector}, as Arc's `protein_embeddings.pt`; read without unpickling objects
-    `.parquet`    one row per gene; the name in a column `gene`, or else in the index
-    `.csv(.gz)`   one row per gene; the name in a column `gene`, or else in the first one
-    `.npz`        arrays `genes` (n, text) and `embeddings` (n x dimensions)
-    `.h5ad`       one observation per gene: `obs_names` and `X`
-    ============  ==================================================================================================
-
-    Parameters
-    ----------
-    path
-        File to read; the suffix tells the format.
-
-    Returns
-    -------
-    Genes x dimensions, float32, indexed by gene name.
-
-    Raises
-    ------
-    ValueError
-        If the suffix is unknown, the layout is another, a gene is named twice, or a value is missing or no number.
-
-    Examples
-    --------
-    >>> table = pd.DataFrame(np.eye(3), index=["STAT1", "JAK2", "IRF1"])
-    >>> table.rename(columns=str).to_parquet("embeddings.parquet")
-    >>> vc.pp.read_gene_embeddings("embeddings.parquet").shape
-    (3, 3)
-    """
-    path = Path(path)
-    name = path.name.removesuffix(".gz") if path.name.endswith(".csv.gz") else path.name
-    reader = _READERS.get(Path(name).suffix)
-    if reader is None:
-        raise ValueError(f"path={str(path)!r} has an unknown suffix. Known: {', '.join(_READERS)}, .csv.gz.")
-    if not path.exists():
-        raise FileNotFoundError(f"path={str(path)!r} does not exist.")
-    frame = reader(path)
-    text = [c for c in frame.columns if not pd.api.types.is_numeric_dtype(frame[c])]
-    if text:
-        raise ValueError(
-            f"{path.name} holds columns that are not numbers: {text[:5]}. Drop them, or call the one with the names "
-            "of the genes 'gene'."
-        )
-    if frame.empty:
-        raise ValueError(f"{path.name} holds no gene vectors (shape {frame.shape}).")
-    missing = frame.index.isna() | (frame.index == "")
-    if missing.any():
-        raise ValueError(f"{path.name} has {int(missing.sum())} rows without the name of a gene.")
-    with as_damaged(path, "table of gene vectors"):
-        frame = frame.astype(np.float32)
-    frame.index = frame.index.astype(str).rename("gene")
-    frame.columns = frame.columns.astype(str)
-    _check_unique(frame.index, path.name)
-    bad = ~np.isfinite(frame.to_numpy()).all(axis=1)
-    if bad.any():
-        raise ValueError(
-            f"{path.name} holds NaN or infinite values for {int(bad.sum())} genes, among them "
-            f"{list(frame.index[bad][:3])}. Drop them: `table.dropna()`, and write the table again."
-        )
-    frame.attrs = {"source": path.name}
-    logger.info("%s: %d genes x %d dimensions.", path.name, *frame.shape)
-    return frame
-
-
-def _read_pt(path: Path) -> pd.DataFrame:
-    table = read_torch(path)
-    if not isinstance(table, dict) or not all(isinstance(v, torch.Tensor) and v.ndim == 1 for v in table.values()):
-        raise ValueError(f"{path.name} must hold a dictionary {{gene: vector}} of one-dimensional tensors.")
-    lengths = {len(v) for v in table.values()}
-    if len(lengths) > 1:
-        raise ValueError(f"{path.name} holds vectors of different lengths: {sorted(lengths)[:5]}.")
-    require_room(path, 4 * sum(len(v) for v in table.values()))
-    with as_damaged(path, "table of gene vectors"):
-        vectors = torch.stack(list(table.values())).float().numpy() if table else np.empty((0, 0))
-    return pd.DataFrame(vectors, index=pd.Index(table))
-
-
-def _read_parquet(path: Path) -> pd.DataFrame:
-    with as_damaged(path, "parquet file"):
-        described = pq.read_metadata(path)
-        require_room(path, 4 * described.num_rows * described.num_columns)
-        frame = pd.read_parquet(path)
-    if "gene" in frame:
-        return frame.set_index("gene")
-    if pd.api.types.is_numeric_dtype(frame.index):
-        raise ValueError(f"{path.name} has no column 'gene', and its index holds no names.")
-    return frame
-
-
-def _read_csv(path: Path) -> pd.DataFrame:
-    with as_damaged(path, "table of gene vectors"):
-        with open_text(path) as file:
-            header = pd.read_csv(file, nrows=0).columns
-        gene = "gene" if "gene" in header else header[0]
-        with open_text(path) as file:  # a converter keeps a gene called NA from being read as a missing value
-            return pd.read_csv(file, converters={gene: str}, **SAFE_NUMBERS).set_index(gene)
-
-
-def _read_npz(path: Path) -> pd.DataFrame:
-    with as_damaged(path, "npz file"):
-        with zipfile.ZipFile(path) as entries:
-            require_room(path, sum(entry.file_size for entry in entries.infolist()))
-            names = [name.removesuffix(".npy") for name in entries.namelist()]
-            if not {"genes", "embeddings"} <= set(names):
-                raise DamagedFileError(f"{path.name} must hold arrays 'genes' and 'embeddings', but holds {names}.")
-            for name in ("genes", "embeddings"):
-                with entries.open(f"{name}.npy") as entry:
-                    require_room(path, _n_bytes(entry))
-        with np.load(path, allow_pickle=False) as arrays:
-            return pd.DataFrame(arrays["embeddings"], index=pd.Index(arrays["genes"]))
-
-
-def _n_bytes(file: IO[bytes]) -> int:
-    """Size of an array in a `.npy` file, by its header."""
-    version = np.lib.format.read_magic(file)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read(file)
-    return math.prod(shape) * dtype.itemsize
-
-
-def _read_h5ad(path: Path) -> pd.DataFrame:
-    with as_damaged(path, "h5ad file"):
-        check_h5(path)
-        table = anndata.read_h5ad(path)
-        require_room(path, 4 * table.n_obs * table.n_vars)
-        vectors = table.X.toarray() if sparse.issparse(table.X) else np.asarray(table.X)
-        return pd.DataFrame(vectors, index=table.obs_names, columns=table.var_names)
-
-
-_READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
-    ".pt": _read_pt,
-    ".parquet": _read_parquet,
-    ".csv": _read_csv,
-    ".npz": _read_npz,
-    ".h5ad": _read_h5ad,
-}

@@ -13,6 +13,7 @@ from mudata import MuData
 from scipy import sparse, stats
 
 from virtualcell import _keys
+from virtualcell._arguments import require_number, require_whole
 from virtualcell.data._design import Design, Scale, note_design, require_columns
 from virtualcell.data._labels import expression_modality, parts
 from virtualcell.data._results import ours, require_results
@@ -128,6 +129,9 @@ def knockdown_efficiency(
         )
     threshold = _THRESHOLDS[direction][0] if threshold is None else threshold
     cell_threshold = _THRESHOLDS[direction][1] if cell_threshold is None else cell_threshold
+    for argument, value in (("threshold", threshold), ("cell_threshold", cell_threshold)):
+        require_number(argument, value)
+    require_whole("min_cells", min_cells, 0)
     expression = expression_modality(adata, modality)
     beside = {"batch_key": batch_key, "dose_key": dose_key}
     require_columns(adata, modality, **beside)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import pandas as pd
 
 from virtualcell._numbers import as_numbers
 from virtualcell._reading import as_damaged, lines_of, open_text
+from virtualcell._text_tables import head_of
 from virtualcell.pp._genes import ENSEMBL_VERSION
 
 logger = logging.getLogger(__name__)
@@ -24,7 +26,7 @@ _ID = ("gene_id", "ensembl_id")
 _TABLES = {".tsv": "\t", ".txt": "\t", ".csv": ","}
 # Starts this close to one another make no difference to what is near them.
 _SAME_PLACE = 500
-_PLACE = re.compile(r"[0-9]{1,12}")
+_PLACE, _FARTHEST = re.compile(r"[0-9]{1,12}"), 10**12
 
 
 def gene_positions(gtf: str | Path | pd.DataFrame) -> pd.DataFrame:
@@ -45,16 +47,18 @@ def gene_positions(gtf: str | Path | pd.DataFrame) -> pd.DataFrame:
 
     Returns
     -------
-    One row per gene, sorted by name, which is the index ("gene"): `chromosome` as the source writes it; `start`, the
-    position of the first transcribed base, counted from 1 as in the source (`start` of the annotation on the strand +,
-    `end` on the strand -); `strand` ("+", "-", or missing) and `gene_id` without its version, where they are known.
+    One row per gene, sorted by name, which is the index ("gene"): `chromosome` as the source writes it ("1" where it
+    writes that and "chr1"); `start`, the position of the first transcribed base, counted from 1 as in the source
+    (`start` of the annotation on the strand +, `end` on the strand -); `strand` ("+", "-", or missing) and `gene_id`
+    without its version, where they are known.
 
     Raises
     ------
     FileNotFoundError
         If there is no such file.
     ValueError
-        If the file is of another kind, holds no genes, or lacks a column or a position.
+        If the file is of another kind, holds no genes, lacks a column or a position or has a column twice, or if no
+        gene has one place.
 
     Examples
     --------
@@ -63,6 +67,8 @@ def gene_positions(gtf: str | Path | pd.DataFrame) -> pd.DataFrame:
     {'JAK2': 4984390, 'STAT1': 191020960}
     >>> positions = vc.pp.gene_positions("gencode.v47.annotation.gtf.gz")  # doctest: +SKIP
     """
+    if not isinstance(gtf, str | os.PathLike | pd.DataFrame):
+        raise TypeError(f"gtf= takes the path of a file or a DataFrame, and not {type(gtf).__name__}.")
     table = _of_table(gtf) if isinstance(gtf, pd.DataFrame) else _read(Path(gtf))
     out = _one_place_each(table)
     out["gene_id"] = out["gene_id"].str.replace(ENSEMBL_VERSION, r"\1", regex=True)
@@ -80,7 +86,9 @@ def _read(path: Path) -> pd.DataFrame:
         return _of_annotation(path)
     if suffix in _TABLES:
         how = {"sep": _TABLES[suffix], "dtype": str, "keep_default_na": False, "na_values": [""]}  # a gene called NA
-        with as_damaged(path, "table of genes", "Is the download complete?"), open_text(path) as file:
+        what, remedy = "table of genes", "Is the download complete?"
+        head_of(path, _TABLES[suffix], what, remedy)
+        with as_damaged(path, what, remedy), open_text(path) as file:
             table = pd.read_csv(file, **how)
         return _of_table(table)
     raise ValueError(
@@ -132,7 +140,7 @@ def _attribute(text: str, key: str) -> str | None:
 def _of_table(table: pd.DataFrame) -> pd.DataFrame:
     if table.index.name in _SYMBOL and not set(_SYMBOL) & set(table):
         table = table.reset_index()
-    lowered = {str(c).lower(): c for c in table}
+    lowered = _lowered(table)
     columns = {}
     for what, names in (("gene", _SYMBOL), ("chromosome", _CHROMOSOME), ("strand", ("strand",)), ("gene_id", _ID)):
         found = next((lowered[n] for n in names if n in lowered), None)
@@ -146,13 +154,32 @@ def _of_table(table: pd.DataFrame) -> pd.DataFrame:
         raise ValueError("gtf has no rows: give a table with a row per gene.")
     out = pd.DataFrame(columns, index=table.index)
     out["start"] = _starts(table, lowered)
+    for column in ("gene", "chromosome"):
+        out[column] = out[column].map(_text, na_action="ignore").replace("", None)
     if (missing := out[["gene", "chromosome"]].isna().any(axis=1)).any():
         raise ValueError(
             f"gtf has {int(missing.sum())} rows without a gene or a chromosome. Drop them first: give "
             "table.dropna(subset=[...])."
         )
-    out[["gene", "chromosome"]] = out[["gene", "chromosome"]].astype(str)
     return out[["gene", "chromosome", "start", "strand", "gene_id"]]
+
+
+def _lowered(table: pd.DataFrame) -> dict[str, str]:
+    """Map names of columns in lower case to columns; raise where a name that is known stands for two."""
+    names = [str(c).lower() for c in table]
+    known = {*_SYMBOL, *_CHROMOSOME, *_TSS, *_ID, "start", "end", "strand"}
+    if twice := [name for name in dict.fromkeys(names) if name in known and names.count(name) > 1]:
+        same = [c for c, name in zip(table, names, strict=True) if name == twice[0]]
+        raise ValueError(
+            f"gtf has the columns {same}, of which one is needed: keep that, as with `table.loc[:, "
+            "~table.columns.str.lower().duplicated()]`."
+        )
+    return dict(zip(names, table, strict=True))
+
+
+def _text(value: object) -> str:
+    """Return a name without spaces around it; chromosome 1 is also called so where a missing value made it 1.0."""
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value).strip()
 
 
 def _starts(table: pd.DataFrame, lowered: dict[str, str]) -> pd.Series:
@@ -176,14 +203,17 @@ def _starts(table: pd.DataFrame, lowered: dict[str, str]) -> pd.Series:
 
 
 def _whole_numbers(table: pd.DataFrame, column: str) -> pd.Series:
-    numbers = as_numbers(table[column])
-    wrong = ~(numbers.ge(0) & (numbers % 1 == 0))
+    given = table[column]
+    if pd.api.types.is_bool_dtype(given) or pd.api.types.is_complex_dtype(given):
+        raise ValueError(f"gtf: column {column!r} is of the type {given.dtype}; positions are whole numbers.")
+    numbers = as_numbers(given).to_numpy(dtype=np.float64, na_value=np.nan)  # types of pyarrow have no remainder
+    wrong = ~((numbers >= 0) & (numbers < _FARTHEST) & (numbers == np.floor(numbers)))
     if wrong.any():
         raise ValueError(
-            f"gtf: column {column!r} holds {table.loc[wrong, column].iloc[0]}; positions are whole numbers of base "
-            f"pairs, of every gene. Drop the {int(wrong.sum())} rows that have none."
+            f"gtf: column {column!r} holds {given[wrong].iloc[0]}; positions are whole numbers of base pairs, of every "
+            f"gene. Drop the {int(wrong.sum())} rows that have none."
         )
-    return numbers.astype(np.int64)
+    return pd.Series(numbers.astype(np.int64), index=table.index)
 
 
 # -- names that stand for several genes -------------------------------------------------------------------------------
@@ -191,7 +221,9 @@ def _whole_numbers(table: pd.DataFrame, column: str) -> pd.Series:
 
 def _one_place_each(table: pd.DataFrame) -> pd.DataFrame:
     """Index by gene, each of which has one place; in an order of its own, so that the file's does not matter."""
-    table = table.sort_values(["gene", "chromosome", "start"], kind="stable")
+    bare = table["chromosome"].str.removeprefix("chr")
+    one_way = table.groupby(bare)["chromosome"].transform("min")  # chr1 is 1, where both are written
+    table = table.assign(chromosome=one_way).sort_values(["gene", "chromosome", "start"], kind="stable")
     bare = table["chromosome"].str.removeprefix("chr")
     on_sex = [set(table.loc[bare == c, "gene"]) for c in "XY"]
     elsewhere = set(table.loc[~bare.isin(["X", "Y"]), "gene"])
@@ -201,7 +233,10 @@ def _one_place_each(table: pd.DataFrame) -> pd.DataFrame:
     unclear = (by["chromosome"].transform("nunique") > 1) | (spread > _SAME_PLACE)
     if unclear.any():
         names = table.loc[unclear, "gene"].unique()
-        logger.info(
-            "%d names stand for genes at several places and are left out, such as %s.", len(names), ", ".join(names[:3])
-        )
+        several = f"{len(names)} names stand for genes at several places"
+        if unclear.all():
+            raise ValueError(
+                f"gtf: {several}, such as {', '.join(names[:3])}, and there are no others. Name each once."
+            )
+        logger.info("%s and are left out, such as %s.", several, ", ".join(names[:3]))
     return table[~unclear].drop_duplicates("gene").set_index("gene")

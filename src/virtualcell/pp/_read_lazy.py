@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from anndata import AnnData
 from anndata.io import read_elem, sparse_dataset
 from scipy import sparse
 
+from virtualcell._reading import DamagedFileError, as_damaged
 from virtualcell.data._dask import OF_FILES, dask_array
 from virtualcell.data._lazy import lazy_matrix
 from virtualcell.data._on_disk import LazyMatrix, place_of
@@ -58,7 +59,7 @@ def read_lazy(paths: str | os.PathLike | Sequence[str | os.PathLike], *, label: 
     ImportError
         Without dask.
     ValueError
-        For a file that repeats names of cells or genes, or shares no genes with the first one.
+        For a file that is damaged or no AnnData, repeats names of cells or genes, or shares no genes with the first.
 
     Examples
     --------
@@ -69,9 +70,11 @@ def read_lazy(paths: str | os.PathLike | Sequence[str | os.PathLike], *, label: 
     (True, ['plate1', 'plate2'])
     """
     dask_array("vc.pp.read_lazy")
-    given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+    given = [paths] if isinstance(paths, str | os.PathLike) else list(paths) if isinstance(paths, Iterable) else [paths]
     if not given:
         raise ValueError("paths=[] names no file.")
+    if wrong := [one for one in given if not isinstance(one, str | os.PathLike)]:
+        raise TypeError(f"paths= takes the path of a file, or a list of these, and not {type(wrong[0]).__name__}.")
     files = [_File.of(Path(path)) for path in given]
     genes = _shared_genes(files)
     obs = _joined_obs(files)
@@ -85,7 +88,8 @@ def read_lazy(paths: str | os.PathLike | Sequence[str | os.PathLike], *, label: 
         if all(file.has_x if name is None else name in file.layers for file in files)
     }
     if not matrices:
-        raise ValueError("the files have no matrix in common: neither X nor a layer of the same name.")
+        what = {file.path.name: ["X"] * file.has_x + file.layers for file in files}
+        raise ValueError(f"the files have no matrix in common, X or a layer of the same name: they hold {what}.")
     return AnnData(matrices.pop(None, None), obs=obs, var=files[0].var.loc[genes], layers=matrices)
 
 
@@ -100,7 +104,8 @@ class _File(NamedTuple):
     def of(cls, path: Path) -> _File:
         if not path.exists():
             raise FileNotFoundError(f"there is no file {path}.")
-        with _opened(path) as group:
+        with _as_damaged(path), _opened(path) as group:
+            _check_kind(group, path)
             obs, var = read_elem(group["obs"]), read_elem(group["var"])
             file = cls(path, obs, var, "X" in group, sorted(group["layers"]) if "layers" in group else [])
         for what, names in (("obs_names", obs.index), ("var_names", var.index)):
@@ -110,15 +115,55 @@ class _File(NamedTuple):
         return file
 
 
+def _as_damaged(path: Path) -> AbstractContextManager[None]:
+    """Name the file in what h5py, zarr and anndata raise. It is not read first, as other files are: it may be huge."""
+    return as_damaged(path, "zarr store of AnnData" if path.is_dir() else "h5ad file", "Is it whole?")
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     if path.is_dir():
         import zarr
 
+        if not any((path / name).exists() for name in ("zarr.json", ".zgroup")):
+            raise DamagedFileError(
+                f"{path} is a folder, and no zarr store: it has neither zarr.json nor .zgroup. Name the files in it, "
+                "or the folder that `write_zarr` wrote."
+            )
         yield zarr.open_group(path, mode="r")
     else:
-        with h5py.File(path, "r") as file:
+        try:
+            opened = h5py.File(path, "r")
+        except BlockingIOError as error:
+            said = f"{path} is open for writing in another process, or is still being written. Close it there first."
+            raise BlockingIOError(error.errno, said) from error
+        with opened as file:
             yield file
+
+
+def _check_kind(group: Any, path: Path) -> None:
+    """Raise for what is no AnnData, and say how the formats that are known become one."""
+    keys, name = set(group), str(path)
+    if {"obs", "var"} <= keys and "mod" not in keys:
+        return
+    if "mod" in keys:
+        modalities = sorted(group["mod"])
+        one = "rna" if "rna" in modalities else [*modalities, "rna"][0]
+        how = f"mudata.read_h5ad({name!r}, mod={one!r}).write_h5ad({f'{one}.h5ad'!r})"
+        remedy = f"`vc.pp.read_lazy({f'{name}/mod/{one}'!r})` opens" if path.is_dir() else f"`{how}` writes"
+        raise DamagedFileError(f"{path} is MuData, with the modalities {modalities}. {remedy} one of them.")
+    if "matrix" in keys or any("barcodes" in group[key] for key in keys if hasattr(group[key], "keys")):
+        kind, read = "10x Genomics", f"scanpy.read_10x_h5({name!r})"
+        if "col_attrs" in keys:
+            kind, read = "loom", f"anndata.io.read_loom({name!r})"
+        raise DamagedFileError(
+            f"{path} is a file of {kind}, and not of AnnData. Write it as one: "
+            f"`{read}.write_h5ad({path.with_suffix('.h5ad').name!r})`."
+        )
+    raise DamagedFileError(
+        f"{path} is no AnnData: it holds {sorted(keys)[:5]}, and neither of obs and var may lack. Give files that "
+        "`write_h5ad` or `write_zarr` wrote."
+    )
 
 
 def _shared_genes(files: list[_File]) -> pd.Index:
@@ -178,6 +223,17 @@ def _matrix(group: Any, place: str) -> LazyMatrix:
     return lazy_matrix(sparse_dataset(element) if hasattr(element, "keys") else element, place)
 
 
+def _edges(group: Any, place: str, file: _File) -> np.ndarray:
+    """First rows of the blocks that a matrix is read in, and the number of rows."""
+    matrix, expected = _matrix(group, place), (len(file.obs), len(file.var))
+    if tuple(matrix.shape) != expected:
+        raise DamagedFileError(
+            f"{file.path} is damaged: {place} has the shape {tuple(matrix.shape)}, and obs and var say {expected}. "
+            "Write it anew."
+        )
+    return np.unique([*range(0, len(file.obs), _CHUNK), *matrix.edges])
+
+
 def _stacked(files: list[_File], place: str, genes: pd.Index) -> Any:
     """Matrices of all files as one dask array, whose name changes with any of them."""
     pieces, chunks, known, first = [], [], [], 0
@@ -185,9 +241,8 @@ def _stacked(files: list[_File], place: str, genes: pd.Index) -> Any:
         where = file.var.index.get_indexer(genes)
         columns = None if np.array_equal(where, np.arange(len(file.var))) else where
         pieces.append(_Piece(file.path.resolve(), place, first, columns))
-        with _opened(file.path) as group:
-            edges = np.unique([*range(0, len(file.obs), _CHUNK), *_matrix(group, place).edges])
-            chunks += np.diff(edges).tolist()
+        with _as_damaged(file.path), _opened(file.path) as group:
+            chunks += np.diff(_edges(group, place, file)).tolist()
             known.append((place_of(group[place]), where.tobytes()))
         first += len(file.obs)
     name = OF_FILES + hashlib.sha256(repr(known).encode()).hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,11 +11,15 @@ import numpy as np
 import pandas as pd
 
 from virtualcell._reading import SAFE_NUMBERS, as_damaged, lines_of, open_text
+from virtualcell._text_tables import head_of, is_number, numbers_rows
+
+logger = logging.getLogger(__name__)
 
 _MOST_ROWS = 200_000_000  # STRING has 14 million links for human; more is a broken or hostile file
 _ROWS_AT_A_TIME = 1_000_000
 _STRING_HEADER = ("protein1", "protein2")
 _INFO_ID, _INFO_NAME = "string_protein_id", "preferred_name"
+_PAIRS, _COMPLETE = "table of pairs", "Is the download complete?"
 _SYMBOL, _QUALIFIER, _TERM = 2, 3, 4  # columns of a GAF file
 
 
@@ -41,7 +46,7 @@ def read_annotations(path: Path) -> dict[str, set[str]]:
         if len(fields) < 15:
             raise ValueError(f"Line {number} of {path.name} has {len(fields)} columns, not the 15 or more of GAF.")
         if "NOT" not in fields[_QUALIFIER].split("|"):
-            terms.setdefault(fields[_TERM], set()).add(fields[_SYMBOL])
+            terms.setdefault(fields[_TERM], set()).update({fields[_SYMBOL].strip()} - {""})
     return terms
 
 
@@ -49,63 +54,80 @@ def read_edges(path: Path, names: Path | None, min_score: float) -> pd.DataFrame
     """Read pairs of genes with weights, `a`, `b`, `weight`: each pair once, a before b, none with itself."""
     is_string = path.name.removesuffix(".gz").endswith(".txt")
     separator = " " if is_string else "," if path.name.removesuffix(".gz").endswith(".csv") else "\t"
-    # a gene may be called NA or nan; only what is empty is missing
-    how = {"sep": separator, "keep_default_na": False, "na_values": [""], "chunksize": _ROWS_AT_A_TIME}
+    columns = _columns(head_of(path, separator, _PAIRS, _COMPLETE), path, is_string)
+    # genes may be called by numbers, NA or nan; only what is empty is missing
+    how = {"sep": separator, "keep_default_na": False, "na_values": [""], "dtype": dict.fromkeys(columns[:2], str)}
     kept, n_rows = [], 0
     for chunk in _chunks(path, **how):
         n_rows += len(chunk)
         if n_rows > _MOST_ROWS:
             raise ValueError(f"{path.name} has more than {_MOST_ROWS:,} rows.")
-        kept.append(_edges(chunk, path, is_string, min_score))
+        kept.append(_edges(chunk[columns], path, is_string, min_score))
     edges = pd.concat(kept, ignore_index=True)
     if is_string:
         edges = _named(edges, path, names)
-    edges = edges[edges["a"] != edges["b"]]
-    first, second = np.sort(edges[["a", "b"]].to_numpy(dtype=str), axis=1).T.astype(object)
-    pairs = pd.DataFrame({"a": first, "b": second, "weight": edges["weight"].to_numpy()})
-    return pairs.groupby(["a", "b"], sort=True, as_index=False)["weight"].max()
+    first, second = (edges[end].astype(str).str.strip() for end in ("a", "b"))
+    if not is_string and {column.strip() for column in columns[:2]} <= {*first, *second}:
+        raise _no_header(path, columns)
+    pairs = np.sort(np.stack([first, second], axis=1).astype(str), axis=1).astype(object)
+    table = pd.DataFrame({"a": pairs[:, 0], "b": pairs[:, 1], "weight": edges["weight"].to_numpy()})
+    table = table[(first != second).to_numpy() & (table["a"] != "")]  # the empty name comes first
+    return table.groupby(["a", "b"], sort=True, as_index=False)["weight"].max()
+
+
+def _columns(head: pd.DataFrame, path: Path, is_string: bool) -> list[str]:
+    """Return the columns of the two genes, and of the score if there is one, by the first rows."""
+    columns = list(head.columns)
+    if is_string:
+        if tuple(columns[:2]) != _STRING_HEADER or "combined_score" not in columns:
+            raise ValueError(
+                f"{path.name} begins with {columns[:3]}, not as STRING's files of links do: protein1 protein2 ... "
+                "combined_score. Another list of pairs must end in .tsv or .csv."
+            )
+        return [*_STRING_HEADER, "combined_score"]
+    if len(columns) > 2 and numbers_rows(columns[0], head[columns[0]]):
+        if head[columns[2]].map(is_number).any():  # a score behind two genes, or a gene behind the index and another
+            raise ValueError(
+                f"{path.name} begins with a column that has no name and numbers the rows. Write the table without it, "
+                "`to_csv(..., index=False)`; or name it, if these are genes."
+            )
+        logger.info("%s: the column %r numbers its rows, and is left out.", path.name, columns[0])
+        columns = columns[1:]
+    if len(columns) < 2:
+        raise ValueError(
+            f"{path.name} has one column, {columns[0]!r}. Needed are two genes a row, and perhaps a score."
+        )
+    columns = columns[:3]
+    are_counted = columns == [str(i) for i in range(len(columns))]  # as pandas calls columns without names
+    if any(is_number(column) for column in columns) and not are_counted:
+        raise _no_header(path, columns)
+    return columns
+
+
+def _no_header(path: Path, columns: list[str]) -> ValueError:
+    return ValueError(f"{path.name} has no header: it begins with {columns}. Name its columns in a first line.")
 
 
 def _chunks(path: Path, **how: object) -> Iterator[pd.DataFrame]:
     with (
-        as_damaged(path, "table of pairs", "Is the download complete?"),
+        as_damaged(path, _PAIRS, _COMPLETE),
         open_text(path) as file,
-        pd.read_csv(file, **SAFE_NUMBERS, **how) as chunks,
+        pd.read_csv(file, chunksize=_ROWS_AT_A_TIME, **SAFE_NUMBERS, **how) as chunks,
     ):
         yield from chunks
 
 
 def _edges(chunk: pd.DataFrame, path: Path, is_string: bool, min_score: float) -> pd.DataFrame:
-    """Take the names and the weight of each row, and leave out what scores too low."""
-    columns = list(chunk.columns)
-    if is_string and (tuple(columns[:2]) != _STRING_HEADER or "combined_score" not in columns):
-        raise ValueError(
-            f"{path.name} begins with {columns[:3]}, not as STRING's files of links do: protein1 protein2 ... "
-            "combined_score. Another list of pairs must end in .tsv or .csv."
-        )
-    if len(columns) < 2:
-        raise ValueError(
-            f"{path.name} has one column, {columns[0]!r}. Needed are two genes a row, and perhaps a score."
-        )
-    edges = chunk[columns[:2]].set_axis(["a", "b"], axis=1)
-    if len(columns) == 2:
-        return edges.dropna().astype(str).assign(weight=1.0)
-    if _is_number(columns[2]):
-        raise ValueError(f"{path.name} has no header: it begins with {columns[:3]}. Name its columns in a first line.")
-    score = chunk["combined_score"] if is_string else chunk[columns[2]]
+    """Give each row a weight, and leave out what scores too low."""
+    edges = chunk.iloc[:, :2].set_axis(["a", "b"], axis=1)
+    if chunk.shape[1] == 2:
+        return edges.dropna().assign(weight=1.0)
+    score = chunk.iloc[:, 2]
     if not pd.api.types.is_numeric_dtype(score) or not np.isfinite(score).all() or (score < 0).any():
-        raise ValueError(f"Column {columns[2]!r} of {path.name} must hold scores: numbers of 0 or more.")
+        raise ValueError(f"Column {score.name!r} of {path.name} must hold scores: numbers of 0 or more.")
     score = score / 1000 if is_string else score
     keep = (score >= min_score) & (score > 0) & edges.notna().all(axis=1)
-    return edges[keep].astype(str).assign(weight=score[keep].astype(float))
-
-
-def _is_number(name: str) -> bool:
-    try:
-        float(name)
-    except ValueError:
-        return False
-    return True
+    return edges[keep].assign(weight=score[keep].astype(float))
 
 
 def _named(edges: pd.DataFrame, path: Path, names: Path | None) -> pd.DataFrame:

@@ -10,6 +10,7 @@ from anndata import AnnData
 from mudata import MuData
 
 from virtualcell import _keys
+from virtualcell._arguments import require_whole
 from virtualcell.data._design import Scale
 from virtualcell.data._expression import Expression
 from virtualcell.data._labels import expression_modality
@@ -79,8 +80,7 @@ def cell_sentences(
     >>> bool(adata[0, table.index[first[0]]].X.max() == adata[0].X.max())
     True
     """
-    if length < 1:
-        raise ValueError(f"length={length} must be at least 1.")
+    require_whole("length", length)
     gene_embeddings = as_table(gene_embeddings, "gene_embeddings")
     rna = expression_modality(adata, modality)
     require_results(rna)

@@ -16,6 +16,7 @@ from anndata import AnnData
 from mudata import MuData
 
 from virtualcell import _keys
+from virtualcell._arguments import require_number
 from virtualcell._errors import unknown_name
 from virtualcell._keys import SPLITS
 from virtualcell._reading import as_damaged, mapping_of, read_json, require_bounded
@@ -204,8 +205,7 @@ def _kind(holdout: Mapping, val_fraction: float, context_key: str | None) -> str
             f"holdout={dict(holdout)!r} is none of the four kinds. Give one of {{'contexts': ...}}, "
             "{'contexts': ..., 'perturbations': ...}, {'perturbations': ...} or {'fraction': ...}."
         )
-    if not isinstance(val_fraction, Real) or not 0 <= val_fraction < 1:
-        raise ValueError(f"val_fraction={val_fraction!r} must be at least 0 and less than 1.")
+    require_number("val_fraction", val_fraction, below=1)
     if "contexts" in holdout and context_key is None:
         raise ValueError(
             "holdout names contexts, but context_key is not given. Name the column of obs that holds them."

@@ -15,8 +15,8 @@ from mudata import MuData
 from scipy import sparse
 
 from virtualcell import _settings
+from virtualcell._arguments import require_whole
 from virtualcell._interrupted import told_when_interrupted
-from virtualcell._numbers import whole_number
 from virtualcell._progress import Bar
 from virtualcell._threads import count_threads, own_threads
 from virtualcell.data._design import Design, Scale, check_library_sizes
@@ -181,13 +181,13 @@ def benchmark(
     metrics = metric_names(suite)  # a wrong name shows now, and not when all is fitted
     count_threads(n_jobs)
     if n_cells is not None:
-        whole_number("n_cells", n_cells)
+        require_whole("n_cells", n_cells)
     if not is_several(seeds):
         raise TypeError(f"seeds={seeds!r} must be a list of numbers, such as ({seeds!r},).")
     if not len(seeds):
         raise ValueError("seeds=() is empty: give at least one, seeds=(0,).")
     for seed in seeds:
-        whole_number("seeds", seed, 0)
+        require_whole("seeds", seed, 0)
     if suite == VCC2026:
         import_module("virtualcell.tl._vcc2026")  # an optional dependency: what is missing shows now
     check_library_sizes(scale, library_size_key)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, Self
 
+from virtualcell._arguments import require_whole
 from virtualcell._errors import unknown_name
 from virtualcell._settings import settings
 
@@ -198,8 +199,7 @@ def _remedy(name: str) -> str:
 
 
 def _check_whole(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < _WHOLE[name]:
-        raise ValueError(f"{name}={value!r} is not a whole number of at least {_WHOLE[name]}. {_remedy(name)}")
+    require_whole(name, value, _WHOLE[name], _remedy(name))
 
 
 def _check_number(name: str, value: object) -> None:
