@@ -196,7 +196,7 @@ def test_several_splits_live_side_by_side_and_spare_what_others_wrote(screen, tm
         ({"holdout": {"perturbations": 1.5}}, ValueError, "fraction between 0 and 1"),
         ({"holdout": {"fraction": 1.0}}, ValueError, "must be a number between 0 and 1"),
         ({"holdout": {"fraction": "0.2"}}, ValueError, "fraction': '0.2'} must be a number between 0 and 1"),
-        ({"holdout": {"fraction": 0.1}, "val_fraction": "0.1"}, ValueError, "val_fraction='0.1' must be"),
+        ({"holdout": {"fraction": 0.1}, "val_fraction": "0.1"}, ValueError, "val_fraction='0.1' is not a number"),
         ({"holdout": {"fraction": 0.1}, "seed": -1}, ValueError, "seed=-1 is not a whole number of at least 0"),
         ({"holdout": {"fraction": 0.1}, "key_added": 3}, TypeError, "key_added=3 must be the name of a column"),
         ({"holdout": {"fraction": 0.1}, "key_added": "cell_type"}, ValueError, "is the column of context_key=, which"),
