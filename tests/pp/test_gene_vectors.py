@@ -142,7 +142,9 @@ def test_a_first_column_without_a_name_holds_the_names_unless_it_counts_the_rows
             read(path, text)
     with pytest.raises(ValueError, match=r"holds numbers such as '0\.1257.*' in its column 'a', where the names"):
         read(path, TABLE.to_csv(index=False))
-    with pytest.raises(ValueError, match=r"has 1 columns without a name, as commas at the ends of lines"):
+    with pytest.raises(
+        ValueError, match=r"has 1 columns without a name, with values such as 'nan'\. Commas at the ends"
+    ):
         read(path, "gene,a,\nSTAT1,1,\nMYC,2,\n")
 
 
