@@ -83,6 +83,9 @@ def test_bad_files(tmp_path: Path) -> None:
         vc.pp.read_gene_embeddings(tmp_path / "table.tsv")
     with pytest.raises(FileNotFoundError, match=r"none\.pt' does not exist"):
         vc.pp.read_gene_embeddings(tmp_path / "none.pt")
+    (tmp_path / "folder.csv").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"folder\.csv' is a folder"):
+        vc.pp.read_gene_embeddings(tmp_path / "folder.csv")
     torch.save({"A": torch.ones(2), "B": torch.ones(3)}, tmp_path / "lengths.pt")
     with pytest.raises(ValueError, match=r"vectors of different lengths: \[2, 3\]"):
         vc.pp.read_gene_embeddings(tmp_path / "lengths.pt")
