@@ -10,7 +10,7 @@ import pandas as pd
 
 from virtualcell._reading import as_damaged, open_text
 
-_ROWS = 1000  # that tell what a column holds
+_ROWS = 100  # that tell what a column holds
 _SEPARATORS = (";", "\t", "|", ",", " ")
 _UNNAMED = re.compile(r"(Unnamed: \d+)?(\.\d+)*")  # what pandas calls a column without a name
 _INDEX = re.compile(r"index|level_\d+|__index_level_\d+__")  # how an index is called that became a column

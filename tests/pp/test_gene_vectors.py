@@ -83,6 +83,9 @@ def test_bad_files(tmp_path: Path) -> None:
         vc.pp.read_gene_embeddings(tmp_path / "table.tsv")
     with pytest.raises(FileNotFoundError, match=r"none\.pt' does not exist"):
         vc.pp.read_gene_embeddings(tmp_path / "none.pt")
+    (tmp_path / "folder.csv").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"folder\.csv' is a folder"):
+        vc.pp.read_gene_embeddings(tmp_path / "folder.csv")
     torch.save({"A": torch.ones(2), "B": torch.ones(3)}, tmp_path / "lengths.pt")
     with pytest.raises(ValueError, match=r"vectors of different lengths: \[2, 3\]"):
         vc.pp.read_gene_embeddings(tmp_path / "lengths.pt")
@@ -142,7 +145,9 @@ def test_a_first_column_without_a_name_holds_the_names_unless_it_counts_the_rows
             read(path, text)
     with pytest.raises(ValueError, match=r"holds numbers such as '0\.1257.*' in its column 'a', where the names"):
         read(path, TABLE.to_csv(index=False))
-    with pytest.raises(ValueError, match=r"has 1 columns without a name, as commas at the ends of lines"):
+    with pytest.raises(
+        ValueError, match=r"has 1 columns without a name, with values such as 'nan'\. Commas at the ends"
+    ):
         read(path, "gene,a,\nSTAT1,1,\nMYC,2,\n")
 
 

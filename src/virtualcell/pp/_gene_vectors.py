@@ -68,8 +68,8 @@ def read_gene_embeddings(path: str | Path) -> pd.DataFrame:
     reader = _READERS.get(Path(name).suffix)
     if reader is None:
         raise ValueError(f"path={str(path)!r} has an unknown suffix. Known: {', '.join(_READERS)}, .csv.gz.")
-    if not path.exists():
-        raise FileNotFoundError(f"path={str(path)!r} does not exist.")
+    if not path.is_file():
+        raise FileNotFoundError(f"path={str(path)!r} {'is a folder' if path.is_dir() else 'does not exist'}.")
     frame = _of_features(reader(path), path)
     names = [_name(name, path) for name in frame.index]
     if missing := names.count(""):
@@ -97,10 +97,11 @@ def _of_features(frame: pd.DataFrame, path: Path) -> pd.DataFrame:
     if is_index.any():
         logger.info("%s: the columns %s number its rows, and are left out.", path.name, list(frame.columns[is_index]))
     columns = [one for one, without in zip(columns, is_index, strict=True) if not without]
-    if nameless := [name for name, _ in columns if is_unnamed(name)]:
+    if nameless := [column for name, column in columns if is_unnamed(name)]:
+        held = f", with values such as {str(nameless[0].iloc[0])[:50]!r}" if len(frame) else ""
         raise ValueError(
-            f"{path.name} has {len(nameless)} columns without a name, as commas at the ends of lines make them. Drop "
-            "them, or name them if they are features."
+            f"{path.name} has {len(nameless)} columns without a name{held}. Commas at the ends of lines make empty "
+            "ones. Drop them, or name them if they are features."
         )
     text = [(name, column) for name, column in columns if not _is_real(column)]
     if text:

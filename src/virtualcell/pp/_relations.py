@@ -66,13 +66,15 @@ def read_edges(path: Path, names: Path | None, min_score: float) -> pd.DataFrame
     edges = pd.concat(kept, ignore_index=True)
     if is_string:
         edges = _named(edges, path, names)
-    first, second = (edges[end].astype(str).str.strip() for end in ("a", "b"))
-    if not is_string and {column.strip() for column in columns[:2]} <= {*first, *second}:
+    rows, spelled = pd.factorize(edges[["a", "b"]].to_numpy(dtype=object).ravel())
+    genes, row = np.unique(np.array([name.strip() for name in spelled], dtype=str), return_inverse=True)
+    if not is_string and {column.strip() for column in columns[:2]} <= set(genes.tolist()):
         raise _no_header(path, columns)
-    pairs = np.sort(np.stack([first, second], axis=1).astype(str), axis=1).astype(object)
-    table = pd.DataFrame({"a": pairs[:, 0], "b": pairs[:, 1], "weight": edges["weight"].to_numpy()})
-    table = table[(first != second).to_numpy() & (table["a"] != "")]  # the empty name comes first
-    return table.groupby(["a", "b"], sort=True, as_index=False)["weight"].max()
+    ends = np.sort(row[rows].reshape(-1, 2), axis=1)
+    pairs = pd.DataFrame({"a": ends[:, 0], "b": ends[:, 1], "weight": edges["weight"].to_numpy()})
+    pairs = pairs[(ends[:, 0] != ends[:, 1]) & ~np.isin(ends[:, 0], np.flatnonzero(genes == ""))]
+    pairs = pairs.groupby(["a", "b"], sort=True, as_index=False)["weight"].max()
+    return pairs.assign(**{end: genes[pairs[end]].astype(object) for end in ("a", "b")})
 
 
 def _columns(head: pd.DataFrame, path: Path, is_string: bool) -> list[str]:
