@@ -39,8 +39,6 @@ def test_functions_of_pp_check_their_numbers(tmp_path):
             lambda x: vc.pp.gene_features(tmp_path / "sets.gmt", n_comps=x),
             lambda x: vc.pp.expression_gene_embeddings(adata, n_comps=x),
         ],
-        "min_genes": [lambda x: vc.pp.gene_features(tmp_path / "sets.gmt", min_genes=x)],
-        "max_genes": [lambda x: vc.pp.gene_features(tmp_path / "sets.gmt", max_genes=x)],
         "length": [lambda x: vc.pp.cell_sentences(adata, table, length=x)],
         "min_cells": [lambda x: vc.pp.knockdown_efficiency(adata, **design, min_cells=x)],
         "max_length": [lambda x: vc.pp.gene_embeddings({"A": "MA"}, max_length=x)],
@@ -52,6 +50,8 @@ def test_functions_of_pp_check_their_numbers(tmp_path):
                 with pytest.raises(ValueError, match=f"{argument}={value!r} is not a whole number"):
                     call(value)
     calls = {
+        "min_genes": [lambda x: vc.pp.gene_features(tmp_path / "sets.gmt", min_genes=x)],
+        "max_genes": [lambda x: vc.pp.gene_features(tmp_path / "sets.gmt", max_genes=x)],
         "min_score": [lambda x: vc.pp.gene_features(tmp_path / "sets.gmt", min_score=x)],
         "threshold": [lambda x: vc.pp.knockdown_efficiency(adata, **design, threshold=x)],
         "cell_threshold": [lambda x: vc.pp.knockdown_efficiency(adata, **design, cell_threshold=x)],
@@ -62,3 +62,5 @@ def test_functions_of_pp_check_their_numbers(tmp_path):
             for value in ("0.3", -1, float("nan"), True):
                 with pytest.raises(ValueError, match=f"{argument}={value!r} is not a number of at least 0"):
                     call(value)
+    everything = vc.pp.gene_features(tmp_path / "sets.gmt", n_comps=2, min_genes=0, max_genes=float("inf"))
+    assert len(everything) == 16

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from virtualcell._errors import UnknownNameError, unknown_name
+from virtualcell._errors import UnknownNameError, as_it_looks, unknown_name
 
 
 def test_message_names_argument_value_nearest_and_remedy() -> None:
@@ -27,6 +27,25 @@ def test_a_name_that_looks_the_same_is_shown_by_its_characters() -> None:
     expected = r"Did you mean 'contr\xf4le'? That looks the same, and is of other characters. Name it."
     assert str(error) == rf"control='contro\u0302le' is unknown. {expected}"
     assert str(unknown_name("key", "\xe9", ["e"])) == "key='\xe9' is unknown. Known: 'e'."
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "are_one"),
+    [
+        ("contr\u00f4le", "contro\u0302le", True),
+        ("5 \u00b5M", "5 \u03bcM", True),
+        ("A\u200b", "A", True),
+        ("\ufb01lter", "filter", True),
+        ("A\u00a0B", "A B", True),
+        ("10\u2075", "105", False),
+        ("CD8\u207a T", "CD8+ T", False),
+        ("H\u2082O", "H2O", False),
+        ("\u2460", "1", False),
+        ("\u03b1", "a", False),
+    ],
+)
+def test_what_looks_the_same(one: str, other: str, are_one: bool) -> None:
+    assert (as_it_looks(one) == as_it_looks(other)) is are_one
 
 
 def test_names_need_not_be_strings_and_may_come_once() -> None:

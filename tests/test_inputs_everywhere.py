@@ -802,6 +802,28 @@ def test_designs_that_tell_nothing(case: str, plain: ad.AnnData) -> None:
 # -- names that are no text, and arguments of another kind -------------------------------------------------------------
 
 
+def test_names_of_several_parts(plain: ad.AnnData) -> None:
+    data = plain.copy()
+    data.obs.index = pd.MultiIndex.from_arrays([data.obs["ctx"], data.obs_names])
+    with pytest.raises(ValueError, match=r"\('x', 'cell0'\), which is no text") as refused:
+        fitted(data)
+    exec(str(refused.value).split("`")[1], {"adata": data})
+    assert data.obs_names[0] == "x-cell0"
+    assert fitted(data).perturbations == ["A", "B", "C"]
+
+
+def test_names_that_are_text_of_any_type(plain: ad.AnnData) -> None:
+    for dtype in (
+        "category",
+        "string",
+        pd.ArrowDtype(pa.string()),
+        pd.ArrowDtype(pa.dictionary(pa.int32(), pa.string())),
+    ):
+        data = plain.copy()
+        data.var.index = data.var_names.astype(dtype)
+        assert fitted(data).genes == sorted(plain.var_names)
+
+
 @pytest.mark.parametrize("table", ["var", "obs"])
 @pytest.mark.parametrize("names", ["numbers", "missing"])
 def test_names_that_are_no_text(table: str, names: str, plain: ad.AnnData, calls: dict[str, Callable]) -> None:
@@ -822,7 +844,7 @@ def test_names_that_are_no_text(table: str, names: str, plain: ad.AnnData, calls
         setattr(data, f"{table}_names", frame["symbol"])  # as is advised
         assert list(getattr(data, f"{table}_names")) == list(before)
     else:
-        setattr(data, f"{table}_names", getattr(data, f"{table}_names").astype(str))
+        setattr(data, f"{table}_names", before)
     assert fitted(data).perturbations == ["A", "B", "C"]
 
 

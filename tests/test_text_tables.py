@@ -3,7 +3,7 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from virtualcell._text_tables import are_values, counts_rows, is_number, numbers_rows
+from virtualcell._text_tables import are_values, counts_rows, head_of, is_number, numbers_rows
 
 
 @pytest.mark.parametrize(
@@ -56,3 +56,20 @@ def test_numbers(text):
 @pytest.mark.parametrize("text", ["G1", "nan", "inf", "1_0", "", "1.2.3", "."])
 def test_no_numbers(text):
     assert not is_number(text)
+
+
+def test_names_of_rows_that_r_writes(tmp_path):
+    (tmp_path / "x.tsv").write_text("a\tb\n1\tSTAT1\tJAK2\n2\tSTAT1\tIRF1\n")
+    assert list(head_of(tmp_path / "x.tsv", "\t", "table")["b"]) == ["JAK2", "IRF1"]
+    (tmp_path / "x.tsv").write_text("a\tb\nSTAT1\tJAK2\t0.5\n")
+    with pytest.raises(ValueError, match="rows with more values than its first line has names"):
+        head_of(tmp_path / "x.tsv", "\t", "table")
+
+
+def test_how_another_separator_is_mended(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text("gene;x\nNA;1.5\n007;2\n")
+    with pytest.raises(ValueError, match="it is separated by ';'") as refused:
+        head_of(path, ",", "table")
+    exec(str(refused.value).split("`")[1], {"pd": pd})
+    assert path.read_text() == "gene,x\nNA,1.5\n007,2\n"

@@ -21,8 +21,13 @@ def as_it_looks(name: str) -> str:
     """
     if name.isascii():
         return name.strip()
-    shown = "".join(c for c in name if unicodedata.category(c) != "Cf")
-    return unicodedata.normalize("NFKC", shown).strip()
+    shown = unicodedata.normalize("NFC", "".join(c for c in name if unicodedata.category(c) != "Cf"))
+    # what stands high, low or in a circle looks different
+    return "".join(c if _is_set_apart(c) else unicodedata.normalize("NFKC", c) for c in shown).strip()
+
+
+def _is_set_apart(character: str) -> bool:
+    return unicodedata.decomposition(character).startswith(("<super>", "<sub>", "<fraction>", "<circle>"))
 
 
 def unknown_name(argument: str, value: object, valid: Iterable[object], remedy: str = "") -> UnknownNameError:

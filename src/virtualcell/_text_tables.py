@@ -24,7 +24,7 @@ def head_of(path: Path, separator: str, what: str, remedy: str = "") -> pd.DataF
     ------
     ValueError
         If its values are separated by something else, or its rows have more values than its header has names: of such
-        a table pandas takes the first column for an index, so that names stand above other values than their own.
+        a table pandas takes the first column for an index. That is right where it numbers the rows, as R does.
     """
     with as_damaged(path, what, remedy), open_text(path) as file:
         head = pd.read_csv(file, sep=separator, dtype=str, keep_default_na=False, nrows=_ROWS)
@@ -34,10 +34,10 @@ def head_of(path: Path, separator: str, what: str, remedy: str = "") -> pd.DataF
             to = "" if separator == "," else f"sep={separator!r}, "
             raise ValueError(
                 f"{path.name} has one column, {names[0][:80]!r}: it is separated by {other!r}, and not by "
-                f"{separator!r}. Write it anew: `pd.read_csv({str(path)!r}, sep={other!r})"
-                f".to_csv({str(path)!r}, {to}index=False)`."
+                f"{separator!r}. Write it anew: `pd.read_csv({str(path)!r}, sep={other!r}, dtype=str, "
+                f"keep_default_na=False).to_csv({str(path)!r}, {to}index=False)`."
             )
-    if has_more:
+    if has_more and not counts_rows("index", head.index.to_series()):  # which write.table of R writes
         raise ValueError(
             f"{path.name} has rows with more values than its first line has names, {names[:3]}"
             f"{'...' if len(names) > 3 else ''}. Give every column a name there, that of the genes too."

@@ -127,3 +127,8 @@ def test_no_gene_leaves_the_range_of_its_neighbours() -> None:
 def test_outside_of_the_range_nothing_is_told(dose: float) -> None:
     with pytest.raises(ValueError, match=r"lies outside of the measured range, 0.1 to 10.0"):
         check_between("A", dose, [10.0, 0.1])
+
+
+@pytest.mark.parametrize("dose", [1.0, 1234567.0, 16777217.0, 123456789.0])
+def test_whole_doses_are_what_they_are(dose: float) -> None:
+    assert as_dose(dose) == dose

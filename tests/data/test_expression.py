@@ -457,6 +457,17 @@ def test_logarithms_of_what_was_never_counted_are_read() -> None:
     rng = np.random.default_rng(0)
     log = np.log1p(rng.gamma(0.5, 20.0, (300, 50)) * (rng.random((300, 50)) < 0.4)).astype(np.float32)
     np.testing.assert_array_equal(read(AnnData(log), scale="log1p"), log)
+    # means of cells, whose smallest value is often the smallest that the decimals leave
+    ones = rng.poisson(0.3, (2000, 200)) * rng.uniform(1, 9, (2000, 1))
+    means = np.stack([np.log1p(ones)[rng.integers(0, 2000, 100)].mean(axis=0) for _ in range(60)])
+    for decimals in (1, 2, 3, 4):
+        log = means.round(decimals).astype(np.float32)
+        np.testing.assert_array_equal(read(AnnData(log), scale="log1p"), log)
+    rounded = (log / log.max()).round(1)
+    np.testing.assert_array_equal(read(AnnData(rounded), scale="log1p"), rounded)
+    # zero or one count each, of few genes: far beyond what numbers hold when a second logarithm is undone
+    few = np.log1p(rng.integers(0, 2, (300, 50)) * rng.uniform(50, 200, (300, 1))).astype(np.float32)
+    np.testing.assert_array_equal(read(AnnData(few), scale="log1p"), few)
     counts = rng.poisson(1.0, (300, 50)) * rng.uniform(1, 9, (300, 1))
     for to in (lambda x: x.round(2), lambda x: x.astype(np.float16)):
         log = to(np.log1p(counts)).astype(np.float32)

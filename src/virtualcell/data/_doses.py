@@ -21,9 +21,11 @@ def as_dose(number: float) -> float:
     """Return the dose that a number stands for: files have 0.1 as 0.10000000149, and 0.1 * 3 is 0.30000000000000004.
 
     It is what the number reads as in single precision, whole or to six digits: where all that is stored in either
-    precision, or computed, is one number.
+    precision, or computed, is one number. A whole number that single precision does not hold is itself.
     """
     if not 1e-37 < number < 1e37:  # beyond single precision, or no dose
+        return float(number)
+    if float(number).is_integer() and number != float(np.float32(number)):
         return float(number)
     single = float(str(np.float32(number)))
     return single if single.is_integer() else float(f"{single:.6g}")

@@ -49,12 +49,16 @@ def expression_modality(data: AnnData | MuData, modality: str = "rna") -> AnnDat
 
 def _require_text(names: pd.Index, table: str) -> None:
     """Raise for names that are numbers or missing, as `adata.var.reset_index(inplace=True)` leaves them."""
-    if names.inferred_type not in ("string", "empty", "categorical"):
-        odd = next(name for name in names if not isinstance(name, str))
-        raise ValueError(
-            f"{table}_names holds {odd!r}, which is no text. Set names: `adata.{table}_names = adata.{table}[column]`,"
-            f" or `adata.{table}_names = adata.{table}_names.astype(str)`."
-        )
+    if names.inferred_type in ("string", "empty", "categorical"):
+        return
+    for odd in (name for name in names if not isinstance(name, str)):
+        where = f"adata.{table}_names"
+        remedy = f"`{where} = adata.{table}[column]`, a column with names"
+        if isinstance(odd, tuple):
+            remedy = f"`{where} = ['-'.join(map(str, name)) for name in {where}]`"
+        elif pd.notna(odd):
+            remedy += f", or `{where} = {where}.astype(str)`"
+        raise ValueError(f"{table}_names holds {odd!r}, which is no text. Set names: {remedy}.")
 
 
 def obs_column(data: AnnData | MuData, key: str, *, argument: str, modality: str = "rna") -> pd.Series:
@@ -335,7 +339,8 @@ def _require_told_apart(names: Sequence[str], key: str, argument: str) -> None:
             told = "look the same, and are of other characters. If they are one label, write both in one way"
             hidden = "".join(sorted({ascii(c)[1:-1] for c in other + name if unicodedata.category(c) == "Cf"}))
             drop = f".str.replace('[{hidden}]', '', regex=True)" if hidden else ""
-            remedy = f"{drop}.str.normalize('NFKC').str.strip()"
+            form = "NFC" if unicodedata.normalize("NFC", other) == unicodedata.normalize("NFC", name) else "NFKC"
+            remedy = f"{drop}.str.normalize({form!r}).str.strip()"
         # as objects first: pandas makes no text of categories that are bytes
         column = f"adata.obs[{key!r}]"
         raise ValueError(

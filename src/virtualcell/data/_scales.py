@@ -19,6 +19,7 @@ _FEW_STEPS = 5  # multiples of one number, of which logarithms have few
 _FEW_VALUES = 20  # that may be whole by chance
 _FEW = 1 << 15  # values looked at together
 _MOST_SMALLEST = 5  # counts that the smallest value of a cell may stand for, where few genes are left
+_MOST_COUNTED = 1e9  # all numbers that are large enough are whole
 _LOOKED_AT = 100  # cells of a matrix that nobody asked for
 
 # What is no natural logarithm of 1 + x though it was stated to be one, and what undoes it: if the cells then have one
@@ -100,7 +101,8 @@ def smallest_counts(rates: sparse.csr_matrix, most_off: float = 0.25) -> tuple[n
 
 
 def are_multiples(rates: sparse.csr_matrix) -> bool:
-    """Tell whether each cell holds whole counts times a number of its own, which is no matter of chance."""
+    """Tell whether each cell, of some, holds whole counts times a number of its own, which is no matter of chance."""
+    rates = rates[:: max(1, rates.shape[0] // _LOOKED_AT)]
     data, edges = rates.data, itertools.pairwise(rates.indptr)
     if not np.isfinite(data).all():
         return False
@@ -113,7 +115,7 @@ def are_multiples(rates: sparse.csr_matrix) -> bool:
 def other_logarithm(logs: sparse.csr_matrix) -> str | None:
     """Name the logarithm that was taken where it is no natural one of 1 + x, `None` where nothing says so."""
     with np.errstate(over="ignore", invalid="ignore"):  # of values and of their sums, which are then no one total
-        if is_one_total(row_sums(logs.expm1())) or are_multiples(logs.expm1()):
+        if are_divided(logs.expm1()):
             return None
         is_divided = are_divided(logs)  # which what undoes logarithms hardly changes where shares are small
         for what, undone in OTHER_LOGARITHMS.items():
@@ -130,7 +132,14 @@ def are_divided(rates: sparse.csr_matrix) -> bool:
 
 def are_of_zero_to_one(sample: sparse.csr_matrix) -> bool:
     """Tell whether genes were scaled to between 0 and 1: the highest values of several are 1 to the last bit."""
-    return sample.data.max(initial=0) == 1 and len(np.unique(sample.indices[sample.data == 1])) >= _FEW_STEPS
+    if sample.data.max(initial=0) != 1 or are_decimals(sample.data):
+        return False
+    return len(np.unique(sample.indices[sample.data == 1])) >= _FEW_STEPS
+
+
+def are_decimals(values: np.ndarray) -> bool:
+    """Tell whether numbers were rounded to one of 1 to 4 decimals, whose multiples are then no counts."""
+    return any(look_counted(values * 10.0**n) for n in range(1, 5))
 
 
 def unit_of(values: np.ndarray) -> float | None:
@@ -163,7 +172,9 @@ def fault_of_fractions(
             f"holds whole numbers times {unit:.3g}: these are neither raw counts nor logarithms. Give raw counts with "
             f"{argument}='counts', or divide by that number, round with `np.rint`, and say so."
         )
-    is_rate = is_one_total(row_sums(sample)) or (scale == "log1p" and are_multiples(sample))
+    is_rate = is_one_total(row_sums(sample)) or (
+        scale == "log1p" and not are_decimals(sample.data) and are_multiples(sample)
+    )
     if measured and is_rate:  # sums of predicted logarithms may be near each other
         return (
             f"holds counts that were divided by their total, and no logarithms of these. Run `sc.pp.normalize_total("
@@ -212,7 +223,7 @@ def look_counted(values: np.ndarray) -> bool:
     """Tell whether numbers, of which logarithms were undone, are whole ones."""
     return (
         len(values) >= _FEW_VALUES
-        and bool(np.isfinite(values).all())
+        and bool((np.abs(values) < _MOST_COUNTED).all())
         and np.allclose(values, np.rint(values), rtol=0, atol=0.01)
     )
 

@@ -91,9 +91,9 @@ def gene_features(
     for argument, file in (("path", path), ("names", names)):
         if file is not None and not file.is_file():
             raise FileNotFoundError(f"{argument}={str(file)!r} does not exist.")
-    for argument, value in (("n_comps", n_comps), ("min_genes", min_genes), ("max_genes", max_genes)):
-        require_whole(argument, value)
-    require_number("min_score", min_score)
+    require_whole("n_comps", n_comps)
+    for argument, value in (("min_score", min_score), ("min_genes", min_genes), ("max_genes", max_genes)):
+        require_number(argument, value)
     suffix = Path(path.name.removesuffix(".gz")).suffix
     known = {".gmt": read_sets, ".gaf": read_annotations, ".txt": read_edges, ".tsv": read_edges, ".csv": read_edges}
     if suffix not in known:

@@ -48,8 +48,8 @@ def read_gene_embeddings(path: str | Path) -> pd.DataFrame:
 
     Returns
     -------
-    Genes x dimensions, float32, indexed by gene name. An index that was written along, a column without a name that
-    numbers the rows, is left out.
+    Genes x dimensions, float32, indexed by gene name. An index that was written along is left out: a column without a
+    name, or called `index`, of whole numbers that do not repeat.
 
     Raises
     ------
@@ -202,7 +202,7 @@ def _read_csv(path: Path) -> pd.DataFrame:
             f"{path.name} has no column 'gene', and its first one only counts the rows. Call the column with the names "
             "of the genes 'gene'."
         )
-    if frame[gene].map(is_number).all() and not frame[gene].str.isdigit().all():
+    if gene != "gene" and frame[gene].map(is_number).all() and not frame[gene].str.isdigit().all():
         raise ValueError(
             f"{path.name} holds numbers such as {frame[gene].iloc[0]!r} in its column {gene!r}, where the names of the "
             "genes should be. Write them into a column 'gene'."

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from virtualcell._reading import SAFE_NUMBERS, as_damaged, lines_of, open_text
-from virtualcell._text_tables import head_of, is_number, numbers_rows
+from virtualcell._text_tables import counts_rows, head_of, is_number, is_unnamed, numbers_rows
 
 logger = logging.getLogger(__name__)
 
@@ -87,10 +87,11 @@ def _columns(head: pd.DataFrame, path: Path, is_string: bool) -> list[str]:
                 "combined_score. Another list of pairs must end in .tsv or .csv."
             )
         return [*_STRING_HEADER, "combined_score"]
-    if len(columns) > 2 and numbers_rows(columns[0], head[columns[0]]):
+    numbers = numbers_rows if is_unnamed(columns[0]) else counts_rows  # genes by number may be called index
+    if len(columns) > 2 and numbers(columns[0], head[columns[0]]):
         if head[columns[2]].map(is_number).any():  # a score behind two genes, or a gene behind the index and another
             raise ValueError(
-                f"{path.name} begins with a column that has no name and numbers the rows. Write the table without it, "
+                f"{path.name} begins with a column {columns[0]!r} that numbers the rows. Write the table without it, "
                 "`to_csv(..., index=False)`; or name it, if these are genes."
             )
         logger.info("%s: the column %r numbers its rows, and is left out.", path.name, columns[0])
@@ -100,8 +101,9 @@ def _columns(head: pd.DataFrame, path: Path, is_string: bool) -> list[str]:
             f"{path.name} has one column, {columns[0]!r}. Needed are two genes a row, and perhaps a score."
         )
     columns = columns[:3]
-    are_counted = columns == [str(i) for i in range(len(columns))]  # as pandas calls columns without names
-    if any(is_number(column) for column in columns) and not are_counted:
+    places = [str(i) for i in range(len(columns))]  # as pandas calls columns without names
+    are_places = columns[:2] == places[:2] and not any(is_number(name) and name != "2" for name in columns[2:])
+    if any(map(is_number, columns)) and not are_places:
         raise _no_header(path, columns)
     return columns
 
