@@ -340,8 +340,13 @@ def read_torch(path: str | Path, *, stand_ins: bool = False) -> Any:
     try:
         archive = _Archive(path)
         file = io.BytesIO(archive.zip.read(f"{archive.prefix}data.pkl"))
-    except Exception as error:  # a file that is made up can raise anything
+    except UnsafePickleError as error:
         raise UnsafePickleError(f"{path.name} {error}.") from error
+    except Exception as error:  # a file that is made up can raise anything, without a word too
+        told = str(error) or type(error).__name__
+        raise UnsafePickleError(
+            f"{path.name} is no file of torch, or it is damaged ({told}). Fetch it again."
+        ) from error
     unpickler = _Unpickler(file, stand_ins=stand_ins, archive=archive)
     try:
         content = _of_plain_tensors(_load(path, unpickler))
