@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from scipy import sparse
@@ -128,3 +130,15 @@ def test_averages_are_of_four_cells_of_the_group(share):
         assert theirs.var() < own.var()
     np.testing.assert_allclose(means[groups == 2, 0], 11.5, rtol=1e-5)  # fewer cells than four
     np.testing.assert_allclose(means[:, 2], 10 * means[:, 0], rtol=1e-5)
+
+
+def test_reading_off_library_sizes_leaves_the_matrix_as_it_is() -> None:
+    """Rows whose entries are in no order, as some tools leave them, share their places with what is computed."""
+    counts = np.random.default_rng(0).poisson(1.0, (20, 30))
+    log = sparse.csr_matrix(np.log1p(1e4 * counts / counts.sum(axis=1, keepdims=True)))
+    turned = [np.arange(a, b)[::-1] for a, b in itertools.pairwise(log.indptr)]
+    log = sparse.csr_matrix((log.data[np.concatenate(turned)], log.indices[np.concatenate(turned)], log.indptr))
+    before = log.indices.copy(), log.data.copy()
+    np.testing.assert_array_equal(library_of(log), counts.sum(axis=1))
+    np.testing.assert_array_equal(log.indices, before[0])
+    np.testing.assert_array_equal(log.data, before[1])

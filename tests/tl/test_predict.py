@@ -540,8 +540,8 @@ def test_arguments_of_the_wrong_kind(fitted, targets):
         ({"n_cells": "all"}, TypeError, r"^n_cells='all' must be a whole number"),
         ({"emit": "cell"}, KeyError, r"^emit='cell' is unknown\. Did you mean 'cells'\? Say 'cells'.*, 'mean' for"),
         ({"n_samples": 1}, ValueError, r"^n_samples=1: at least 2 draws are needed"),
-        ({"seed": 0.5}, TypeError, r"^seed=0\.5 must be a whole number"),
-        ({"seed": -1}, ValueError, r"^seed=-1 must be at least 0"),
+        ({"seed": 0.5}, ValueError, r"^seed=0\.5 is not a whole number of at least 0"),
+        ({"seed": -1}, ValueError, r"^seed=-1 is not a whole number of at least 0"),
         ({"min_gene_coverage": 0}, ValueError, r"^min_gene_coverage=0 must be above 0"),
         ({"dose": 0.5}, ValueError, r"^dose=0\.5 was given without drug="),
         (

@@ -34,7 +34,9 @@ def library_of(log_expression: sparse.csr_matrix, target_sum: float = 1e4) -> np
     log = sparse.csr_matrix(log_expression, dtype=np.float64)
     width = np.diff(log.indptr)
     full = np.flatnonzero(width)
-    smallest, n = smallest_counts(log.expm1())
+    # the method expm1 sorts the places of values, which belong to the caller's matrix too
+    rates = sparse.csr_matrix((np.expm1(log.data), log.indices, log.indptr), shape=log.shape)
+    smallest, n = smallest_counts(rates)
     fits = n > 0
     library = np.full(len(width), np.nan)
     library[fits] = n[fits] * target_sum / smallest[fits]

@@ -104,7 +104,7 @@ def effects(
     (True, True)
     """
     seed = seed_of(seed)
-    check_numbers(context, n_cells, None, seed)
+    check_numbers(context, n_cells, None)
     if observed and untreated:
         raise ValueError("observed=True needs perturbed cells, of which there are none where untreated=True.")
     setting = Setting.of(

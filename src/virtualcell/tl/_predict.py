@@ -176,7 +176,7 @@ def predict_perturbation(
     """
     check_emit(emit)
     seed = seed_of(seed)
-    check_numbers(context, n_cells, n_samples, seed)
+    check_numbers(context, n_cells, n_samples)
     check_client(client)
     path = None if to is None else checked_path(to)
     expression = expression_modality(adata, modality)

@@ -25,16 +25,13 @@ logger = logging.getLogger(__name__)
 MOST_UNASKED = 1_000_000  # cells that are predicted where no perturbation was named
 
 
-def check_numbers(context: object, n_cells: int | None, n_samples: int | None, seed: int) -> None:
+def check_numbers(context: object, n_cells: int | None, n_samples: int | None) -> None:
     """Raise for numbers and labels of the wrong kind."""
     if is_several(context):
         raise TypeError(f"context={context!r} must be one label; leave it out for all contexts.")
-    for argument, value in (("n_cells", n_cells), ("n_samples", n_samples), ("seed", seed)):
-        may_lack = value is None and argument != "seed"
-        if not may_lack and (not isinstance(value, Integral) or isinstance(value, bool)):
+    for argument, value in (("n_cells", n_cells), ("n_samples", n_samples)):
+        if value is not None and (not isinstance(value, Integral) or isinstance(value, bool)):
             raise TypeError(f"{argument}={value!r} must be a whole number.")
-    if seed < 0:
-        raise ValueError(f"seed={seed!r} must be at least 0.")
     if n_cells is not None and n_cells < 1:
         raise ValueError(f"n_cells={n_cells!r}: at least one cell is needed.")
     if n_samples is not None and n_samples < 2:

@@ -137,7 +137,7 @@ def screen(
     """
     check_client(client)
     seed = seed_of(seed)
-    check_numbers(context, n_cells, None, seed)
+    check_numbers(context, n_cells, None)
     if not 0 < alpha < 1:
         raise ValueError(f"alpha={alpha!r} must be above 0 and below 1; 0.05 is usual.")
     setting = Setting.of(
