@@ -6,6 +6,7 @@ import io
 import pickle
 import pickletools
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -13,7 +14,7 @@ from virtualcell._reading import as_damaged, require_room
 
 # Deeper ones are hashed and compared without end by C code, which then takes the process down.
 _DEEPEST = 500
-LONGEST_ROW = 5  # pickles before the numbers of torch's format of before 1.6
+_LONGEST_ROW = 5  # pickles before the numbers of torch's format of before 1.6
 
 
 class UnsafePickleError(pickle.UnpicklingError):
@@ -34,7 +35,16 @@ def check_whole(path: Path) -> None:
         raise ValueError(f"{path} is cut off or damaged. Fetch it again.")
 
 
-def look_into_zip(path: Path) -> None:
+def look_into(path: Path, *, is_zip: bool) -> None:
+    """Look through the pickles of a file of torch, an archive, or a row in the format of before 1.6."""
+    if is_zip:
+        _look_into_zip(path)
+        return
+    with path.open("rb") as file:
+        look_through_row(path.name, file, path.stat().st_size)
+
+
+def _look_into_zip(path: Path) -> None:
     """Raise for an archive that unfolds to far more than its size, and look through its pickles."""
     with as_damaged(path, "file of torch"), zipfile.ZipFile(path) as archive:
         require_room(path, sum(entry.file_size for entry in archive.infolist()))
@@ -45,14 +55,21 @@ def look_into_zip(path: Path) -> None:
 
 def look_through_row(name: str, file: IO[bytes], size: int) -> None:
     """Look through a row of pickles, in torch's format of before 1.6; what follows them are numbers."""
-    if not is_at_pickle(file):
+    if not _is_at_pickle(file):
         raise UnsafePickleError(f"{name} is not a file of torch.save. It was not read.")
-    for _ in range(LONGEST_ROW):
-        if is_at_pickle(file):
-            look_through(name, file, size)
+    for _ in each_of_row(file):
+        look_through(name, file, size)
 
 
-def is_at_pickle(file: IO[bytes]) -> bool:
+def each_of_row(file: IO[bytes]) -> Iterator[None]:
+    """Stop at each pickle of a row, which is to be read before the next."""
+    for _ in range(_LONGEST_ROW):
+        if not _is_at_pickle(file):
+            return
+        yield
+
+
+def _is_at_pickle(file: IO[bytes]) -> bool:
     """Say whether a pickle as torch writes them begins here, and not numbers, the end, or one of protocol 0 or 1."""
     start = file.read(1)
     file.seek(-len(start), io.SEEK_CUR)

@@ -24,11 +24,10 @@ import torch
 from torch import Tensor
 
 from virtualcell._pickle_scan import (
-    LONGEST_ROW,
     UnsafePickleError,
     check_whole,
-    is_at_pickle,
-    look_into_zip,
+    each_of_row,
+    look_into,
     look_through,
     look_through_row,
 )
@@ -322,11 +321,7 @@ def read_torch(path: str | Path, *, stand_ins: bool = False) -> Any:
     check_whole(path)
     with as_damaged(path, "file of torch"):
         is_zip = zipfile.is_zipfile(path)
-    if is_zip:
-        look_into_zip(path)
-    else:
-        with path.open("rb") as row:
-            look_through_row(path.name, row, path.stat().st_size)
+    look_into(path, is_zip=is_zip)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # about formats that are refused below
@@ -395,9 +390,8 @@ def _load(path: Path, unpickler: _Unpickler) -> object:
 def _refuse_legacy(path: Path) -> object:
     """Raise for torch's format of before 1.6, a row of pickles, naming what was asked for where one of them tells."""
     with path.open("rb") as file:
-        for _ in range(LONGEST_ROW):
-            if is_at_pickle(file):  # others were not looked through
-                _load(path, _Names(file))
+        for _ in each_of_row(file):  # which were looked through
+            _load(path, _Names(file))
     raise UnsafePickleError(
         f"{path.name} is in torch's format of before 1.6 and holds more than tensors. Write it anew with torch.save."
     )

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from virtualcell.pp._knockdown import knockdown_efficiency
     from virtualcell.pp._positions import gene_positions
     from virtualcell.pp._read_lazy import read_lazy
+    from virtualcell.pp._saved_split import apply_split, save_split
     from virtualcell.pp._sentences import cell_sentences
-    from virtualcell.pp._split import apply_split, save_split, split
+    from virtualcell.pp._split import split
 
 __all__ = [
     "apply_split",
